@@ -1,0 +1,107 @@
+"""Checkpoints that are whole or not there: tensors as safetensors, the rest as JSON, a manifest of checksums last.
+
+A checkpoint is written to a temporary folder, synced, and renamed; one that does not match its manifest is named and
+passed over for the one before. Nothing is unpickled. It knows nothing of processes: one of them writes, all may read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mnist_dist.errors import MnistDistError
+
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+    """What was read back: where from, the tensors, and the rest of the state."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk. Its mode is the user's umask's."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_synced(path: Path, content: bytes) -> None:
+    """Replace a file in one instant: there is the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_synced(temporary, content)
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The tensors as one safetensors file."""
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
+    """Write `root`/step-<step>, then drop all but the newest `keep`. Raises `MnistDistError` where the disk is full or
+    cannot be written; the older checkpoints are then as they were.
+    """
+    final, temporary = root / f"step-{step:09d}", root / f".step-{step:09d}.{os.getpid()}"
+    files = {TENSORS: tensor_bytes(tensors), STATE: json.dumps(state, allow_nan=False).encode()}
+    files[MANIFEST] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in files.items()}).encode()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        for name, content in files.items():
+            write_synced(temporary / name, content)
+        _sync_folder(temporary)
+        if final.exists():  # of the same step, and damaged, or it would have been resumed from
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync_folder(root)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise MnistDistError(f"the checkpoint of step {step} could not be written to {root} ({error}); the ones before "
+                             "it are whole: make room and continue with --resume") from None
+    for old in _newest_first(root)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _newest_first(root: Path) -> list[Path]:
+    return sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
+
+
+def load_newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint below `root`, or None. Each damaged one on the way is named to `warn`."""
+    from safetensors.torch import load
+
+    for folder in _newest_first(root):
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            files = {name: (folder / name).read_bytes() for name in (TENSORS, STATE)}
+            for name, content in files.items():
+                if hashlib.sha256(content).hexdigest() != manifest[name]:
+                    raise ValueError(f"{name} does not match its checksum")
+            return Checkpoint(folder, load(files[TENSORS]), json.loads(files[STATE]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"checkpoint {folder} is damaged ({error}): passed over")
+    return None

@@ -1,0 +1,178 @@
+"""The command line. Flags of training are generated from `TrainConfig`; a command's module is imported when it runs.
+
+Every expected failure is one line on standard error and an exit status: 2 the command line or the data is wrong,
+3 training diverged, 130 and 143 a signal, 1 anything else. `mnist-dist --help` imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mnist_dist import __version__, processes
+from mnist_dist.config import TrainConfig, flag_of, merged, read_config
+from mnist_dist.errors import LostProcess, MnistDistError, UserError
+
+SHARED = ("dataset", "data_dir", "mirror", "seed")  # options of training that other commands have too
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="mnist-dist", description="Distributed MNIST training: exact on any number of processes, and "
+                    "measured.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, help: str) -> Parser:
+        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+
+    train = command("train", "train on one process, or on several")
+    train.add_argument("--processes", metavar="N", help="start N processes on this machine: on its GPUs, else its CPU")
+    train.add_argument("--config", metavar="FILE", help="a run's config.yaml; flags on the command line win")
+    _add_options(train, [option.name for option in fields(TrainConfig)])
+
+    predict = command("predict", "classify image files, or 16 random test images, with a run's model")
+    predict.add_argument("run_dir", metavar="RUN_DIR", help="folder of a completed run")
+    predict.add_argument("images", metavar="IMAGE", nargs="*", help="image file of one digit, dark or light")
+    predict.add_argument("--output", metavar="FILE", help="the picture to draw (default: predict.png in RUN_DIR)")
+    _add_options(predict, SHARED)
+
+    show = command("show", "look at the data and the untrained model, as the tutorial does")
+    show.add_argument("--output-dir", metavar="DIR", default="show", help="folder for the pictures (default: show)")
+    _add_options(show, SHARED)
+
+    reproduce = command("reproduce", "run the tutorial's two trainings and print its numbers beside ours")
+    reproduce.add_argument("--quick", action="store_true", help="a shortened run, for a look")
+    reproduce.add_argument("--output-dir", metavar="DIR", help="folder for both runs and the report (default: "
+                           "runs/reproduce-<time>)")
+    _add_options(reproduce, (*SHARED, "wandb"))
+    return parser
+
+
+def _add_options(parser: Parser, names: Sequence[str]) -> None:
+    """Add options of training. They are read as text and checked by `TrainConfig`; only those given are set."""
+    group = parser.add_argument_group("options of training" if "epochs" in names else "data")
+    for option in fields(TrainConfig):
+        if option.name not in names:
+            continue
+        rule = option.metadata
+        described = rule["help"].replace("%", "%%")
+        if option.default not in (None, False, True):
+            described += f" (default {option.default})"
+        extra: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": option.name}
+        if rule["kind"] is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra["metavar"] = "{" + ",".join(rule["choices"]) + "}" if "choices" in rule else (
+                rule["metavar"] or {int: "N", float: "X", str: "TEXT"}[rule["kind"]])
+        group.add_argument(flag_of(option.name), help=described, **extra)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line. Raises `UserError`; an unknown option is answered with the nearest known one."""
+    parser = build_parser()
+    words: list[str] = []
+    for word in argv:
+        if match := re.match(r"--[a-z][a-z_-]*", word):  # --batch_size is --batch-size
+            word = match[0].replace("_", "-") + word[match.end():]
+        if words and re.fullmatch(r"-[\d.].*", word) and re.fullmatch(r"--[a-z-]+", words[-1]):
+            words[-1] += f"={word}"  # a negative number is a value: let its check speak of it
+        else:
+            words.append(word)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        actions = next(a for a in parser._actions if a.dest == "command").choices[given.command]._actions
+        known = [flag for action in actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"mnist-dist {given.command} --help lists the options"
+        raise UserError(f"unknown option {unknown[0]}: {hint}")
+    if given.command is None:
+        parser.error("a command is needed: train, predict, show or reproduce")
+    return given
+
+
+def training_config(given: argparse.Namespace) -> TrainConfig:
+    """The config from defaults, the file that --config names, the environment's mirror, and the command line."""
+    from_file = read_config(Path(given.config)) if getattr(given, "config", None) else {}
+    names = {option.name for option in fields(TrainConfig)}
+    flags = {name: value for name, value in vars(given).items() if name in names}
+    if "mirror" not in {*from_file, *flags} and os.environ.get("MNIST_DIST_MIRROR"):
+        flags["mirror"] = os.environ["MNIST_DIST_MIRROR"]
+    return merged(from_file, flags)
+
+
+def _train(given: argparse.Namespace, argv: Sequence[str]) -> int:
+    config = training_config(given)
+    asked = given.processes
+    if asked is not None and (not asked.isdecimal() or int(asked) < 1):
+        raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
+    if processes.is_launched():
+        if asked is not None and int(asked) != processes.launched_size():
+            raise UserError(f"--processes {asked} under a launcher that started {processes.launched_size()}: drop "
+                            "--processes, or tell the launcher")
+    else:
+        number = processes.local_number(int(asked) if asked else processes.asked_of_accelerate())
+        if number > 1:
+            config.global_batch_size(number)
+            return processes.spawn(number, argv)
+    from mnist_dist.run import train
+
+    train(config)
+    return 0
+
+
+def run(argv: Sequence[str]) -> int:
+    """Carry out a command; returns the exit status. Raises `MnistDistError`."""
+    given = parse(argv)
+    if given.command == "train":
+        return _train(given, argv)
+    options = {name: value for name, value in vars(given).items() if name in {*SHARED, "wandb"}}
+    config = training_config(argparse.Namespace(config=None, **options))
+    if given.command == "predict":
+        from mnist_dist.predict import predict
+
+        predict(config, Path(given.run_dir), [Path(image) for image in given.images], given.output)
+    elif given.command == "show":
+        from mnist_dist.show import show
+
+        show(config, Path(given.output_dir))
+    else:
+        from mnist_dist.reproduce import reproduce
+
+        reproduce(options, quick=given.quick, output_dir=given.output_dir)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point: returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return run(argv)
+    except MnistDistError as error:
+        lost = isinstance(error, LostProcess)
+        if lost or processes.launched_rank() == 0:
+            print(f"mnist-dist: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if lost:
+            sys.stdout.flush()
+            os._exit(error.exit_status)  # an orderly exit would wait for the lost process
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read our output has left, as head does
+        return 1
+

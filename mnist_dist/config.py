@@ -1,0 +1,247 @@
+"""Every knob of a training run, once: its default, its help, its check. Command-line flags are generated from it.
+
+Knows nothing of torch, processes or files beyond reading and writing a run's `config.yaml`. All checks raise
+`UserError`, naming the flag, what was got and what is allowed. Precedence: defaults < config file < command line.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mnist_dist.errors import UserError
+
+REFERENCE_BATCH_SIZE = 200  # the tutorial's mini-batch: the default, and what --lr-rule scales from
+DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "synthetic")
+# Where a run is written and whether it continues is not part of what it does: left out of its config.yaml.
+NOT_IN_FILE = ("output_dir", "resume")
+
+
+class Every(NamedTuple):
+    """How often a checkpoint is due: `number` of `unit`s (epochs, steps or seconds); a number of 0 is never."""
+
+    number: int
+    unit: str
+
+
+def knob(default: Any, kind: type, help: str, *, metavar: str | None = None, **rule: Any) -> Any:
+    """A field of `TrainConfig`: rule is any of choices=…, minimum=…, maximum=…, above=…."""
+    return field(default=default, metadata={"kind": kind, "help": help, "metavar": metavar, **rule})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The options of `mnist-dist train`. Raises `UserError` where a value or a combination is not allowed."""
+
+    dataset: str = knob("auto", str, "auto = MNIST from --data-dir or its mirrors, else the embedded digits, with a "
+                        "warning; synthetic = the embedded digits", choices=DATASETS)
+    data_dir: str = knob("data", str, "folder that holds torchvision's MNIST/raw or the four IDX files themselves, .gz "
+                         "or not; downloads go there", metavar="DIR")
+    mirror: str | None = knob(None, str, "base URL to download from, tried before torchvision's (also: environment "
+                              "variable MNIST_DIST_MIRROR)", metavar="URL")
+    batch_size: int | None = knob(None, int, "global batch: samples that one optimizer step averages over, whatever "
+                                  f"the number of processes (default {REFERENCE_BATCH_SIZE})", minimum=1)
+    per_device_batch_size: int | None = knob(None, int, "the other way to say it: samples per process and step",
+                                             minimum=1)
+    epochs: int = knob(20, int, "passes over the training images", minimum=1)
+    max_steps: int | None = knob(None, int, "end after this many optimizer steps, if that comes first", minimum=1)
+    target_nll: float | None = knob(None, float, "end after the epoch whose test NLL (mean per image, nats) is at or "
+                                    "below this", above=0.0)
+    lr: float = knob(1e-4, float, "Adam's learning rate", above=0.0)
+    seed: int = knob(0, int, "of the initial weights and of the order of the samples", minimum=0, maximum=2**32 - 1)
+    shuffle: bool = knob(True, bool, "a new order each epoch; --no-shuffle is file order")
+    lr_rule: str = knob("none", str, f"scale --lr from a batch of {REFERENCE_BATCH_SIZE} to the global batch: by the "
+                        "square root of the ratio, or by the ratio", choices=("none", "sqrt", "linear"))
+    gradient_accumulation_steps: int = knob(1, int, "cut each process's share of a batch into this many passes; the "
+                                            "result is the same, the memory less", minimum=1)
+    mixed_precision: str | None = knob(None, str, "default: what the launcher says; fp16 needs a GPU",
+                                       choices=("no", "fp16", "bf16"))
+    dtype: str = knob("float32", str, "float64 is for proving exactness: 1 and N processes then agree to 1e-12, where "
+                      "float32 rounding, amplified by Adam, grows to 1e-4 in three epochs",
+                      choices=("float32", "float64"))
+    compile: str = knob("auto", str, "torch.compile of the model, through Accelerate; auto = off: compiling the model "
+                        "alone did not pay where it was measured", choices=("auto", "on", "off"))
+    output_dir: str | None = knob(None, str, "folder for everything a run leaves (default runs/<time>-<id>)",
+                                  metavar="DIR")
+    checkpoint_every: str = knob("1epoch", str, "a number with its unit: 2epochs, 100steps, 30s; or never",
+                                 metavar="N[epochs|steps|s]")
+    keep_checkpoints: int = knob(2, int, "newest checkpoints to keep", minimum=1)
+    resume: bool = knob(False, bool, "continue the newest whole checkpoint of --output-dir; start afresh where there "
+                        "is none")
+    timeout: float = knob(300.0, float, "seconds that a process waits for another before it ends with an error",
+                          above=0.0, metavar="SECONDS")
+    reproducible: bool = knob(False, bool, "the same bits on any number of processes that divides --logical-shards: "
+                              "one thread per process, gradients added in a fixed order; slower")
+    logical_shards: int = knob(8, int, "parts that --reproducible cuts each batch into", minimum=1)
+    wandb: str = knob("auto", str, "auto = online where an API key is configured, else offline; never asks, never "
+                      "stops a run", choices=("auto", "online", "offline", "disabled"))
+    wandb_project: str = knob("mnist_dist", str, "W&B project", metavar="NAME")
+    wandb_group: str | None = knob(None, str, "W&B group, for runs that belong together", metavar="NAME")
+    run_name: str | None = knob(None, str, "name of the run in W&B (default: that of its folder)", metavar="NAME")
+    tags: str | None = knob(None, str, "W&B tags, separated by commas", metavar="A,B")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            # frozen: the one place where values are set is here, once, as they are checked
+            object.__setattr__(self, option.name, checked(option, getattr(self, option.name)))
+        if self.batch_size is not None and self.per_device_batch_size is not None:
+            raise UserError(
+                f"--batch-size {self.batch_size} and --per-device-batch-size {self.per_device_batch_size} name the same "
+                "thing twice: give the global one or the per-process one"
+            )
+        if self.batch_size is None and self.per_device_batch_size is None:
+            object.__setattr__(self, "batch_size", REFERENCE_BATCH_SIZE)
+        if self.dtype == "float64" and self.mixed_precision in ("fp16", "bf16"):
+            raise UserError(
+                f"--dtype float64 and --mixed-precision {self.mixed_precision} exclude each other: drop one"
+            )
+        if self.resume and self.output_dir is None:
+            raise UserError("--resume needs --output-dir: name the folder of the run to continue")
+        if self.reproducible:
+            self._check_reproducible()
+        _ = self.checkpoint_interval
+
+    def _check_reproducible(self) -> None:
+        clashes = {
+            "--gradient-accumulation-steps": self.gradient_accumulation_steps > 1,  # the shards are passes already
+            "--mixed-precision": self.mixed_precision in ("fp16", "bf16"),
+            "--compile on": self.compile == "on",
+        }
+        for flag, clash in clashes.items():
+            if clash:
+                raise UserError(f"--reproducible and {flag} exclude each other: drop one")
+
+    @property
+    def checkpoint_interval(self) -> Every:
+        """`checkpoint_every`, read: `100steps` is Every(100, "steps")."""
+        text = self.checkpoint_every.strip()
+        if text == "never":
+            return Every(0, "epochs")
+        match = re.fullmatch(r"(\d+)\s*(epochs?|steps?|s)", text)
+        if not match or int(match[1]) == 0:
+            raise UserError(
+                f"--checkpoint-every must be a number of at least 1 with its unit, like 2epochs, 100steps or 30s, "
+                f"or never; got {text!r}"
+            )
+        return Every(int(match[1]), {"e": "epochs", "s": "steps"}[match[2][0]] if match[2] != "s" else "seconds")
+
+    def global_batch_size(self, num_processes: int) -> int:
+        """Samples that one optimizer step averages over. Raises `UserError` where the processes outnumber them."""
+        size = self.batch_size or self.per_device_batch_size * num_processes
+        if size < num_processes:
+            raise UserError(
+                f"--batch-size {size} is smaller than the {num_processes} processes, and each needs a sample in every "
+                f"step: give --batch-size {num_processes} or more, or start at most {size} processes"
+            )
+        if self.reproducible and self.logical_shards % num_processes:
+            allowed = [n for n in range(1, self.logical_shards + 1) if self.logical_shards % n == 0]
+            raise UserError(
+                f"--reproducible with --logical-shards {self.logical_shards} runs on "
+                f"{', '.join(map(str, allowed))} processes, got {num_processes}: start one of these, or give a "
+                f"--logical-shards that {num_processes} divides"
+            )
+        return size
+
+    def learning_rate(self, global_batch_size: int) -> float:
+        """The rate in force: --lr scaled by --lr-rule from the reference batch of 200 to this one."""
+        power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.lr_rule]
+        return self.lr * (global_batch_size / REFERENCE_BATCH_SIZE) ** power
+
+
+def checked(option: Field, value: Any) -> Any:
+    """`value` as the option's type, or `UserError`. Text is read as on the command line, also from a file."""
+    kind, choices = option.metadata["kind"], option.metadata.get("choices")
+    flag = flag_of(option.name)
+    if value is None and (option.default is None or option.name in NOT_IN_FILE):
+        return None
+    if isinstance(value, bool) and choices and {"on", "no"} & set(choices):
+        # YAML 1.1 reads the words on, off and no as booleans
+        value = "on" if value else "no" if "no" in choices else "off"
+    try:
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError
+        elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
+        elif kind is int and isinstance(value, float):
+            raise ValueError
+        else:
+            value = kind(value)
+            if kind is float and not math.isfinite(value):
+                raise ValueError
+    except ValueError:
+        name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        raise UserError(f"{flag} must be {name}{_rule(option)}, got {value!r}") from None
+    if choices and value not in choices:
+        raise UserError(f"{flag} must be one of {', '.join(choices)}; got {value!r}")
+    rule = option.metadata
+    if (
+        ("minimum" in rule and value < rule["minimum"])
+        or ("maximum" in rule and value > rule["maximum"])
+        or ("above" in rule and value <= rule["above"])
+    ):
+        raise UserError(f"{flag} must be {_rule(option).removeprefix(' ')}, got {value}")
+    if kind is str and not value.strip():
+        raise UserError(f"{flag} must not be empty")
+    return value
+
+
+def _rule(option: Field) -> str:
+    rule = option.metadata
+    if "maximum" in rule:
+        return f" from {rule['minimum']} to {rule['maximum']}"
+    if "minimum" in rule:
+        return f" at least {rule['minimum']}"
+    return f" above {rule['above']:g}" if "above" in rule else ""
+
+
+def flag_of(name: str) -> str:
+    """`batch_size` as it is typed: `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> TrainConfig:
+    """A config from a file's values and the command line's, which win: naming either batch size replaces both."""
+    values = dict(base)
+    if {"batch_size", "per_device_batch_size"} & over.keys():
+        values.pop("batch_size", None)
+        values.pop("per_device_batch_size", None)
+    return TrainConfig(**{**values, **over})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a run's `config.yaml`. Raises `UserError` where it cannot be read or has unknown keys."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read ({error}): name a run's config.yaml") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML ({' '.join(str(error).split())}): mend or replace it") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold a mapping of option to value, got {type(values).__name__}")
+    known = {option.name for option in fields(TrainConfig)}
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise UserError(f"--config {path} has unknown keys {', '.join(unknown)}: allowed are {', '.join(sorted(known))}")
+    for option in fields(TrainConfig):
+        if option.name in values:
+            values[option.name] = checked(option, values[option.name])
+    return values
+
+
+def config_text(config: TrainConfig) -> str:
+    """`config` as the YAML that `--config` reads back, less where the run was written."""
+    import yaml
+
+    values = {key: value for key, value in asdict(config).items() if key not in NOT_IN_FILE}
+    return yaml.safe_dump(values, sort_keys=False)
+

@@ -1,0 +1,70 @@
+"""What a person sees while a run goes on: a header, a table of epochs, a progress bar on a terminal. One process speaks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+COLUMNS = (  # heading, width, how the epoch's record fills it
+    ("epoch", 5, lambda r: f"{r['epoch']}"),
+    ("step", 8, lambda r: f"{r['step']:,}"),
+    ("train loss", 11, lambda r: f"{r['train_loss']:.5f}"),
+    ("test NLL", 9, lambda r: f"{r['test_nll']:.5f}"),
+    ("NLL sum", 9, lambda r: f"{r['test_nll_sum']:.1f}"),
+    ("accuracy", 9, lambda r: f"{100 * r['test_accuracy']:.2f} %"),
+    ("samples/s", 11, lambda r: "-" if r["samples_per_second"] is None else f"{r['samples_per_second']:,.0f}"),
+    ("train s", 8, lambda r: f"{r['train_seconds']:.2f}"),
+    ("test s", 7, lambda r: f"{r['eval_seconds']:.2f}"),
+)
+LOG_SECONDS = 30.0  # between two lines on a long epoch, where there is no terminal for a bar
+
+
+class Console:
+    """Speaks if `speaks`, and is silent on every other process."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks = speaks
+        self._bar: Any = None
+        self._last_line = time.monotonic()
+
+    def say(self, line: str = "") -> None:
+        """One line on standard output, clear of the bar."""
+        if self.speaks:
+            self.hide_bar()
+            print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        """One line on standard error."""
+        if self.speaks:
+            self.hide_bar()
+            print(f"mnist-dist: warning: {line}", file=sys.stderr, flush=True)
+
+    def table_head(self) -> None:
+        """The headings of the table of epochs."""
+        self.say(" ".join(heading.rjust(width) for heading, width, _ in COLUMNS))
+
+    def table_row(self, record: Mapping[str, Any]) -> None:
+        """An epoch's line."""
+        self.say(" ".join(fill(record).rjust(width) for _, width, fill in COLUMNS))
+
+    def progress(self, epoch: int, step: int, num_steps: int) -> None:
+        """`step` of the epoch's `num_steps` are done."""
+        if not self.speaks:
+            return
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=num_steps, unit="step", leave=False, desc=f"epoch {epoch}")
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._last_line > LOG_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(f"epoch {epoch}: step {step:,} of {num_steps:,}")
+
+    def hide_bar(self) -> None:
+        """Take the bar off the terminal; the next `progress` draws another."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,95 @@
+"""The pictures: one digit, a grid of digits, predictions beside their truth, a run's learning curves.
+
+PNG on a white ground, readable in light and dark viewers; wrong predictions are marked by a word and a frame, not by
+colour alone. Images are uint8 [N, 1, 28, 28]. It draws what it is given and knows nothing of runs or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with matplotlib.rc_context({"savefig.facecolor": "white"}):
+        figure.savefig(path, dpi=120)
+
+
+def _draw_digit(axes: Axes, image_1HW: Tensor, title: str, *, colour: str = "black") -> None:
+    axes.imshow(image_1HW.squeeze(0).numpy(), cmap="gray", vmin=0, vmax=255)
+    axes.set_title(title, fontsize=9, color=colour)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def draw_digit(image_1HW: Tensor, label: int, path: Path) -> None:
+    """One image in grey with its label as title and its pixels numbered."""
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(image_1HW.squeeze(0).numpy(), cmap="gray", vmin=0, vmax=255)
+    axes.set(title=f"label {label}", xlabel="column (pixels)", ylabel="row (pixels)")
+    _save(figure, path)
+
+
+def draw_grid(images_N1HW: Tensor, titles: Sequence[str], path: Path, *, columns: int = 4, wrong: Sequence[bool] = (),
+              heading: str | None = None) -> None:
+    """Images in a grid, a title each; those marked `wrong` get an orange frame and title."""
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(1.7 * columns, 1.85 * rows + (0.4 if heading else 0)), layout="constrained")
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        if i >= len(titles):
+            axes.set_axis_off()
+            continue
+        is_wrong = i < len(wrong) and wrong[i]
+        _draw_digit(axes, images_N1HW[i], titles[i], colour=ORANGE if is_wrong else "black")
+        if is_wrong:
+            for spine in axes.spines.values():
+                spine.set(color=ORANGE, linewidth=3)
+    if heading:
+        figure.suptitle(heading, fontsize=11)
+    _save(figure, path)
+
+
+def draw_predictions(images_N1HW: Tensor, labels_N: Tensor, probabilities_NC: Tensor, path: Path, heading: str) -> None:
+    """Test images with the predicted digit, its probability, and the truth; wrong ones are marked."""
+    best_N, guesses_N = probabilities_NC.max(dim=1)
+    wrong = (guesses_N != labels_N).tolist()
+    titles = [
+        f"{guess} ({100 * best:.1f} %)\n" + (f"WRONG: is {label}" if is_wrong else f"is {label}")
+        for guess, best, label, is_wrong in zip(guesses_N.tolist(), best_N.tolist(), labels_N.tolist(), wrong,
+                                                strict=True)
+    ]
+    draw_grid(images_N1HW, titles, path, wrong=wrong, heading=heading)
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, heading: str) -> None:
+    """Learning curves of a run: loss, error and throughput against the epoch."""
+    epochs = [record["epoch"] for record in records]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    loss, error, rate = figure.subplots(1, 3)
+    marker = "o" if len(epochs) <= 30 else None
+    loss.plot(epochs, [r["train_loss"] for r in records], color=BLUE, marker=marker, markersize=4, label="training")
+    loss.plot(epochs, [r["test_nll"] for r in records], color=ORANGE, marker=marker and "s", markersize=4,
+              linestyle="--", label="test")
+    loss.set(ylabel="negative log-likelihood (nats per image)", yscale="log")
+    loss.legend()
+    error.plot(epochs, [100 * (1 - r["test_accuracy"]) for r in records], color=ORANGE, marker=marker and "s",
+               markersize=4, linestyle="--")
+    error.set(ylabel="test error (%)", ylim=(0, None))
+    measured = [(r["epoch"], r["samples_per_second"]) for r in records if r["samples_per_second"]]
+    rate.plot([e for e, _ in measured], [s for _, s in measured], color=BLUE, marker=marker, markersize=4)
+    rate.set(ylabel="training throughput (samples/s)", ylim=(0, None))
+    for axes in (loss, error, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(color=GREY, alpha=0.25)
+    figure.suptitle(heading, fontsize=11)
+    _save(figure, path)

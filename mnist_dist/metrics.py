@@ -1,0 +1,129 @@
+"""Sums over samples, and the stopwatch: pure arithmetic. It knows nothing of processes; the clock is handed in."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# The figures of an epoch, and the group under which Weights & Biases shows each.
+GROUPS = {
+    "train": ("epoch", "step", "train_loss"),
+    "test": ("test_nll", "test_nll_sum", "test_accuracy", "test_count"),
+    "throughput": ("samples_per_second", "samples_per_second_per_process", "data_wait_fraction"),
+    "time": ("train_seconds", "warmup_seconds", "eval_seconds", "epoch_seconds", "step_ms_p50", "step_ms_p95"),
+    "memory": ("peak_memory_bytes",),
+}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+
+
+def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """[NLL sum in nats, number correct, number of samples] of a batch, float64 [3], on the batch's device."""
+    nll_B = -log_probs_BC.gather(1, labels_B.unsqueeze(1)).squeeze(1)
+    correct_B = log_probs_BC.argmax(dim=1) == labels_B
+    count = torch.full((), len(labels_B), dtype=torch.float64, device=log_probs_BC.device)
+    return torch.stack([nll_B.sum(dtype=torch.float64), correct_B.sum(dtype=torch.float64), count])
+
+
+def test_figures(sums_3: Sequence[float]) -> dict[str, float | int]:
+    """The test figures from the sums over every test image once: divided here, and nowhere before."""
+    nll_sum, correct, count = sums_3
+    return {
+        "test_nll": nll_sum / count,
+        "test_nll_sum": nll_sum,
+        "test_accuracy": correct / count,
+        "test_count": int(count),
+    }
+
+
+def percentile(values: Sequence[float], q: float) -> float | None:
+    """The q-th percentile (0 to 100) by linear interpolation; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * q / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@dataclass
+class Stopwatch:
+    """Times an epoch's training steps in windows; what is done between windows does not count.
+
+    `synchronize` is called at a window's two ends, to wait for the device and the other processes, and never within.
+    Warm-up windows (first steps, compilation) are told apart: their time and samples are not in the rate.
+    Step times are the host's, from one lap to the next within a window: on a GPU the host runs ahead of the device by a
+    bounded queue, so that their median is the device's over a window that is longer than the queue.
+    """
+
+    synchronize: Callable[[], None]
+    clock: Callable[[], float] = time.perf_counter
+    seconds: float = 0.0
+    samples: int = 0
+    warmup_seconds: float = 0.0
+    warmup_samples: int = 0
+    waited: float = 0.0  # for data, in measured windows
+    step_seconds: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def window(self, *, warmup: bool = False) -> Iterator[Window]:
+        """Open a window; its steps report themselves with `lap`."""
+        self.synchronize()
+        opened = Window(self.clock, self.clock())
+        yield opened
+        self.synchronize()
+        elapsed = self.clock() - opened.start
+        if warmup:
+            self.warmup_seconds += elapsed
+            self.warmup_samples += opened.samples
+            return
+        self.seconds += elapsed
+        self.samples += opened.samples
+        self.waited += opened.waited
+        marks = [opened.start, *opened.laps]
+        self.step_seconds += [after - before for before, after in zip(marks, marks[1:], strict=False)]
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint in the middle of an epoch keeps, to go on from; the single step times are not kept."""
+        names = ("seconds", "samples", "warmup_seconds", "warmup_samples", "waited")
+        return {name: getattr(self, name) for name in names}
+
+    def figures(self, slowest_seconds: float, slowest_warmup: float, num_processes: int) -> dict[str, float | None]:
+        """The epoch's times and rates, given the times of the slowest process. A rate that was not measured is None.
+
+        `train_seconds` is all training steps; `warmup_seconds` is the part of it that the rates leave out.
+        """
+        rate = self.samples / slowest_seconds if slowest_seconds > 0 and self.samples else None
+        milliseconds = [1000 * seconds for seconds in self.step_seconds]
+        return {
+            "train_seconds": slowest_seconds + slowest_warmup,
+            "warmup_seconds": slowest_warmup,
+            "samples_per_second": rate,
+            "samples_per_second_per_process": rate and rate / num_processes,
+            "step_ms_p50": percentile(milliseconds, 50),
+            "step_ms_p95": percentile(milliseconds, 95),
+            "data_wait_fraction": self.waited / self.seconds if self.seconds > 0 else None,
+        }
+
+
+@dataclass
+class Window:
+    """An open window of a `Stopwatch`."""
+
+    clock: Callable[[], float]
+    start: float
+    laps: list[float] = field(default_factory=list)
+    samples: int = 0  # over all processes
+    waited: float = 0.0
+
+    def lap(self, samples: int, waited: float) -> None:
+        """One optimizer step ended, over this many samples of all processes; `waited` seconds of it for data."""
+        self.laps.append(self.clock())
+        self.samples += samples
+        self.waited += waited

@@ -1,0 +1,74 @@
+"""`mnist-dist predict`: a run's model on image files, or on 16 random test images beside their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_dist.config import TrainConfig
+from mnist_dist.data import SIDE
+from mnist_dist.errors import UserError
+from mnist_dist.results import load_model, predict as probabilities_of, random_images
+from mnist_dist.show import open_images
+
+MAX_PIXELS = 50_000_000  # of an image file: beyond that it is no picture of one digit
+
+
+def read_image(path: Path) -> tuple[Tensor, bool]:
+    """An image file as uint8 [1, 28, 28], light on dark as in MNIST, and whether it was inverted for that.
+
+    Colours become grey, other sizes are fitted into 28 x 28, keeping their proportions. A light border tells a dark
+    digit on light paper. Raises `UserError` where the file is no image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise UserError(f"{path} has {opened.width} x {opened.height} pixels: cut the digit out")
+            if "A" in opened.getbands():  # what is transparent is paper
+                opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened.convert("RGBA"))
+            grey = opened.convert("L")
+    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG of one digit") from None
+    pixels = np.asarray(grey)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    inverted = bool(np.median(border) > 127)
+    if inverted:
+        grey = ImageOps.invert(grey)
+    if grey.size != (SIDE, SIDE):
+        grey = ImageOps.pad(grey, (SIDE, SIDE), method=Image.Resampling.LANCZOS, color=0)
+    return torch.from_numpy(np.array(grey, dtype=np.uint8)).unsqueeze(0), inverted
+
+
+def predict(config: TrainConfig, run_dir: Path, paths: Sequence[Path], output: str | None) -> None:
+    """Print each image's digit and probabilities; without image files, draw the tutorial's grid. Raises `UserError`."""
+    model = load_model(run_dir)
+    cpu = torch.device("cpu")
+    if paths:
+        print(f"{'digit':>5} {'sure':>7}   " + " ".join(f"p({digit})".rjust(6) for digit in range(10)) + "   image")
+        for path in paths:
+            image, inverted = read_image(path)
+            row = probabilities_of(model, image.unsqueeze(0), cpu, torch.float32)[0]
+            numbers = " ".join(f"{probability:6.4f}" for probability in row)
+            note = "  (inverted: dark on light)" if inverted else ""
+            print(f"{int(row.argmax()):5d} {100 * row.max():5.1f} %   {numbers}   {path}{note}")
+        return
+    from mnist_dist.figures import draw_predictions
+
+    sets = open_images(config)
+    picked = random_images(sets.test, config.seed)
+    probabilities = probabilities_of(model, picked.images, cpu, torch.float32)
+    target = Path(output) if output else run_dir / "predict.png"
+    try:
+        draw_predictions(picked.images, picked.labels, probabilities, target, f"{sets.name}: 16 random test images")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {target} cannot be written ({error}): give another .png") from None
+    print("label     ", *(f"{label:5d}" for label in picked.labels.tolist()))
+    print("prediction", *(f"{guess:5d}" for guess in probabilities.argmax(dim=1).tolist()))
+    print("sure (%)  ", *(f"{100 * sure:5.1f}" for sure in probabilities.max(dim=1).values.tolist()))
+    print(f"drawn: {target}")

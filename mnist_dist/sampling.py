@@ -1,0 +1,71 @@
+"""Which samples a process sees in which step: global batches, cut for the processes of a run.
+
+The order of an epoch is a function of (seed, epoch) alone. `DistributedSampler` gives rank r of P the positions r, r+P,
+r+2P … of it, so the ranks' cuts of positions [kB, (k+1)B) together are the k-th batch of a single process, whatever P.
+It knows nothing of the model or of collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, DistributedSampler
+
+from mnist_dist.data import Images
+
+
+class GlobalBatchSampler:
+    """Yields this rank's indices of each global batch, `passes` lists per batch (gradient accumulation).
+
+    The padding that `DistributedSampler` adds to even out the ranks is dropped; a rank's list may then be shorter than
+    the others', or empty in a small last batch, but every rank yields the same number of lists. `first_step` and
+    `end_step` bound the batches of the epoch that are yielded.
+    """
+
+    def __init__(self, sampler: DistributedSampler, global_batch_size: int, passes: int = 1) -> None:
+        self.sampler = sampler  # Accelerate calls its set_epoch
+        self.batch_size = global_batch_size
+        self.passes = passes
+        self.num_samples = len(sampler.dataset)
+        self.num_batches = -(-self.num_samples // global_batch_size)
+        self.first_step, self.end_step = 0, self.num_batches
+
+    def count(self, step: int) -> int:
+        """Samples that are really in global batch `step`, over all ranks."""
+        return min(self.batch_size, self.num_samples - step * self.batch_size)
+
+    def own_positions(self, step: int) -> range:
+        """The positions in the epoch's order of this rank's samples of global batch `step`."""
+        rank, size = self.sampler.rank, self.sampler.num_replicas
+        start = step * self.batch_size
+        return range(start + (rank - start) % size, start + self.count(step), size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)  # this rank's share: position p of the epoch is order[p // size]
+        size = self.sampler.num_replicas
+        for step in range(self.first_step, self.end_step):
+            own = self.own_positions(step)
+            cut, length = own.start // size, len(own)
+            for i in range(self.passes):
+                yield order[cut + length * i // self.passes : cut + length * (i + 1) // self.passes]
+
+    def __len__(self) -> int:
+        return (self.end_step - self.first_step) * self.passes
+
+
+def make_loader(images: Images, global_batch_size: int, *, rank: int, size: int, shuffle: bool = False, seed: int = 0,
+                passes: int = 1) -> DataLoader:
+    """A DataLoader over this rank's share of `images`, prepared by Accelerate but not sharded a second time.
+
+    `accelerator.prepare` would shard once more: on 8 processes 1,600 of 10,000 images are then seen. The images are
+    on their device already, so the loader moves nothing.
+    """
+    sampler = DistributedSampler(images, num_replicas=size, rank=rank, shuffle=shuffle, seed=seed)
+    batches = GlobalBatchSampler(sampler, global_batch_size, passes)
+    loader = DataLoader(images, batch_sampler=batches, collate_fn=_as_it_is)
+    return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+
+def _as_it_is(batch):  # noqa: ANN001, ANN202 - `Images.__getitems__` returns whole batches
+    return batch

@@ -1,0 +1,61 @@
+"""`mnist-dist show`: the tutorial's look at the data and at the untrained model (its steps 1, 2, 3 and 5)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
+from mnist_dist.console import Console
+from mnist_dist.data import ImageSets, load, obtain, scale
+from mnist_dist.errors import UserError
+from mnist_dist.model import MLP, flop_per_sample, num_parameters
+
+ROW = 7  # the first row of training image 0 with ink on much of its width
+GRID = 25
+
+
+def open_images(config: TrainConfig) -> ImageSets:
+    """The data set that the config names, for a command of one process. Raises `UserError`."""
+    return load(obtain(config.dataset, config.data_dir, config.mirror, Console(True).warn), config.data_dir)
+
+
+def _row(values: torch.Tensor) -> str:
+    return "\n".join("  " + " ".join(f"{value:7.4f}" for value in part) for part in values.split(7))
+
+
+def show(config: TrainConfig, output_dir: Path) -> None:
+    """Print the look, and draw `digit.png` and `digits.png` into `output_dir`. Raises `UserError`."""
+    from mnist_dist.figures import draw_digit, draw_grid
+
+    sets = open_images(config)
+    images, labels = sets.train.images, sets.train.labels
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        draw_digit(images[0], int(labels[0]), output_dir / "digit.png")
+        draw_grid(images[:GRID], [str(label) for label in labels[:GRID].tolist()], output_dir / "digits.png", columns=5)
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir} cannot be written ({error.strerror}): give another") from None
+
+    print(f"1. {sets.name}: {len(sets.train):,} training and {len(sets.test):,} test images")
+    print(f"   an image is {list(images[0].shape)} in [0, 1], its label a scalar; the first label is {labels[0]}")
+    print(f"   row {ROW} of the first image:\n{_row(images[0, 0, ROW] / 255)}")
+    print(f"   the same scaled to [-1, 1] (mean 0.5, deviation 0.5):\n{_row(scale(images[:1])[0, 0, ROW])}")
+    print(f"2. drawn: {output_dir / 'digit.png'} (the first image), {output_dir / 'digits.png'} (the first {GRID})")
+
+    torch.manual_seed(config.seed)
+    model = MLP()
+    alone = model.probabilities(scale(images[:1]))
+    print(f"3. the MLP {'-'.join(map(str, model.sizes))}: {num_parameters(model.sizes):,} parameters, "
+          f"{flop_per_sample(model.sizes):,} FLOP per sample and step")
+    print("   untrained, its probabilities for the first image are all near 0.1:")
+    print("  " + " ".join(f"{probability:.4f}" for probability in alone[0]))
+
+    batch = scale(images[:REFERENCE_BATCH_SIZE])
+    within = model.probabilities(batch)
+    print(f"5. a batch is {list(batch.shape)}, its prediction {list(within.shape)}")
+    print(f"   the first image's prediction within the batch and alone differ by at most "
+          f"{(within[0] - alone[0]).abs().max():.1e}")
+    sys.stdout.flush()
