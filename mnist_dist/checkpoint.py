@@ -66,7 +66,8 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], state:
     """
     final, temporary = root / f"step-{step:09d}", root / f".step-{step:09d}.{os.getpid()}"
     files = {TENSORS: tensor_bytes(tensors), STATE: json.dumps(state, allow_nan=False).encode()}
-    files[MANIFEST] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in files.items()}).encode()
+    checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files[MANIFEST] = json.dumps(checksums).encode()
     try:
         root.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()

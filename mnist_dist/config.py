@@ -90,7 +90,7 @@ class TrainConfig:
             object.__setattr__(self, option.name, checked(option, getattr(self, option.name)))
         if self.batch_size is not None and self.per_device_batch_size is not None:
             raise UserError(
-                f"--batch-size {self.batch_size} and --per-device-batch-size {self.per_device_batch_size} name the same "
+                f"--batch-size {self.batch_size} and --per-device-batch-size {self.per_device_batch_size} say the same "
                 "thing twice: give the global one or the per-process one"
             )
         if self.batch_size is None and self.per_device_batch_size is None:
@@ -165,9 +165,7 @@ def checked(option: Field, value: Any) -> Any:
         if kind is bool:
             if not isinstance(value, bool):
                 raise ValueError
-        elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise ValueError
-        elif kind is int and isinstance(value, float):
+        elif isinstance(value, bool) or not isinstance(value, (str, int) if kind is int else (str, int, float)):
             raise ValueError
         else:
             value = kind(value)
@@ -231,7 +229,8 @@ def read_config(path: Path) -> dict[str, Any]:
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(values.keys() - known)
     if unknown:
-        raise UserError(f"--config {path} has unknown keys {', '.join(unknown)}: allowed are {', '.join(sorted(known))}")
+        allowed = ", ".join(sorted(known))
+        raise UserError(f"--config {path} has unknown keys {', '.join(unknown)}: allowed are {allowed}")
     for option in fields(TrainConfig):
         if option.name in values:
             values[option.name] = checked(option, values[option.name])

@@ -1,4 +1,7 @@
-"""What a person sees while a run goes on: a header, a table of epochs, a progress bar on a terminal. One process speaks."""
+"""What a person sees while a run goes on: a header, a table of epochs, a progress bar on a terminal.
+
+One process of a run speaks; the others have a console that is silent.
+"""
 
 from __future__ import annotations
 

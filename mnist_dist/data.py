@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ def load(name: str, data_dir: str) -> ImageSets:
     return ImageSets(name, *sets)
 
 
-def _embedded(data_dir: str):  # noqa: ANN202 - the type lives in the module that is imported when needed
+def _embedded(data_dir: str) -> Any:
     from mnist_dist.synthetic import load_digits
 
     return load_digits(Path(data_dir))
@@ -151,8 +151,7 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     """
     remedy = "put the original file there, or remove the folder's IDX files to have them downloaded"
     try:
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-        with opened as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
     except FileNotFoundError:
         raise UserError(f"{path} is missing, while other files of its data set are there: {remedy}") from None

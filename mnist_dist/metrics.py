@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Stopwatch:
         self.samples += opened.samples
         self.waited += opened.waited
         marks = [opened.start, *opened.laps]
-        self.step_seconds += [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        self.step_seconds += [after - before for before, after in pairwise(marks)]
 
     def state(self) -> dict[str, float]:
         """What a checkpoint in the middle of an epoch keeps, to go on from; the single step times are not kept."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import SIDE
 from mnist_dist.errors import UserError
-from mnist_dist.results import load_model, predict as probabilities_of, random_images
+from mnist_dist.results import load_model, random_images
+from mnist_dist.results import predict as probabilities_of
 from mnist_dist.show import open_images
 
 MAX_PIXELS = 50_000_000  # of an image file: beyond that it is no picture of one digit

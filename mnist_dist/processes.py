@@ -97,11 +97,17 @@ def asked_of_accelerate() -> int | None:
         return None
 
 
+def child_environment() -> dict[str, str]:
+    """The environment for `python -m mnist_dist` in another process: it runs this very code, installed or not."""
+    parent = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [parent, os.environ.get("PYTHONPATH")]))}
+
+
 def local_number(asked: int | None) -> int:
     """Processes to run on this machine: 0 is one for each GPU, or one; None, or no number at all, is one."""
-    import torch
-
     if asked == 0:
+        import torch
+
         return 1 if cpu_wanted() else torch.cuda.device_count()
     return max(1, asked or 1)
 
@@ -120,8 +126,7 @@ def spawn(num_processes: int, arguments: Sequence[str]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
     os.environ["ACCELERATE_USE_CPU"] = str(cpu_wanted()).lower()
-    package_parent = str(Path(__file__).resolve().parents[1])  # the processes run this code, installed or not
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+    os.environ.update(child_environment())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what went wrong
     launch = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",

@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> None:
     team = processes.start(
         timeout_s=config.timeout,
         mixed_precision=processes.precision(config.mixed_precision if config.dtype == "float32" else "no"),
-        dynamo_backend="inductor" if config.compile == "on" else "no",
+        dynamo_backend={"on": "inductor", "off": "no", "auto": None}[config.compile],  # None: as the launcher says
     )
     console = Console(team.is_main)
     run = None
@@ -190,8 +190,8 @@ class Run:
             self._stop()
 
     def _stop(self) -> None:
-        raise Stopped(self.trainer.stop_signal, self.global_step,
-                      f"continue with --resume --output-dir {self.folder}" if self.every else "no checkpoint was asked for")
+        what_next = f"continue with --resume --output-dir {self.folder}" if self.every else "no checkpoint was wanted"
+        raise Stopped(self.trainer.stop_signal, self.global_step, what_next)
 
     def _checkpoint(self, *, due: bool) -> None:
         trainer, scaler = self.trainer, self.team.accelerator.scaler

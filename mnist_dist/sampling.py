@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mnist_dist.data import Images
@@ -67,5 +68,5 @@ def make_loader(images: Images, global_batch_size: int, *, rank: int, size: int,
     return prepare_data_loader(loader, num_processes=1, process_index=0)
 
 
-def _as_it_is(batch):  # noqa: ANN001, ANN202 - `Images.__getitems__` returns whole batches
-    return batch
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch  # `Images.__getitems__` gives whole batches: there is nothing to collate

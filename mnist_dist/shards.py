@@ -2,7 +2,8 @@
 
 Each global batch is cut into S logical shards: sample p of the epoch's order belongs to shard p mod S. A shard's
 gradient is computed with the same kernels and shapes wherever it runs, the gradients of all shards are gathered, and
-every process adds them in the order of the shards (the idea of EasyScale, SC 2023). It replaces DistributedDataParallel.
+every process adds them in the order of the shards (the idea of EasyScale, SC 2023), in place of
+DistributedDataParallel's reduction.
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# ./launch/test.sh [PYTEST OPTIONS]: runs the tests. -m 'not long' leaves out those that take more than half a minute.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+python -c 'import pytest' 2>/dev/null ||
+    { echo "launch: this environment has mnist-dist but no pytest: pip install -e '.[dev]'" >&2; exit 2; }
+exec python -m pytest "$@"

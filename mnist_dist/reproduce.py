@@ -1,0 +1,124 @@
+"""`mnist-dist reproduce`: the tutorial's two trainings beside its numbers (its steps 4 and 6), and what a batch buys.
+
+Each training is a run of `mnist-dist train` in a process of its own, read back from its `result.json`. A run that is
+whole already is not run again. Writes `report.md` and the prediction grid.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mnist_dist.checkpoint import replace_synced
+from mnist_dist.config import flag_of
+from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.processes import child_environment
+from mnist_dist.tracking import RESULT
+
+
+class Protocol(NamedTuple):
+    """One of the tutorial's trainings, with its numbers."""
+
+    folder: str
+    title: str
+    options: tuple[str, ...]
+    quick: tuple[str, ...]  # options that shorten it
+    tutorial_seconds: float  # train + test, per epoch, on the author's GPU
+    tutorial_nll_sums: Mapping[int, float]  # epoch to the sum of the test NLL over 10,000 images
+    reference: Mapping[int, tuple[float, float]]  # mean and deviation of independent runs in plain PyTorch
+
+
+PROTOCOLS = (
+    Protocol(
+        "batch-1", "one sample at a time, in file order", ("--batch-size=1", "--no-shuffle", "--epochs=3"),
+        ("--max-steps=3000",), 110.0, {0: 2077.4, 1: 1488.8, 2: 1271.0},
+        {0: (2001, 63), 1: (1545, 20), 2: (1498, 43)},
+    ),
+    Protocol(
+        "batch-200", "mini-batches of 200, shuffled", ("--batch-size=200", "--epochs=20"), ("--epochs=2",), 5.28,
+        {1: 3416.8, 6: 2425.9, 11: 1816.4, 16: 1435.5},
+        {1: (3435, 30), 6: (2445, 45), 11: (1855, 34), 16: (1440, 29)},
+    ),
+)
+
+
+def reproduce(options: Mapping[str, Any], *, quick: bool, output_dir: str | None) -> None:
+    """Run both protocols with these options of training, print and write the report. Raises `MnistDistError`."""
+    root = Path(output_dir or f"runs/reproduce-{time.strftime('%Y%m%d-%H%M%S')}")
+    results = [run_protocol(protocol, root / protocol.folder, options, quick) for protocol in PROTOCOLS]
+    report = "\n".join(report_lines(results, quick))
+    try:
+        replace_synced(root / "report.md", (report + "\n").encode())
+        shutil.copyfile(root / "batch-200" / "predictions.png", root / "predictions.png")
+    except OSError as error:
+        raise UserError(f"--output-dir {root} cannot be written ({error.strerror}): give another") from None
+    print(f"\n{report}\n\nwritten: {root / 'report.md'}, {root / 'predictions.png'}")
+
+
+def run_protocol(protocol: Protocol, folder: Path, options: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+    """The result of one protocol, run in a fresh process unless it is there already. Raises `MnistDistError`."""
+    result = folder / RESULT
+    if not result.exists():
+        print(f"\n{protocol.title}:", flush=True)
+        words = [*protocol.options, *(protocol.quick if quick else ()), f"--output-dir={folder}", "--resume"]
+        words += [f"{flag_of(name)}={value}" for name, value in options.items()]
+        status = subprocess.run([sys.executable, "-m", "mnist_dist", "train", *words],
+                                env=child_environment()).returncode
+        if status:
+            error = UserError if status == 2 else MnistDistError
+            raise error(f"the training with {protocol.title} ended with status {status}: mend the above, and start "
+                        f"again with --output-dir {folder.parent} to go on from here")
+    return json.loads(result.read_bytes())
+
+
+def report_lines(results: Sequence[Mapping[str, Any]], quick: bool) -> list[str]:
+    """The report as Markdown: a table for each protocol, then the ratio of their speeds."""
+    environment, dataset = results[0]["environment"], results[0]["dataset"]["name"]
+    lines = ["# The tutorial, reproduced", ""]
+    if quick:
+        lines += ["**Shortened by --quick: the learning curves end early.**", ""]
+    if dataset != "mnist":
+        lines += [f"**Trained on {dataset}, not MNIST: the numbers are not to be compared.**", ""]
+    lines += [f"{dataset}, {environment['device_name']} ({environment['device']}), torch {environment['torch']}, "
+              f"accelerate {environment['accelerate']}, seed {results[0]['config']['seed']}. NLL sums are over the "
+              f"{results[0]['dataset']['test']:,} test images, in nats; 'reference' is the mean ± deviation of "
+              "independent runs in plain PyTorch.", ""]
+    for protocol, result in zip(PROTOCOLS, results, strict=True):
+        lines += [*protocol_lines(protocol, result), ""]
+    ours = [result["summary"]["samples_per_second"] for result in results]
+    theirs = PROTOCOLS[0].tutorial_seconds / PROTOCOLS[1].tutorial_seconds
+    if all(ours):
+        lines.append(f"An epoch in mini-batches of 200 trains {ours[1] / ours[0]:.0f} times as fast as one sample at a "
+                     f"time ({ours[1]:,.0f} against {ours[0]:,.0f} samples/s); in the tutorial {theirs:.0f} times.")
+    return lines
+
+
+def protocol_lines(protocol: Protocol, result: Mapping[str, Any]) -> list[str]:
+    """One protocol's table."""
+    lines = [f"## {protocol.title[0].upper()}{protocol.title[1:]}", "",
+             "| epoch | test NLL sum: ours | tutorial | reference | accuracy | seconds per epoch: ours | tutorial |",
+             "|---|---|---|---|---|---|---|"]
+    steps_per_epoch = -(-result["dataset"]["train"] // result["summary"]["global_batch_size"])
+    for record in result["epochs"]:
+        epoch = record["epoch"]
+        cut = record["step"] < (epoch + 1) * steps_per_epoch
+        shown = epoch in protocol.tutorial_nll_sums or record is result["epochs"][-1]
+        if not shown:
+            continue
+        theirs, reference, seconds = "-", "-", "-"
+        if epoch in protocol.reference and not cut:
+            mean, deviation = protocol.reference[epoch]
+            theirs, reference = f"{protocol.tutorial_nll_sums[epoch]}", f"{mean} ± {deviation}"
+            seconds = f"{protocol.tutorial_seconds}"
+        lines.append(
+            f"| {epoch}{' (cut at step ' + str(record['step']) + ')' if cut else ''} | {record['test_nll_sum']:.1f} | "
+            f"{theirs} | {reference} | {100 * record['test_accuracy']:.2f} % | {record['epoch_seconds']:.2f} | "
+            f"{seconds} |"
+        )
+    return lines
