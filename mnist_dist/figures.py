@@ -80,13 +80,17 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, heading: str) 
     loss.plot(epochs, [r["test_nll"] for r in records], color=ORANGE, marker=marker and "s", markersize=4,
               linestyle="--", label="test")
     loss.set(ylabel="negative log-likelihood (nats per image)", yscale="log")
+    for axis_formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        axis_formatter("{x:g}")  # 0.3, not 3 times a power of ten
     loss.legend()
     error.plot(epochs, [100 * (1 - r["test_accuracy"]) for r in records], color=ORANGE, marker=marker and "s",
                markersize=4, linestyle="--")
-    error.set(ylabel="test error (%)", ylim=(0, None))
+    error.set(ylabel="test error (%)")
     measured = [(r["epoch"], r["samples_per_second"]) for r in records if r["samples_per_second"]]
     rate.plot([e for e, _ in measured], [s for _, s in measured], color=BLUE, marker=marker, markersize=4)
-    rate.set(ylabel="training throughput (samples/s)", ylim=(0, None))
+    rate.set(ylabel="training throughput (samples/s)")
+    for axes in (error, rate):
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax if measured else None)
     for axes in (loss, error, rate):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

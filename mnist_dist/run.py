@@ -85,7 +85,8 @@ class Run:
         if config.resume:
             self._resume()
         self.environment = describe_environment(team)
-        settings = {**asdict(self.config), "global_batch_size": self.trainer.batch_size, **self.environment}
+        settings = {**asdict(self.config), "global_batch_size": self.trainer.batch_size,
+                    "environment": self.environment}
         self.trackers = Trackers(team.accelerator, folder, self.config, self.run_id, settings, console.warn)
         self.trackers.run_folder.start_over(self.records)
 

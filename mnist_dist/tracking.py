@@ -67,6 +67,8 @@ def wandb_mode(asked: str, warn: Callable[[str], None]) -> str:
     """"online", "offline" or "disabled", from `--wandb` and what can be reached: a key, and a server that answers."""
     if asked == "disabled" or (asked == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
         return "disabled"
+    # wandb's error reporting goes to the same server, and at exit waits ten seconds for one that hangs
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError:
@@ -79,8 +81,10 @@ def wandb_mode(asked: str, warn: Callable[[str], None]) -> str:
     if not has_key:
         warn("W&B: no API key is configured (wandb login); going on offline")
         return "offline"
+    question = urllib.request.Request(f"{settings.base_url}/graphql", data=b'{"query": "{ __typename }"}',
+                                      headers={"Content-Type": "application/json"})
     try:
-        urllib.request.urlopen(settings.base_url, timeout=ANSWER_SECONDS).close()
+        urllib.request.urlopen(question, timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
         pass  # an answer, of whatever kind
     except (OSError, ValueError) as error:

@@ -1,0 +1,47 @@
+"""Trains many small configurations in one launch and saves what each came to; run by test_exactness.py, not by pytest.
+
+    python exactness_worker.py DATA_DIR OUTPUT_DIR CASES_JSON, or the same under a launcher
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from mnist_dist import processes
+from mnist_dist.config import TrainConfig
+from mnist_dist.data import Images, ImageSets, load
+from mnist_dist.loop import Trainer
+from mnist_dist.metrics import Stopwatch
+
+EPOCHS = 2
+
+
+def main(data_dir: str, output_dir: str, cases: str) -> None:
+    """Each case: options of training, and "images": how many of the training images there are."""
+    team = processes.start(timeout_s=60, mixed_precision="no", dynamo_backend="no")
+    sets = load("mnist", data_dir)
+    for name, options in json.loads(cases).items():
+        count = options.pop("images")
+        some = ImageSets("small", Images(sets.train.images[:count], sets.train.labels[:count]), sets.test)
+        trainer = Trainer(TrainConfig(lr=1e-3, **options), team, some)
+        steps = range(trainer.batches.num_batches)
+        figures = []
+        for epoch in range(EPOCHS):
+            trainer.train_epoch(epoch, steps, Stopwatch(trainer.synchronize), lambda step: None)
+            figures.append({"train_loss": trainer.train_loss(epoch, len(steps)), **trainer.evaluate()})
+            trainer.losses.zero_()
+        if team.is_main:
+            save_file(trainer.module.state_dict(), Path(output_dir, f"{name}.safetensors"))
+            Path(output_dir, f"{name}.json").write_text(json.dumps({
+                "steps": EPOCHS * len(steps), "processes": team.size, "epochs": figures,
+            }))
+        team.accelerator.free_memory()
+    team.part()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,143 @@
+"""Every way to launch, each with 1, 2 and 3 CPU processes: the asked number runs, in one folder, with one W&B run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT, TRAIN, assert_one_line_error, mnist_dist, result_of, run
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+CONFIG = ["--config_file", ROOT / "accelerate_config.yaml"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+WAYS = {
+    "python": ([sys.executable], 1),
+    "accelerate": (ACCELERATE, 1),
+    "accelerate --cpu -n 1": ([*ACCELERATE, "--cpu", "--num_processes", "1"], 1),
+    "accelerate -n 2": ([*ACCELERATE, "--num_processes", "2"], 2),
+    "accelerate --cpu -n 3": ([*ACCELERATE, "--cpu", "--num_processes=3"], 3),
+    "accelerate --multi_gpu -n 2": ([*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0"], 2),
+    "config": ([*ACCELERATE, *CONFIG], 1),
+    "config -n 2": ([*ACCELERATE, *CONFIG, "--num_processes", "2"], 2),
+    "config -n 3": ([*ACCELERATE, *CONFIG, "--num_processes", "3"], 3),
+    "torchrun 1": ([*TORCHRUN, "--nproc-per-node=1"], 1),
+    "torchrun 2": ([*TORCHRUN, "--nproc-per-node=2"], 2),
+    "torchrun 3": ([*TORCHRUN, "--nproc-per-node=3"], 3),
+}
+
+
+@pytest.fixture
+def no_hint(monkeypatch):
+    """Nothing says that the CPU is meant, as on a machine without a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the launchers would use it")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+
+
+def check_one_run(folder, size):
+    (only,) = (folder / "runs").iterdir()
+    result = result_of(only)
+    assert result["environment"]["num_processes"] == size
+    assert result["environment"]["device"] == "cpu"
+    assert result["epochs"][-1]["test_count"] == 211
+    assert len(list((only / "wandb").glob("offline-run-*"))) == 1
+    assert len((only / "metrics.jsonl").read_text().splitlines()) == 1
+    return result
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_asked_number_of_processes(way, no_hint, small_dir, tmp_path):
+    command, size = WAYS[way]
+    done = run([*command, TRAIN, "--data-dir", small_dir, "--max-steps", 3, "--batch-size", 50], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_one_run(tmp_path, size)
+    assert done.stdout.count("writing to") == 1, "one process speaks"
+
+
+@pytest.mark.parametrize(("file", "words", "size"), [
+    ("train.sh", [], 1), ("cpu_processes.sh", [2], 2), ("one_gpu.sh", [], 1), ("all_gpus.sh", [], 1),
+])
+def test_the_files_in_launch(file, words, size, no_hint, small_dir, tmp_path):
+    if not distribution_is_installed():
+        pytest.skip("the package is not installed here: the files would make an environment of their own")
+    done = run([ROOT / "launch" / file, *words, "--data-dir", small_dir, "--max-steps", 3], cwd=tmp_path,
+               VIRTUAL_ENV=sys.prefix, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert done.returncode == 0, done.stderr
+    check_one_run(tmp_path, size)
+
+
+def distribution_is_installed():
+    try:
+        return bool(importlib.metadata.version("mnist-dist"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_processes_option(size, no_hint, small_dir, tmp_path):
+    done = mnist_dist("train", "--processes", size, "--data-dir", small_dir, "--max-steps", 3,
+                      "--per-device-batch-size", 17, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = check_one_run(tmp_path, size)["summary"]
+    assert (summary["global_batch_size"], summary["per_device_batch_size"]) == (17 * size, 17)
+
+
+def test_an_error_in_the_processes_is_one_line_and_their_exit_status(small_dir, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in small_dir.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    labels = damaged / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1])
+    done = mnist_dist("train", "--processes", 2, "--data-dir", damaged, "--output-dir", "out", cwd=tmp_path)
+    assert_one_line_error(done, "t10k-labels-idx1-ubyte", "truncated")
+    assert not (tmp_path / "out").exists()
+
+
+def test_number_that_differs_from_the_launchers_is_refused(small_dir, tmp_path):
+    done = run([*TORCHRUN, "--nproc-per-node=2", TRAIN, "--processes", 3, "--data-dir", small_dir], cwd=tmp_path)
+    assert done.returncode != 0 and not (tmp_path / "runs").exists()
+    assert done.stderr.count("mnist-dist: error: --processes 3 under a launcher that started 2") == 1
+
+
+def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
+    """A launcher that says there are two, of which one came, is not trained alone."""
+    done = mnist_dist("train", "--data-dir", small_dir, "--timeout", 3, cwd=tmp_path, WORLD_SIZE="2", RANK="0",
+                      LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    assert_one_line_error(done, "2 processes of this launch could not be joined")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, small_dir, tmp_path):
+    words = ["--data-dir", small_dir, "--batch-size", 10, "--wandb", "disabled", "--dtype", "float64", "--processes",
+             size]
+    command = [sys.executable, "-m", "mnist_dist", "train", *words, "--epochs", 100_000, "--output-dir", "cut"]
+    process = subprocess.Popen([str(word) for word in command], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == status, errors
+    assert f"stopped by {number.name}" in errors and "--resume" in errors
+    assert not (tmp_path / "cut" / "result.json").exists()
+    epochs = len(metrics.read_text().splitlines()) + 2
+    for folder, more in (("cut", ["--resume"]), ("whole", [])):
+        done = mnist_dist("train", *words, "--epochs", epochs, "--output-dir", folder, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    cut, whole = result_of(tmp_path / "cut"), result_of(tmp_path / "whole")
+    assert [e["test_nll_sum"] for e in cut["epochs"]] == [e["test_nll_sum"] for e in whole["epochs"]]
+    assert [e["train_loss"] for e in cut["epochs"]] == pytest.approx([e["train_loss"] for e in whole["epochs"]])
+    assert len(metrics.read_text().splitlines()) == epochs, "no line is doubled or missing"

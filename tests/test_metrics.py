@@ -1,0 +1,133 @@
+"""The sums over samples and the stopwatch, on a clock that the tests turn."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_dist import metrics
+from mnist_dist.metrics import Stopwatch, batch_sums, percentile
+
+
+class FakeClock:
+    """Stands still until told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run_steps(watch, clock, counts, seconds=0.01, waited=0.0, **options):
+    with watch.window(**options) as window:
+        for count in counts:
+            clock.now += seconds
+            window.lap(count, waited)
+
+
+def test_sums_are_those_of_single_samples():
+    torch.manual_seed(0)
+    log_probabilities = torch.log_softmax(torch.randn(101, 10), dim=1)
+    labels = torch.randint(0, 10, (101,))
+    nll = [-float(row[label]) for row, label in zip(log_probabilities, labels, strict=True)]
+    hits = sum(int(row.argmax() == label) for row, label in zip(log_probabilities, labels, strict=True))
+    sums = sum(batch_sums(log_probabilities[i : i + 7], labels[i : i + 7]) for i in range(0, 101, 7))
+    figures = metrics.test_figures(sums.tolist())
+    assert figures["test_nll_sum"] == pytest.approx(sum(nll), abs=1e-12)
+    assert figures["test_nll"] == pytest.approx(sum(nll) / 101, abs=1e-12)
+    assert (figures["test_count"], figures["test_accuracy"]) == (101, pytest.approx(hits / 101))
+
+
+def test_sums_of_an_empty_share_are_nothing():
+    assert batch_sums(torch.empty(0, 10), torch.empty(0, dtype=torch.int64)).tolist() == [0, 0, 0]
+
+
+def test_rate_leaves_out_warm_up_and_pauses():
+    clock, calls = FakeClock(), []
+    watch = Stopwatch(lambda: calls.append(clock.now), clock)
+    run_steps(watch, clock, [200] * 5, seconds=1.0, warmup=True)  # compiling
+    clock.now += 50  # evaluation
+    run_steps(watch, clock, [200] * 100)
+    clock.now += 70  # a checkpoint
+    run_steps(watch, clock, [200] * 99 + [7])  # a last batch that does not divide
+    figures = watch.figures(watch.seconds, watch.warmup_seconds, 4)
+    assert len(calls) == 6, "synchronised at a window's two ends, and never within"
+    assert figures["samples_per_second"] == pytest.approx((199 * 200 + 7) / 2.0)
+    assert figures["samples_per_second_per_process"] == pytest.approx((199 * 200 + 7) / 8.0)
+    assert figures["warmup_seconds"] == pytest.approx(5.0)
+    assert figures["train_seconds"] == pytest.approx(7.0)
+    assert figures["step_ms_p50"] == pytest.approx(10.0)
+
+
+def test_the_slowest_process_sets_the_rate():
+    clock = FakeClock()
+    watch = Stopwatch(lambda: None, clock)
+    run_steps(watch, clock, [30] * 10, seconds=0.1)
+    assert watch.figures(2.0, 0.0, 3)["samples_per_second"] == pytest.approx(150)
+
+
+def test_time_that_synchronising_takes_counts():
+    clock = FakeClock()
+
+    def wait_for_device():
+        clock.now += 3.0
+
+    watch = Stopwatch(wait_for_device, clock)
+    run_steps(watch, clock, [10], seconds=1.0)
+    assert watch.seconds == pytest.approx(4.0), "the wait at the end is the device's work; the one before it is not"
+
+
+def test_waiting_for_data_and_percentiles():
+    clock = FakeClock()
+    watch = Stopwatch(lambda: None, clock)
+    for seconds in (0.01, 0.02, 0.03, 0.04):
+        run_steps(watch, clock, [1], seconds=seconds, waited=0.005)
+    figures = watch.figures(watch.seconds, 0.0, 1)
+    assert figures["data_wait_fraction"] == pytest.approx(0.2)
+    assert figures["step_ms_p95"] == pytest.approx(float(np.percentile([10, 20, 30, 40], 95)))
+
+
+def test_nothing_measured_is_none_and_not_zero():
+    clock = FakeClock()
+    watch = Stopwatch(lambda: None, clock)
+    run_steps(watch, clock, [200], warmup=True)
+    figures = watch.figures(watch.seconds, watch.warmup_seconds, 2)
+    assert figures["samples_per_second"] is None and figures["samples_per_second_per_process"] is None
+    assert figures["step_ms_p50"] is None and figures["data_wait_fraction"] is None
+
+
+def test_an_interrupted_epoch_goes_on_counting():
+    clock = FakeClock()
+    first = Stopwatch(lambda: None, clock)
+    run_steps(first, clock, [200] * 10)
+    clock.now += 1e6
+    second = Stopwatch(lambda: None, clock, **first.state())
+    run_steps(second, clock, [100] * 10)
+    assert second.figures(second.seconds, 0.0, 1)["samples_per_second"] == pytest.approx(3000 / 0.2)
+
+
+def test_a_step_that_sleeps():
+    watch = Stopwatch(lambda: None)
+    with watch.window() as window:
+        for _ in range(20):
+            time.sleep(0.02)
+            window.lap(100, 0.0)
+    slept = watch.seconds  # by the same clock: what sleeping really took on a busy machine
+    assert slept >= 0.4 and watch.samples == 2000
+    assert watch.figures(slept, 0.0, 1)["samples_per_second"] == pytest.approx(2000 / sum(watch.step_seconds), rel=0.01)
+
+
+@pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 4.0, 2.0, 3.0]])
+@pytest.mark.parametrize("q", [0, 5, 50, 95, 100])
+def test_percentile_is_numpys(values, q):
+    assert percentile(values, q) == pytest.approx(float(np.percentile(values, q)))
+    assert percentile([], q) is None
+
+
+def test_every_figure_has_its_group():
+    assert len(metrics.GROUP_OF) == sum(map(len, metrics.GROUPS.values()))
+    assert set(metrics.GROUPS) == {"train", "test", "throughput", "time", "memory"}

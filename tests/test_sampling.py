@@ -1,0 +1,110 @@
+"""Every sample once, in the order of a single process, whatever the number of processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+
+from mnist_dist.data import Images
+from mnist_dist.sampling import GlobalBatchSampler, make_loader
+from mnist_dist.shards import add_in_order, gather_in_order, own_shards
+
+SIZES = [(1, 1), (10, 3), (59, 7), (60, 7), (61, 7), (1009, 200), (97, 97), (97, 500), (40, 8)]
+
+
+def batch_sampler(num_samples, batch, rank, size, passes=1, epoch=0, shuffle=True):
+    sampler = DistributedSampler(range(num_samples), num_replicas=size, rank=rank, shuffle=shuffle, seed=5)
+    sampler.set_epoch(epoch)
+    return GlobalBatchSampler(sampler, batch, passes)
+
+
+def batches_of(num_samples, batch, rank, size, passes=1, **options):
+    """This rank's batches, the passes of each joined."""
+    lists = list(batch_sampler(num_samples, batch, rank, size, passes, **options))
+    return [sum(lists[i : i + passes], []) for i in range(0, len(lists), passes)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize(("num_samples", "batch"), SIZES)
+def test_ranks_together_have_the_batches_of_one_process(num_samples, batch, size):
+    for epoch in (0, 1):
+        alone = batches_of(num_samples, batch, 0, 1, epoch=epoch)
+        cuts = [batches_of(num_samples, batch, rank, size, epoch=epoch) for rank in range(size)]
+        assert len({len(cut) for cut in cuts}) == 1, "every rank takes as many steps"
+        assert sorted(sum(alone, [])) == list(range(num_samples))
+        for step, whole in enumerate(alone):
+            assert sorted(sum((cut[step] for cut in cuts), [])) == sorted(whole)
+            assert len(whole) == batch_sampler(num_samples, batch, 0, 1).count(step)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [1, 3])
+def test_passes_cut_a_batch_and_lose_nothing(passes, size):
+    for rank in range(size):
+        lists = list(batch_sampler(61, 7, rank, size, passes))
+        assert len(lists) == passes * 9 == len(batch_sampler(61, 7, rank, size, passes))
+        assert batches_of(61, 7, rank, size, passes) == batches_of(61, 7, rank, size)
+
+
+def test_order_depends_on_seed_and_epoch_and_nothing_else():
+    first, again, later = (batches_of(100, 10, 0, 1, epoch=epoch) for epoch in (0, 0, 1))
+    assert first == again != later
+    assert batches_of(20, 7, 0, 1, shuffle=False) == [list(range(7)), list(range(7, 14)), list(range(14, 20))]
+
+
+def test_starting_in_the_middle_gives_the_rest_of_the_epoch():
+    whole = batches_of(1009, 100, 1, 3)
+    sampler = batch_sampler(1009, 100, 1, 3)
+    sampler.first_step, sampler.end_step = 4, 9
+    assert list(sampler) == whole[4:9] and len(sampler) == 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_prepared_loader_shows_each_sample_once(size):
+    """Accelerate would shard a loader that is sharded already a second time, and lose most of it without a word."""
+    num_samples = 211
+    images = Images(torch.zeros(num_samples, 1, 28, 28, dtype=torch.uint8), torch.arange(num_samples))
+    for epoch in (0, 3):
+        seen = []
+        for rank in range(size):
+            loader = make_loader(images, 20, rank=rank, size=size, shuffle=True, seed=1)
+            loader.set_epoch(epoch)
+            batches = [labels for _, labels in loader]
+            assert len(batches) == 11
+            seen += torch.cat(batches).tolist()
+            assert torch.cat(batches).tolist() == sum(
+                batch_sampler_with_seed(num_samples, 20, rank, size, epoch), [])
+        assert sorted(seen) == list(range(num_samples))
+
+
+def batch_sampler_with_seed(num_samples, batch, rank, size, epoch):
+    sampler = DistributedSampler(range(num_samples), num_replicas=size, rank=rank, shuffle=True, seed=1)
+    sampler.set_epoch(epoch)
+    return list(GlobalBatchSampler(sampler, batch))
+
+
+@pytest.mark.parametrize("num_shards", [4, 8])
+def test_logical_shards_are_the_same_on_any_number_of_processes(num_shards):
+    def shards_of_step(size, step):
+        shards = {}
+        for rank in range(size):
+            sampler = batch_sampler(1009, 50, rank, size)
+            own = batches_of(1009, 50, rank, size)[step]
+            for k, part in enumerate(own_shards(sampler, step, num_shards)):
+                shards[rank + k * size] = own[part]
+        return [shards[i] for i in range(num_shards)]
+
+    for step in (0, 1, 20):
+        alone = shards_of_step(1, step)
+        assert sorted(sum(alone, [])) == sorted(batches_of(1009, 50, 0, 1)[step])
+        for size in (2, 4):
+            assert shards_of_step(size, step) == alone
+
+
+def test_gathered_rows_are_in_the_order_of_the_shards():
+    size, own = 4, 2
+    by_rank = torch.tensor([[float(rank + k * size)] for rank in range(size) for k in range(own)])
+    rows = gather_in_order(torch.zeros(own, 1), lambda _: by_rank, size)
+    assert rows.flatten().tolist() == list(range(8))
+    assert add_in_order(rows).item() == 28

@@ -1,0 +1,175 @@
+"""The run's folder and Weights & Biases, read back; and a W&B that cannot be reached costs seconds, not the run."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import sys
+import threading
+import time
+
+import pytest
+from support import mnist_dist, result_of, run
+
+from mnist_dist import tracking
+from mnist_dist.metrics import GROUP_OF
+
+KEY = "0123456789012345678901234567890123456789"
+
+
+@pytest.fixture(scope="module")
+def tracked(small_dir, tmp_path_factory):
+    """A run of two processes, three epochs, tracked offline: (its folder, its output)."""
+    folder = tmp_path_factory.mktemp("tracked")
+    done = mnist_dist("train", "--processes", 2, "--data-dir", small_dir, "--epochs", 3, "--batch-size", 48, "--wandb",
+                      "offline", "--wandb-group", "a group", "--tags", "one, two", "--run-name", "a name",
+                      "--output-dir", "run", cwd=folder, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done
+
+
+def records_of(folder):
+    """What W&B's own reader finds in the one offline run of a folder, by type."""
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    done = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    records: dict[str, list] = {}
+    for line in done.stdout.splitlines():
+        record = json.loads(line)
+        records.setdefault(record["type"], []).append(record[record["type"]])
+    return records
+
+
+def test_the_folder_is_whole(tracked):
+    folder, done = tracked
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "result.json", "model.safetensors", "predictions.png", "curves.png",
+            "checkpoints", "wandb"} == names
+    result = result_of(folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result["epochs"] and len(lines) == 3
+    assert result["status"] == "completed" and result["config"]["run_name"] == "a name"
+    assert result["dataset"] == {"name": "mnist", "train": 1009, "test": 211}
+    assert result["environment"]["num_processes"] == 2 and result["environment"]["num_machines"] == 1
+    assert done.stdout.count("writing to") == 1, "one process speaks"
+
+
+def test_the_figures_of_an_epoch_fit_together(tracked):
+    result = result_of(tracked[0])
+    for epoch in result["epochs"]:
+        assert set(epoch) == set(GROUP_OF)
+        assert epoch["epoch_seconds"] == pytest.approx(epoch["train_seconds"] + epoch["eval_seconds"])
+        assert epoch["samples_per_second_per_process"] == pytest.approx(epoch["samples_per_second"] / 2)
+        assert epoch["test_nll"] == pytest.approx(epoch["test_nll_sum"] / 211)
+        assert 0 <= epoch["data_wait_fraction"] < 1 and epoch["step_ms_p50"] <= epoch["step_ms_p95"]
+        assert epoch["peak_memory_bytes"] > 1e6
+    first, *later = result["epochs"]
+    assert first["warmup_seconds"] > 0 and all(epoch["warmup_seconds"] == 0 for epoch in later)
+    for epoch in later:
+        assert epoch["samples_per_second"] == pytest.approx(1009 / epoch["train_seconds"], rel=1e-6)
+    summary = result["summary"]
+    assert (summary["global_batch_size"], summary["per_device_batch_size"]) == (48, 24)
+    assert summary["best_test_nll"] == min(epoch["test_nll"] for epoch in result["epochs"])
+    assert summary["final_test_nll"] == result["epochs"][-1]["test_nll"]
+    assert summary["seconds_to_target"] is None
+
+
+def test_wandb_has_config_metrics_summary_pictures_and_model(tracked):
+    folder, _ = tracked
+    records, result = records_of(folder), result_of(folder)
+    config = {key: value for update in records["config"] for key, value in update["update"].items()}
+    for key, value in result["config"].items():
+        assert config[key] == value, key
+    assert config["environment"]["num_processes"] == 2 and config["global_batch_size"] == 48
+    history = [record["item"] for record in records["history"]]
+    for epoch in result["epochs"]:
+        (row,) = [row for row in history if row.get("train/epoch") == epoch["epoch"]]
+        for name, value in epoch.items():
+            assert row[f"{GROUP_OF[name]}/{name}"] == pytest.approx(value), name
+    summary = {key: value for update in records["summary"] for key, value in update["update"].items()}
+    assert summary["batch_size"] == 48
+    assert summary["samples_per_second"] == pytest.approx(result["summary"]["samples_per_second"])
+    files = [entry["path"] for record in records["files"] for entry in record["files"]]
+    for kind in ("predictions", "curves"):
+        assert any(re.search(rf"media/images/{kind}_.*\.png", path) for path in files), files
+    assert any("confusion_matrix" in path for path in files), files
+    assert "model" in {artifact["type"] for artifact in records["artifact"]}
+    (began,) = records["run"]
+    assert (began["project"], began["display_name"], began["run_group"]) == ("mnist_dist", "a name", "a group")
+    assert began["tags"] == ["one", "two"]
+
+
+def test_an_offline_run_says_how_to_sync(tracked):
+    assert re.search(r"wandb sync \S*offline-run-\S+", tracked[1].stdout)
+
+
+class Stalling(http.server.BaseHTTPRequestHandler):
+    """Takes a request and never answers."""
+
+    def do_POST(self):
+        self.server.asked.set()
+        self.server.over.wait(60)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stalling_server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stalling)
+    server.asked, server.over = threading.Event(), threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_does_not_answer(stalling_server, small_dir, tmp_path):
+    begin = time.monotonic()
+    done = mnist_dist("train", "--data-dir", small_dir, "--max-steps", 2, "--output-dir", "run", cwd=tmp_path,
+                      WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{stalling_server.server_port}")
+    print(f"{time.monotonic() - begin:.1f} s in all")
+    assert done.returncode == 0, done.stderr
+    assert stalling_server.asked.is_set()
+    assert "does not answer" in done.stderr and "going on offline" in done.stderr
+    assert "wandb sync" in done.stdout and KEY not in done.stdout + done.stderr
+    assert records_of(tmp_path / "run")["history"]
+    assert tracking.ANSWER_SECONDS + tracking.INIT_SECONDS < 15
+
+
+def test_no_network_no_key_and_disabled(small_dir, tmp_path):
+    refused = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    for name, environment, said in (("refused", refused, "does not answer"), ("no-key", {}, "no API key")):
+        done = mnist_dist("train", "--data-dir", small_dir, "--max-steps", 2, "--wandb", "online", "--output-dir", name,
+                          cwd=tmp_path, **environment)
+        assert done.returncode == 0 and said in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert records_of(tmp_path / name)["history"]
+    done = mnist_dist("train", "--data-dir", small_dir, "--max-steps", 2, "--wandb", "disabled", "--output-dir", "off",
+                      cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr and not (tmp_path / "off" / "wandb").exists()
+
+
+def test_a_wandb_that_fails_to_start_stops_nothing(monkeypatch, tmp_path):
+    import wandb
+    from accelerate import Accelerator
+
+    from mnist_dist.config import TrainConfig
+
+    attempts, warnings = [], []
+
+    def fail(**options):
+        attempts.append(options["mode"])
+        raise RuntimeError("out of\norder")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    monkeypatch.setattr(tracking, "wandb_mode", lambda *_: "online")
+    trackers = tracking.Trackers(Accelerator(cpu=True), tmp_path, TrainConfig(), "id", {}, warnings.append)
+    assert attempts == ["online", "offline"] and trackers.mode == "disabled"
+    assert len(warnings) == 2 and all("out of order" in warning for warning in warnings)
+    trackers.log({"epoch": 0, "step": 3, "test_nll": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"epoch": 0, "step": 3, "test_nll": 0.5}
