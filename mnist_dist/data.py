@@ -158,19 +158,20 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
     num_dimensions = 3 if what == "images" else 1
-    header = np.frombuffer(content[: 4 + 4 * num_dimensions], dtype=">u4") if len(content) >= 16 else np.zeros(0, "u4")
+    header_bytes = 4 + 4 * num_dimensions
+    header = np.frombuffer(content[:header_bytes] if len(content) >= header_bytes else b"", dtype=">u4")
     if len(header) and header[0] != IDX_MAGIC[what]:
         raise UserError(
             f"{path} begins with 0x{header[0]:08x} where IDX {what} have 0x{IDX_MAGIC[what]:08x}: {remedy}"
         )
     shape = tuple(int(size) for size in header[1:])
-    expected = 4 + 4 * num_dimensions + int(np.prod(shape, dtype=object))
+    expected = header_bytes + int(np.prod(shape, dtype=object))
     if not shape or len(content) != expected:
         said = f"says {expected} in its header" if shape else "needs a header"
         raise UserError(f"{path} has {len(content)} bytes and {said}: it is truncated or damaged; {remedy}")
     if shape[0] == 0 or (what == "images" and shape[1:] != (SIDE, SIDE)):
         raise UserError(f"{path} holds {' x '.join(map(str, shape))} where N x {SIDE} x {SIDE} are needed: {remedy}")
-    return np.frombuffer(bytearray(content), dtype=np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+    return np.frombuffer(bytearray(content), dtype=np.uint8, offset=header_bytes).reshape(shape)
 
 
 def _check_pair(images: np.ndarray, labels: np.ndarray, folder: Path, split: str) -> None:

@@ -13,7 +13,7 @@ from mnist_dist.data import ImageSets, load, obtain, scale
 from mnist_dist.errors import UserError
 from mnist_dist.model import MLP, flop_per_sample, num_parameters
 
-ROW = 7  # the first row of training image 0 with ink on much of its width
+ROW = 7  # counted from 1, as a person does
 GRID = 25
 
 
@@ -41,8 +41,8 @@ def show(config: TrainConfig, output_dir: Path) -> None:
 
     print(f"1. {sets.name}: {len(sets.train):,} training and {len(sets.test):,} test images")
     print(f"   an image is {list(images[0].shape)} in [0, 1], its label a scalar; the first label is {labels[0]}")
-    print(f"   row {ROW} of the first image:\n{_row(images[0, 0, ROW] / 255)}")
-    print(f"   the same scaled to [-1, 1] (mean 0.5, deviation 0.5):\n{_row(scale(images[:1])[0, 0, ROW])}")
+    print(f"   row {ROW} of the first image:\n{_row(images[0, 0, ROW - 1] / 255)}")
+    print(f"   the same scaled to [-1, 1] (mean 0.5, deviation 0.5):\n{_row(scale(images[:1])[0, 0, ROW - 1])}")
     print(f"2. drawn: {output_dir / 'digit.png'} (the first image), {output_dir / 'digits.png'} (the first {GRID})")
 
     torch.manual_seed(config.seed)

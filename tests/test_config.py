@@ -15,7 +15,7 @@ BAD = [
     ({"batch_size": 2.5}, "--batch-size must be a whole number"),
     ({"batch_size": True}, "--batch-size must be a whole number"),
     ({"lr": -1e-4}, "--lr must be above 0, got -0.0001"),
-    ({"lr": "nan"}, "--lr must be a number above 0, got 'nan'"),
+    ({"lr": "nan"}, "--lr must be a number above 0, got nan"),
     ({"epochs": "0"}, "--epochs must be at least 1"),
     ({"seed": -1}, "--seed must be from 0 to"),
     ({"shuffle": "yes"}, "--shuffle must be true or false"),
@@ -64,7 +64,7 @@ def test_learning_rate_rules(rule, batch, rate):
 def test_global_batch():
     assert TrainConfig().global_batch_size(3) == 200
     assert TrainConfig(per_device_batch_size=17).global_batch_size(3) == 51
-    with pytest.raises(UserError, match="--batch-size 2 is smaller than the 3 processes.*at most 2 processes"):
+    with pytest.raises(UserError, match=r"--batch-size 2 is smaller than the 3 processes.*at most 2 processes"):
         TrainConfig(batch_size=2).global_batch_size(3)
     assert TrainConfig(reproducible=True).global_batch_size(4) == 200
     with pytest.raises(UserError, match="runs on 1, 2, 4, 8 processes, got 3"):

@@ -36,7 +36,7 @@ def test_fewer_are_the_first_of_more_and_seeds_differ():
 
 def test_classes_can_be_told_apart():
     digits = make_digits(4000, 1000)
-    train, test = (images.reshape(len(images), -1).astype(float) for images in (digits.train_images, digits.test_images))
+    train, test = (images.reshape(-1, 784).astype(float) for images in (digits.train_images, digits.test_images))
     means = np.stack([train[digits.train_labels == digit].mean(axis=0) for digit in range(10)])
     nearest = ((test[:, None] - means[None]) ** 2).sum(axis=2).argmin(axis=1)
     accuracy = (nearest == digits.test_labels).mean()

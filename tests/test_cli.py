@@ -1,0 +1,118 @@
+"""The command line: one clear line for bad input, exit status 2, nothing left behind; help without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from support import ROOT, TRAIN, assert_one_line_error, mnist_dist, result_of, run
+
+from mnist_dist.cli import main, parse, training_config
+from mnist_dist.config import TrainConfig, flag_of
+from mnist_dist.errors import UserError
+
+BAD = {
+    "unknown flag": (["--batchsize", "5"], "unknown option --batchsize: did you mean --batch-size?"),
+    "unknown flag, nothing like it": (["--zzz"], "unknown option --zzz"),
+    "no value": (["--lr"], "--lr: expected one argument"),
+    "batch 0": (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+    "negative lr": (["--lr", "-1e-3"], "--lr must be above 0, got -0.001"),
+    "both batch sizes": (["--batch-size", "8", "--per-device-batch-size", "4"], "say the same thing twice"),
+    "batch smaller than processes": (["--processes", "3", "--batch-size", "2"], "smaller than the 3 processes"),
+    "unknown dataset": (["--dataset", "cifar"], "--dataset must be one of"),
+    "no processes": (["--processes", "0"], "--processes must be a whole number at least 1"),
+    "not a number": (["--processes", "two"], "got 'two'"),
+    "resume without a folder": (["--resume"], "--resume needs --output-dir"),
+    "missing config": (["--config", "none.yaml"], "--config none.yaml cannot be read"),
+    "a word": (["fast"], "unknown option fast"),
+    "float64 in half": (["--dtype", "float64", "--mixed-precision", "bf16"], "exclude each other"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
+    words, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mnist-dist: error: ") and message in lines[0]
+    assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+def test_unknown_key_in_a_config_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "c.yaml").write_text("learning_rate: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", "c.yaml"]) == 2
+    assert "unknown keys learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["report"]])
+def test_a_command_is_needed(words, capsys):
+    assert main(words) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_only_the_run_itself_finds(small_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    for words, needle in (
+        (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
+        (["--output-dir", tmp_path / "file" / "run"], "cannot be written"),
+        (["--data-dir", tmp_path / "file"], "is not a folder"),
+    ):
+        done = run([sys.executable, TRAIN, "--data-dir", small_dir, *words], cwd=tmp_path)
+        assert_one_line_error(done, needle)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_divergence_ends_with_3_and_names_the_step(small_dir, tmp_path):
+    done = mnist_dist("train", "--data-dir", small_dir, "--lr", "1e38", "--batch-size", 100, "--epochs", 3, "--wandb",
+                      "disabled", "--output-dir", "run", "--processes", 2, cwd=tmp_path)
+    assert_one_line_error(done, "training diverged", "step", "--lr", status=3)
+    assert result_of(tmp_path / "run")["status"] == "diverged"
+
+
+def test_a_folder_that_holds_a_run_is_left_as_it_was(small_dir, tmp_path):
+    words = ["train", "--data-dir", small_dir, "--max-steps", 2, "--wandb", "disabled", "--output-dir", "run"]
+    assert mnist_dist(*words, cwd=tmp_path).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert_one_line_error(mnist_dist(*words, cwd=tmp_path), "already holds a run", "--resume")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = mnist_dist("train", "--config", "run/config.yaml", "--output-dir", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    first, second = (result_of(tmp_path / name)["epochs"][0] for name in ("run", "again"))
+    assert first["test_nll_sum"] == second["test_nll_sum"], "a run's config repeats it"
+
+
+def test_one_process_of_several_speaks(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run([*launcher, TRAIN, "--batch-size", "0"], cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("--batch-size must be at least 1") == 1
+
+
+def test_help_imports_no_torch():
+    code = ("import sys; from mnist_dist.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+            "print('torch' in sys.modules, 'matplotlib' in sys.modules, 'wandb' in sys.modules)")
+    for words in (["--help"], ["train", "--help"], ["predict", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "False False False", done.stderr
+        assert "usage: mnist-dist" in done.stdout
+
+
+def test_every_knob_has_its_flag(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert [flag_of(option.name) for option in fields(TrainConfig) if flag_of(option.name) not in text] == []
+
+
+def test_underscores_and_the_mirror_of_the_environment(monkeypatch):
+    monkeypatch.setenv("MNIST_DIST_MIRROR", "http://from.environment/")
+    config = training_config(parse(["train", "--batch_size=64", "--no_shuffle", "--data_dir", "a_b"]))
+    assert (config.batch_size, config.shuffle, config.data_dir) == (64, False, "a_b")
+    assert config.mirror == "http://from.environment/"
+    assert training_config(parse(["train", "--mirror", "http://typed/"])).mirror == "http://typed/"
+    with pytest.raises(UserError, match="expected one argument"):
+        parse(["train", "--seed"])
