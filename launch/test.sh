@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./launch/test.sh [PYTEST OPTIONS]: runs the tests. -m 'not long' leaves out those that take more than half a minute.
+# ./launch/test.sh [PYTEST OPTIONS]: runs the quick tests; with -m long, those that take more than half a minute.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 python -c 'import pytest' 2>/dev/null ||
