@@ -1,0 +1,1 @@
+"""Peers and ours, side by side. `python -m benchmarks --help`."""
