@@ -1,7 +1,7 @@
 """`python -m benchmarks --data-dir DIR`: our training beside a plain Accelerate loop, on this machine.
 
-Each measurement is a fresh process, the two take turns, and a first epoch warms up and is not counted. Prints a Markdown
-table of medians with minimum and maximum, and writes it with hardware, versions and command into benchmarks/results/.
+Each measurement is a fresh process, the two take turns, and a first epoch warms up and is not counted. Prints a
+Markdown table of medians with minimum and maximum; writes it, with hardware, versions and command, to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def ours(root: str, batch_size: int, folder: Path) -> tuple[list[float], dict]:
 
 def plain(root: str, batch_size: int) -> list[float]:
     """Rates of the counted epochs of the plain loop."""
-    done = subprocess.run([sys.executable, HERE / "plain_accelerate.py", root, str(batch_size), str(EPOCHS)], check=True,
-                          stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, HERE / "plain_accelerate.py", root, str(batch_size), str(EPOCHS)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])[1:]
 
 
@@ -61,16 +61,18 @@ def main() -> None:
         f"Training throughput at batch {given.batch_size}, one process, samples per second:", "",
         "| | median | minimum | maximum | epochs |", "|---|---|---|---|---|",
         *(row(name, values) for name, values in rates.items()), "",
-        f"Ratio of the medians: {ratio:.1f}. {given.repeats} interleaved repeats of {EPOCHS} epochs in fresh processes, the "
-        "first of each not counted.", "",
+        f"Ratio of the medians: {ratio:.1f}. {given.repeats} interleaved repeats of {EPOCHS} epochs in fresh processes, "
+        "the first of each not counted.", "",
         f"{environment['device_name']} ({environment['device']}), {environment['num_threads']} threads, torch "
         f"{environment['torch']}, accelerate {environment['accelerate']}, Python {environment['python']}, "
-        f"{time.strftime('%Y-%m-%d')}; `python -m benchmarks --batch-size {given.batch_size} --repeats {given.repeats}`",
+        f"{time.strftime('%Y-%m-%d')}; "
+        f"`python -m benchmarks --batch-size {given.batch_size} --repeats {given.repeats}`",
     ])
     print(text)
     stem = HERE / "results" / f"{environment['device']}-batch-{given.batch_size}"
     stem.with_suffix(".md").write_text(text + "\n")
-    stem.with_suffix(".json").write_text(json.dumps({"environment": environment, "samples_per_second": rates}, indent=1))
+    record = {"environment": environment, "samples_per_second": rates}
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tutorial's batch-200 protocol on MNIST, five seeds, against ten independent runs in plain PyTorch; CUDA checks."""
+"""The tutorial's batch-200 protocol, five seeds, against independent runs in plain PyTorch; and what CUDA must show."""
 
 from __future__ import annotations
 
