@@ -1,7 +1,7 @@
 """`python -m benchmarks --data-dir DIR`: our training beside a plain Accelerate loop, on this machine.
 
 Each measurement is a fresh process, the two take turns, and a first epoch warms up and is not counted. Prints a
-Markdown table of medians with minimum and maximum; writes it, with hardware, versions and command, to benchmarks/results/.
+Markdown table of medians with minimum and maximum; writes it, with hardware and versions, to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def main() -> None:
         f"Training throughput at batch {given.batch_size}, one process, samples per second:", "",
         "| | median | minimum | maximum | epochs |", "|---|---|---|---|---|",
         *(row(name, values) for name, values in rates.items()), "",
-        f"Ratio of the medians: {ratio:.1f}. {given.repeats} interleaved repeats of {EPOCHS} epochs in fresh processes, "
-        "the first of each not counted.", "",
+        f"Ratio of the medians: {ratio:.1f}. {given.repeats} interleaved repeats of {EPOCHS} epochs in fresh "
+        "processes, the first epoch of each not counted.", "",
         f"{environment['device_name']} ({environment['device']}), {environment['num_threads']} threads, torch "
         f"{environment['torch']}, accelerate {environment['accelerate']}, Python {environment['python']}, "
         f"{time.strftime('%Y-%m-%d')}; "
