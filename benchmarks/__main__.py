@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mnist_dist.processes import child_environment
+from mnist_dist.launching import child_environment
 
 HERE = Path(__file__).parent
 EPOCHS = 3  # of which the first warms up

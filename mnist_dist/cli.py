@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mnist_dist import __version__, processes
+from mnist_dist import __version__, launching
 from mnist_dist.config import TrainConfig, flag_of, merged, read_config
 from mnist_dist.errors import LostProcess, MnistDistError, UserError
 
@@ -120,15 +120,15 @@ def _train(given: argparse.Namespace, argv: Sequence[str]) -> int:
     asked = given.processes
     if asked is not None and (not asked.isdecimal() or int(asked) < 1):
         raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
-    if processes.is_launched():
-        if asked is not None and int(asked) != processes.launched_size():
-            raise UserError(f"--processes {asked} under a launcher that started {processes.launched_size()}: drop "
+    if launching.is_launched():
+        if asked is not None and int(asked) != launching.launched_size():
+            raise UserError(f"--processes {asked} under a launcher that started {launching.launched_size()}: drop "
                             "--processes, or tell the launcher")
     else:
-        number = processes.local_number(int(asked) if asked else processes.asked_of_accelerate())
+        number = launching.local_number(int(asked) if asked else launching.asked_of_accelerate())
         if number > 1:
             config.global_batch_size(number)
-            return processes.spawn(number, argv)
+            return launching.spawn(number, argv)
     from mnist_dist.run import train
 
     train(config)
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(argv)
     except MnistDistError as error:
         lost = isinstance(error, LostProcess)
-        if lost or processes.launched_rank() == 0:
+        if lost or launching.launched_rank() == 0:
             print(f"mnist-dist: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if lost:
             sys.stdout.flush()

@@ -1,8 +1,7 @@
 """Where images come from: IDX files on disk, torchvision's mirrors, or the embedded digits.
 
-Images are held as uint8 tensors and scaled to [-1, 1] batch by batch, on the device. It knows nothing of processes:
-whoever calls it sees to it that one per machine fetches (`obtain`) before all of them load (`load`).
-Shapes: N images in a set, B in a batch, 1 channel, H = W = 28 pixels.
+Images are held as uint8 tensors and scaled to [-1, 1] batch by batch, on the device. It knows nothing of processes: one
+per machine is to fetch (`obtain`) before all load (`load`). N images in a set, B in a batch, 1 channel, H = W = 28.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ STEMS = {  # (split, what) to the file's name, less .gz
 }
 IDX_MAGIC = {"images": 0x00000803, "labels": 0x00000801}  # unsigned bytes in three dimensions, in one
 STALL_SECONDS = 10.0  # a mirror that sends nothing for so long is given up
-NUM_CLASSES = 10
-SIDE = 28
+NUM_CLASSES, SIDE = 10, 28
 
 
 class Images(Dataset):
@@ -82,8 +80,8 @@ def scale(images_B1HW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def obtain(dataset: str, data_dir: str, mirror: str | None, warn: Callable[[str], None]) -> str:
     """Make sure that the data set is on disk, and say its name. To be called by one process per machine.
 
-    Args: `dataset` as in `--dataset`; `mirror` a base URL to try first. Raises `UserError` where the files on disk are
-    not whole, or nothing is to be had; with "auto" the latter is a warning, and "synthetic" is returned.
+    `mirror` is a base URL to try first. Raises `UserError` where nothing is to be had; with "auto" that is a warning,
+    and "synthetic" is returned.
     """
     if dataset == "synthetic":
         _embedded(data_dir)

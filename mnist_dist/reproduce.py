@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from mnist_dist.checkpoint import replace_synced
 from mnist_dist.config import flag_of
 from mnist_dist.errors import MnistDistError, UserError
-from mnist_dist.processes import child_environment
+from mnist_dist.launching import child_environment
 from mnist_dist.tracking import RESULT
 
 

@@ -6,6 +6,7 @@ Called by the main process alone; `load_model` reads a run's model back, executi
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ import mnist_dist
 from mnist_dist.checkpoint import replace_synced, tensor_bytes
 from mnist_dist.data import Images, scale
 from mnist_dist.errors import UserError
+from mnist_dist.launching import environment_number
 from mnist_dist.loop import Trainer
 from mnist_dist.model import MLP
-from mnist_dist.processes import Team, environment_number
+from mnist_dist.processes import Team
 from mnist_dist.tracking import MODEL
 
 GRID_IMAGES = 16  # the tutorial's 4 x 4 test images
@@ -46,6 +48,13 @@ def describe_environment(team: Team) -> dict[str, Any]:
     }
 
 
+def peak_memory_bytes(team: Team) -> int:
+    """The most memory that this process has held: of the GPU where it has one, else of the machine."""
+    if team.accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
 def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -62,6 +71,23 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def summarise(records: Sequence[Mapping[str, Any]], target_nll: float | None) -> dict[str, float | int | None]:
+    """The run's figures over its epochs. Seconds to the target are those of training, evaluation left out."""
+    reached = [i for i, record in enumerate(records) if target_nll is not None and record["test_nll"] <= target_nll]
+    until = records[: reached[0] + 1] if reached else []
+    # rates are not averaged: samples over seconds, of all that was measured
+    measured = [(r["samples_per_second"], r["train_seconds"] - r["warmup_seconds"]) for r in records
+                if r["samples_per_second"]]
+    seconds = sum(s for _, s in measured)
+    return {
+        "samples_per_second": sum(rate * s for rate, s in measured) / seconds if seconds else None,
+        "best_test_nll": min((record["test_nll"] for record in records), default=None),
+        "final_test_nll": records[-1]["test_nll"] if records else None,
+        "seconds_to_target": sum(record["train_seconds"] for record in until) if until else None,
+        "steps_to_target": until[-1]["step"] if until else None,
+    }
 
 
 def random_images(images: Images, seed: int) -> Images:

@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import secrets
 import time
 from dataclasses import asdict, replace
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mnist_dist import processes
+from mnist_dist import launching, processes
 from mnist_dist.checkpoint import load_newest, replace_synced, save_checkpoint
-from mnist_dist.config import TrainConfig, config_text
+from mnist_dist.config import TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
 from mnist_dist.errors import Diverged, LostProcess, MnistDistError, Stopped, UserError
 from mnist_dist.loop import Trainer
 from mnist_dist.metrics import Stopwatch
-from mnist_dist.results import describe_environment, leave_results
-from mnist_dist.tracking import CONFIG, METRICS, RESULT, Trackers
+from mnist_dist.results import describe_environment, leave_results, peak_memory_bytes, summarise
+from mnist_dist.tracking import METRICS, RESULT, Trackers, open_folder
 
 # A run can be continued with other values of everything but these, which would make it another run.
 MUST_NOT_CHANGE = ("lr", "lr_rule", "seed", "shuffle", "dtype", "reproducible", "logical_shards")
@@ -40,7 +36,7 @@ def train(config: TrainConfig) -> None:
         torch.set_num_threads(1)
     team = processes.start(
         timeout_s=config.timeout,
-        mixed_precision=processes.precision(config.mixed_precision if config.dtype == "float32" else "no"),
+        mixed_precision=launching.precision(config.mixed_precision if config.dtype == "float32" else "no"),
         dynamo_backend={"on": "inductor", "off": "no", "auto": None}[config.compile],  # None: as the launcher says
     )
     console = Console(team.is_main)
@@ -113,9 +109,9 @@ class Run:
     def _introduce(self) -> None:
         trainer, say = self.trainer, self.console.say
         share = -(-trainer.batch_size // self.team.size)
-        where = f"{self.environment['device_name']} ({self.environment['device']})"
-        say(f"{self.team.size} {'process' if self.team.size == 1 else 'processes'} on {where}, "
-            f"{self.environment['num_threads']} threads each; {self.sets.name}: {len(self.sets.train):,} training and "
+        place, size = self.environment, self.team.size
+        say(f"{size} {'process' if size == 1 else 'processes'} on {place['device_name']} ({place['device']}), "
+            f"{place['num_threads']} threads each; {self.sets.name}: {len(self.sets.train):,} training and "
             f"{len(self.sets.test):,} test images")
         say(f"global batch {trainer.batch_size} = {'at most ' if trainer.batch_size % self.team.size else ''}{share} "
             f"per process, {self.num_batches:,} steps per epoch, Adam at {trainer.learning_rate:g}, "
@@ -173,7 +169,7 @@ class Run:
 
     def _record(self, loss: float, figures: dict[str, Any], eval_seconds: float) -> dict[str, Any]:
         watch = self.stopwatch
-        slowest = self.team.highest(watch.seconds, watch.warmup_seconds, eval_seconds, _peak_memory_bytes(self.team))
+        slowest = self.team.highest(watch.seconds, watch.warmup_seconds, eval_seconds, peak_memory_bytes(self.team))
         seconds, warmup, eval_seconds, memory = slowest
         times = watch.figures(seconds, warmup, self.team.size)
         return {
@@ -227,25 +223,13 @@ class Run:
         if kept.state["scaler"] and self.team.accelerator.scaler:
             self.team.accelerator.scaler.load_state_dict(kept.state["scaler"])
 
-    def _summary(self) -> dict[str, Any]:
-        records, target = self.records, self.config.target_nll
-        reached = next((i for i, r in enumerate(records) if target is not None and r["test_nll"] <= target), None)
-        # rates are not averaged: samples over seconds, of all that was measured
-        measured = [(r["samples_per_second"], r["train_seconds"] - r["warmup_seconds"]) for r in records]
-        seconds = sum(s for rate, s in measured if rate)
-        return {
+    def _write_result(self, status: str) -> dict[str, Any]:
+        summary = {
             "global_batch_size": self.trainer.batch_size,
             "per_device_batch_size": -(-self.trainer.batch_size // self.team.size),
             "learning_rate": self.trainer.learning_rate,
-            "samples_per_second": sum(rate * s for rate, s in measured if rate) / seconds if seconds else None,
-            "best_test_nll": min((r["test_nll"] for r in records), default=None),
-            "final_test_nll": records[-1]["test_nll"] if records else None,
-            "seconds_to_target": None if reached is None else sum(r["train_seconds"] for r in records[: reached + 1]),
-            "steps_to_target": None if reached is None else records[reached]["step"],
+            **summarise(self.records, self.config.target_nll),
         }
-
-    def _write_result(self, status: str) -> dict[str, Any]:
-        summary = self._summary()
         result = {
             "status": status, "config": asdict(self.config), "dataset": self.sets.summary,
             "environment": self.environment, "epochs": self.records, "summary": summary,
@@ -261,23 +245,3 @@ class Run:
         say(f"everything is in {self.folder}: {RESULT}, {METRICS}, model.safetensors, predictions.png, curves.png")
         if hint := self.trackers.sync_hint():
             say(f"W&B was offline: to bring this run there, {hint}")
-
-
-def open_folder(config: TrainConfig) -> tuple[Path, str]:
-    """Make the run's folder with its `config.yaml`; returns it and the run's id. Raises `UserError`."""
-    run_id = secrets.token_hex(4)
-    folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
-    if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, "checkpoints")):
-        raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with --resume")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_synced(folder / CONFIG, config_text(config).encode())
-    except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
-    return folder, run_id
-
-
-def _peak_memory_bytes(team: processes.Team) -> int:
-    if team.accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.tracking import GeneralTracker, WandBTracker, on_main_process
 
 from mnist_dist.checkpoint import replace_synced
-from mnist_dist.config import TrainConfig
+from mnist_dist.config import TrainConfig, config_text
+from mnist_dist.errors import UserError
 from mnist_dist.metrics import GROUP_OF
 
 if TYPE_CHECKING:
@@ -26,6 +29,20 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 4.0  # for the W&B server's first answer
 INIT_SECONDS = 6.0  # for wandb.init after it; wandb itself would wait for 90
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
+
+
+def open_folder(config: TrainConfig) -> tuple[Path, str]:
+    """Make the run's folder with its `config.yaml`; returns it and the run's id. Raises `UserError`."""
+    run_id = secrets.token_hex(4)
+    folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
+    if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, "checkpoints")):
+        raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with --resume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_synced(folder / CONFIG, config_text(config).encode())
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
+    return folder, run_id
 
 
 class RunFolder(GeneralTracker):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from support import ROOT, TRAIN, assert_one_line_error, mnist_dist, result_of, run
@@ -125,9 +126,7 @@ def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, s
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     metrics = tmp_path / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
-        time.sleep(0.05)
+    wait_for_epochs(tmp_path / "cut", 2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=40)
     assert process.returncode == status, errors
@@ -141,3 +140,23 @@ def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, s
     assert [e["test_nll_sum"] for e in cut["epochs"]] == [e["test_nll_sum"] for e in whole["epochs"]]
     assert [e["train_loss"] for e in cut["epochs"]] == pytest.approx([e["train_loss"] for e in whole["epochs"]])
     assert len(metrics.read_text().splitlines()) == epochs, "no line is doubled or missing"
+
+
+def test_a_killed_process_ends_the_run_with_a_line(small_dir, tmp_path):
+    command = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", "--data-dir", str(small_dir),
+               "--epochs", "100000", "--wandb", "disabled", "--output-dir", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for_epochs(tmp_path / "run", 1)
+    child = psutil.Process(process.pid).children()[-1]
+    child.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "was ended by SIGKILL" in errors
+    assert not child.is_running() and "Traceback" not in errors
+
+
+def wait_for_epochs(folder, number):
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < number:
+        assert time.monotonic() < deadline, "the run did not get under way"
+        time.sleep(0.05)
