@@ -63,8 +63,13 @@ class TrainConfig:
     dtype: str = knob("float32", str, "float64 is for proving exactness: 1 and N processes then agree to 1e-12, where "
                       "float32 rounding, amplified by Adam, grows to 1e-4 in three epochs",
                       choices=("float32", "float64"))
-    compile: str = knob("auto", str, "torch.compile of the model, through Accelerate; auto = off: compiling the model "
-                        "alone did not pay where it was measured", choices=("auto", "on", "off"))
+    compile: str = knob("auto", str, "compile the whole step; auto = on the CPU, from 5,000 steps in the run: fewer do "
+                        "not pay for compiling", choices=("auto", "on", "off"))
+    gradient_compression: str = knob("none", str, "send gradients between processes as fp16 or bf16, or as PowerSGD's "
+                                     "rank-1 factors: approximate, so the number of processes changes the result",
+                                     choices=("none", "fp16", "bf16", "powersgd"))
+    local_sgd_steps: int = knob(1, int, "Local SGD: each process takes this many steps of its own before the weights "
+                                "are averaged; Adam's moments are not: another training than on one process", minimum=1)
     output_dir: str | None = knob(None, str, "folder for everything a run leaves (default runs/<time>-<id>)",
                                   metavar="DIR")
     checkpoint_every: str = knob("1epoch", str, "a number with its unit: 2epochs, 100steps, 30s; or never",
@@ -103,17 +108,31 @@ class TrainConfig:
             raise UserError("--resume needs --output-dir: name the folder of the run to continue")
         if self.reproducible:
             self._check_reproducible()
+        if self.compile == "on" and self.clashes_with_compile:
+            raise UserError(f"--compile on and {self.clashes_with_compile} exclude each other: drop one")
         _ = self.checkpoint_interval
 
     def _check_reproducible(self) -> None:
         clashes = {
             "--gradient-accumulation-steps": self.gradient_accumulation_steps > 1,  # the shards are passes already
             "--mixed-precision": self.mixed_precision in ("fp16", "bf16"),
-            "--compile on": self.compile == "on",
+            "--gradient-compression": self.gradient_compression != "none",
+            "--local-sgd-steps": self.local_sgd_steps > 1,
         }
         for flag, clash in clashes.items():
             if clash:
                 raise UserError(f"--reproducible and {flag} exclude each other: drop one")
+
+    @property
+    def clashes_with_compile(self) -> str | None:
+        """The option that needs the plain step, or None: what changes how processes meet is an affair of DDP."""
+        needs_plain = {
+            "--reproducible": self.reproducible,
+            "--mixed-precision fp16": self.mixed_precision == "fp16",  # its loss scaling reads each step's gradients
+            "--gradient-compression": self.gradient_compression != "none",
+            "--local-sgd-steps": self.local_sgd_steps > 1,
+        }
+        return next((flag for flag, clash in needs_plain.items() if clash), None)
 
     @property
     def checkpoint_interval(self) -> Every:

@@ -141,3 +141,9 @@ def precision(asked: str | None) -> str:
     if wanted == "fp16" and cpu_wanted():
         raise UserError("--mixed-precision fp16 needs a GPU, and this run is on the CPU: give bf16 or no")
     return wanted
+
+
+def compile_choice(asked: str) -> str:
+    """`--compile` in force: a launcher's dynamo backend asks for it where the command line leaves it open."""
+    launchers = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    return "on" if asked == "auto" and launchers != "no" else asked

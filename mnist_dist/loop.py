@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
 
+from mnist_dist import compiled
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import ImageSets, scale
-from mnist_dist.errors import Diverged
+from mnist_dist.errors import Diverged, UserError
 from mnist_dist.metrics import Stopwatch, Window, batch_sums, test_figures
 from mnist_dist.model import MLP
 from mnist_dist.processes import StopSignals, Team
-from mnist_dist.sampling import make_loader
-from mnist_dist.shards import ShardedGradient, add_in_order, gather_in_order, own_shards
+from mnist_dist.sampling import make_loader, share_out
+from mnist_dist.shards import ShardedStep, add_in_order, gather_in_order, own_shards
+from mnist_dist.steps import PlainStep
 
 WARMUP_STEPS = 5  # the first steps of a process allocate, tune and compile: timed apart
 EVALUATION_BATCH = 1000  # images per process, or per logical shard: bounds memory, changes no result
@@ -33,30 +33,34 @@ POLL_SECONDS = 0.5  # between two meetings of the processes on the host
 class Trainer:
     """The model, its optimizer and loaders on this process, and the steps through them."""
 
-    def __init__(self, config: TrainConfig, team: Team, sets: ImageSets) -> None:
+    def __init__(self, config: TrainConfig, team: Team, sets: ImageSets,
+                 warn: Callable[[str], None] = lambda message: None) -> None:
         accelerator = team.accelerator
-        self.team, self.accelerator, self.sets = team, accelerator, sets
-        self.passes = accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+        self.config, self.team, self.accelerator, self.sets = config, team, accelerator, sets
+        accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
         self.batch_size = config.global_batch_size(team.size)
         self.learning_rate = config.learning_rate(self.batch_size)
         self.dtype = getattr(torch, config.dtype)
         self.num_shards = config.logical_shards if config.reproducible else team.size
         share = {"rank": team.rank, "size": team.size}
-        self.train_loader = make_loader(sets.train.to(accelerator.device), self.batch_size, shuffle=config.shuffle,
-                                        seed=config.seed, passes=self.passes, **share)
-        self.test_loader = make_loader(sets.test.to(accelerator.device), EVALUATION_BATCH * self.num_shards, **share)
-        self.batches = self.train_loader.batch_sampler
+        self.images = sets.train.to(accelerator.device)
+        self.batches = share_out(self.images, self.batch_size, shuffle=config.shuffle, seed=config.seed,
+                                 passes=config.gradient_accumulation_steps, **share)
+        test = sets.test.to(accelerator.device)
+        self.test_loader = make_loader(test, share_out(test, EVALUATION_BATCH * self.num_shards, **share))
         torch.manual_seed(config.seed)
         # drawn in float32 and then widened: float32 and float64 runs start from the same weights
         self.module = MLP().to(accelerator.device, self.dtype)
-        self.model = accelerator.prepare_model(self.module, evaluation_mode=config.reproducible)
+        self.losses = torch.zeros(self.batches.num_batches, dtype=torch.float64, device=accelerator.device)
+        # fused also where the step is compiled: it decides where Adam's step counts are, and compiled code may not care
         self.optimizer = accelerator.prepare_optimizer(
             torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
-        self.losses = torch.zeros(self.batches.num_batches, dtype=torch.float64, device=accelerator.device)
-        self.sharded = None
-        if config.reproducible:
-            self.sharded = ShardedGradient(self.module, self.num_shards, team.size, accelerator.gather)
+        self._start_adam()
+        self.step = self._compiled_step(warn) if compiled.is_wanted(config, self.batches, accelerator) else None
+        if self.step is None:
+            self.model = accelerator.prepare_model(self.module, evaluation_mode=config.reproducible)
+            self.step = self._plain_step()
         self.signals = StopSignals()
         self.progress: Callable[[int], None] = lambda step: None  # told of steps done, at every poll
         self.stop_signal = 0  # as agreed by all processes
@@ -66,15 +70,48 @@ class Trainer:
         self._poll_steps, self._polled_at = 1, time.monotonic()
         self._warm = 0
 
+    def _start_adam(self) -> None:
+        """Adam's state as PyTorch would make it at the first step, so that it is there to compile with and to load."""
+        zeros = {index: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight),
+                         "exp_avg_sq": torch.zeros_like(weight)}
+                 for index, weight in enumerate(self.module.parameters())}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": zeros})
+
+    def _compiled_step(self, warn: Callable[[str], None]) -> compiled.CompiledStep | None:
+        """The step, compiled; None, with a warning, where that fails and was not asked for. Collective."""
+        accelerator = self.accelerator
+        # DistributedDataParallel is left out: its hooks need a backward pass that autograd runs
+        self.model = accelerator.prepare_model(self.module, evaluation_mode=True)
+        steps: list[compiled.CompiledStep] = []
+
+        def build() -> None:
+            if not steps:
+                steps.append(compiled.CompiledStep(accelerator, self.module, self.optimizer, self.images, self.batches,
+                                                   self.losses, self.dtype))
+
+        try:
+            for where in ("machine", "everywhere"):  # the others find the first one's code in the cache
+                self.team.agree(build, where=where)
+        except UserError as error:
+            if self.config.compile == "on":
+                raise
+            warn(f"{error}; going on with the plain step")
+            return None
+        return steps[0]
+
+    def _plain_step(self) -> PlainStep:
+        parts = (self.accelerator, self.model, self.optimizer, self.images, self.batches, self.losses, self.dtype)
+        if self.config.reproducible:
+            return ShardedStep(*parts, num_shards=self.num_shards, is_main=self.team.is_main)
+        return PlainStep(*parts, local_steps=self.config.local_sgd_steps)
+
     def train_epoch(self, epoch: int, steps: range, watch: Stopwatch, between: Callable[[int], None],
                     pause_every: int | None = None) -> None:
         """Run these steps of the epoch. `between(step)` is called in pauses, off the clock, `step` steps being done:
         after every `pause_every`-th step of the run, when the clock or a signal asks, and before the epoch's last.
         """
-        self.batches.first_step, self.batches.end_step = steps.start, steps.stop
-        self.train_loader.set_epoch(epoch)
         self.model.train()
-        batches, step = iter(self.train_loader), steps.start
+        step, begun = steps.start, False
         before = epoch * self.batches.num_batches
         while step < steps.stop:
             end = steps.stop
@@ -85,60 +122,28 @@ class Trainer:
             if warmup > 0:
                 end = min(end, step + warmup)
             with watch.window(warmup=warmup > 0) as window:
-                reached = self._run(batches, step, end, window)
+                if not begun:
+                    self.step.begin(epoch, steps)
+                    begun = True
+                reached = self._run(step, end, window)
             self._warm, step = self._warm + reached - step, reached
             if step < steps.stop:
                 between(step)
 
-    def _run(self, batches: Iterator, step: int, end: int, window: Window) -> int:
+    def _run(self, step: int, end: int, window: Window) -> int:
         """Take steps up to `end`, or to where the processes agree to pause; returns the step reached."""
-        take_step = self._sharded_step if self.sharded else self._step
         while step < end:
             stretch = min(end, step + self._poll_steps)
             for index in range(step, stretch):
-                waited = take_step(batches, index)
+                waited = self.step.take(index)
                 window.lap(self.batches.count(index), waited)
+            self.step.finish(stretch)
             pause = self.poll(stretch - step)
             step = stretch
             self.progress(step)
             if pause:
                 break
         return step
-
-    def _step(self, batches: Iterator, step: int) -> float:
-        """One optimizer step; returns the seconds waited for data.
-
-        DistributedDataParallel averages over P ranks and Accelerate over the passes; the ranks' shares of the batch
-        differ, so the sum of the local losses is scaled to make both a mean over the batch's samples.
-        """
-        accelerator, waited = self.accelerator, 0.0
-        factor = self.team.size * self.passes / self.batches.count(step)
-        for _ in range(self.passes):
-            asked = time.perf_counter()
-            images, labels = next(batches)
-            waited += time.perf_counter() - asked
-            with accelerator.accumulate(self.model):
-                loss_sum = nll_loss(self.model(scale(images, self.dtype)), labels, reduction="sum")
-                accelerator.backward(loss_sum * factor)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            self.losses[step] += loss_sum.detach()
-        return waited
-
-    def _sharded_step(self, batches: Iterator, step: int) -> float:
-        """As `_step`, with the same bits on any number of processes."""
-        asked = time.perf_counter()
-        images, labels = next(batches)
-        waited = time.perf_counter() - asked
-        shards = own_shards(self.batches, step, self.num_shards)
-        loss_sum = self.sharded.set(
-            (nll_loss(self.model(scale(images[own], self.dtype)), labels[own], reduction="sum") for own in shards),
-            self.batches.count(step),
-        )
-        self.optimizer.step()
-        if self.team.is_main:  # the same sum is on every rank
-            self.losses[step] += loss_sum
-        return waited
 
     def poll(self, steps_done: int = 0) -> bool:
         """Agree on signals and due checkpoints; whether there is reason to pause. Collective."""
@@ -197,14 +202,8 @@ class Trainer:
         return kept | {"losses": self.losses}
 
     def load_tensors(self, kept: dict[str, Tensor]) -> None:
-        """Continue from what `tensors` gave, on this or another number of processes."""
-        self.module.load_state_dict(
-            {name.removeprefix("model."): tensor for name, tensor in kept.items() if name.startswith("model.")}
-        )
-        moments: dict[int, dict[str, Any]] = {}
-        for name, tensor in kept.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                moments.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.losses.copy_(kept["losses"]) if self.team.is_main else self.losses.zero_()
+        """Continue from what `tensors` gave, on this or another number of processes. Tensors stay where they are."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(kept[name])
+        if not self.team.is_main:
+            self.losses.zero_()

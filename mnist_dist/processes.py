@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from mnist_dist.launching import check_gpus, cpu_wanted, environment_number, lau
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
 T = TypeVar("T")
 # Setting up may wait for a download, which has time limits of its own; a process that dies is noticed at once.
@@ -99,7 +100,16 @@ class Team:
         self.accelerator.end_training()
 
 
-def start(*, timeout_s: float, **accelerator_options: Any) -> Team:
+def ddp_options(compression: str) -> DistributedDataParallelKwargs:
+    """How DistributedDataParallel shares gradients: in what precision, by Accelerate's own hooks."""
+    from accelerate.utils import DDPCommunicationHookType as Hook
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    hooks = {"none": Hook.NO, "fp16": Hook.FP16, "bf16": Hook.BF16, "powersgd": Hook.POWER_SGD}
+    return DistributedDataParallelKwargs(comm_hook=hooks[compression])
+
+
+def start(*, timeout_s: float, kwargs_handlers: Sequence[Any] = (), **accelerator_options: Any) -> Team:
     """Join the processes of this launch. Raises `UserError` where they cannot be joined as asked. Collective."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -109,7 +119,7 @@ def start(*, timeout_s: float, **accelerator_options: Any) -> Team:
     try:
         accelerator = Accelerator(
             cpu=cpu_wanted(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)), *kwargs_handlers],
             **accelerator_options,
         )
     except (RuntimeError, ValueError, OSError) as error:

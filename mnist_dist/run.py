@@ -34,10 +34,12 @@ def train(config: TrainConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)
+    config = replace(config, compile=launching.compile_choice(config.compile))
     team = processes.start(
         timeout_s=config.timeout,
         mixed_precision=launching.precision(config.mixed_precision if config.dtype == "float32" else "no"),
-        dynamo_backend={"on": "inductor", "off": "no", "auto": None}[config.compile],  # None: as the launcher says
+        dynamo_backend="no",  # it would compile the model alone: we compile the whole step
+        kwargs_handlers=[processes.ddp_options(config.gradient_compression)],
     )
     console = Console(team.is_main)
     run = None
@@ -68,7 +70,7 @@ class Run:
         self.team, self.console, self.sets = team, console, sets
         folder, run_id = team.agree(lambda: open_folder(config))
         self.config, self.folder = replace(config, output_dir=str(folder)), folder
-        self.trainer = Trainer(config, team, sets)
+        self.trainer = Trainer(config, team, sets, console.warn)
         self.num_batches = self.trainer.batches.num_batches
         self.trainer.progress = lambda step: console.progress(self.epoch, step, self.num_batches)
         self.epoch = self.step = 0  # the next step to take

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mnist_dist.data import Images
+
+NO_INDEX = -1  # fills up the rows of `GlobalBatchSampler.rows`
 
 
 class GlobalBatchSampler:
@@ -51,19 +54,39 @@ class GlobalBatchSampler:
             for i in range(self.passes):
                 yield order[cut + length * i // self.passes : cut + length * (i + 1) // self.passes]
 
+    def rows(self) -> Tensor:
+        """All the lists of the epoch as rows of int64 [steps * passes, longest list], filled up with `NO_INDEX`.
+
+        The arithmetic of `__iter__`, on tensors: at batch 1 a loop over the steps takes as long as training them.
+        """
+        rank, size = self.sampler.rank, self.sampler.num_replicas
+        order = torch.tensor(list(self.sampler))
+        start = torch.arange(self.num_batches) * self.batch_size
+        stop = (start + self.batch_size).clamp(max=self.num_samples)
+        first = start + (rank - start) % size
+        length = (stop - first + size - 1).div(size, rounding_mode="floor").clamp(min=0).unsqueeze(1)
+        cuts = (first // size).unsqueeze(1) + length * torch.arange(self.passes + 1) // self.passes
+        begin, end = cuts[:, :-1].reshape(-1, 1), cuts[:, 1:].reshape(-1, 1)
+        places = begin + torch.arange(int((end - begin).max()))
+        return order[places.clamp(max=len(order) - 1)].masked_fill(places >= end, NO_INDEX)
+
     def __len__(self) -> int:
         return (self.end_step - self.first_step) * self.passes
 
 
-def make_loader(images: Images, global_batch_size: int, *, rank: int, size: int, shuffle: bool = False, seed: int = 0,
-                passes: int = 1) -> DataLoader:
-    """A DataLoader over this rank's share of `images`, prepared by Accelerate but not sharded a second time.
+def share_out(images: Images, global_batch_size: int, *, rank: int, size: int, shuffle: bool = False, seed: int = 0,
+              passes: int = 1) -> GlobalBatchSampler:
+    """The batches of this rank's share of `images`."""
+    sampler = DistributedSampler(images, num_replicas=size, rank=rank, shuffle=shuffle, seed=seed)
+    return GlobalBatchSampler(sampler, global_batch_size, passes)
+
+
+def make_loader(images: Images, batches: GlobalBatchSampler) -> DataLoader:
+    """A DataLoader over `batches` of `images`, prepared by Accelerate but not sharded a second time.
 
     `accelerator.prepare` would shard once more: on 8 processes 1,600 of 10,000 images are then seen. The images are
     on their device already, so the loader moves nothing.
     """
-    sampler = DistributedSampler(images, num_replicas=size, rank=rank, shuffle=shuffle, seed=seed)
-    batches = GlobalBatchSampler(sampler, global_batch_size, passes)
     loader = DataLoader(images, batch_sampler=batches, collate_fn=_as_it_is)
     return prepare_data_loader(loader, num_processes=1, process_index=0)
 

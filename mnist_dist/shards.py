@@ -8,12 +8,15 @@ DistributedDataParallel's reduction.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_dist.sampling import GlobalBatchSampler
+from mnist_dist.steps import PlainStep, loss_sum
 
 
 def own_shards(batches: GlobalBatchSampler, step: int, num_shards: int) -> Iterator[slice]:
@@ -41,24 +44,31 @@ def add_in_order(rows_SX: Tensor) -> Tensor:
     return total_X
 
 
-class ShardedGradient:
-    """Sets a module's gradients from its logical shards."""
+class ShardedStep(PlainStep):
+    """A step with the same bits on any number of processes, which divides `num_shards`."""
 
-    def __init__(self, module: nn.Module, num_shards: int, size: int, gather: Callable[[Tensor], Tensor]) -> None:
-        self.parameters = list(module.parameters())
-        self.num_shards, self.size, self.gather = num_shards, size, gather
+    def __init__(self, *arguments: Any, num_shards: int, is_main: bool) -> None:
+        super().__init__(*arguments)
+        self.parameters = list(self.model.parameters())
+        self.num_shards, self.is_main = num_shards, is_main
 
-    def set(self, shard_losses: Iterator[Tensor], count: int) -> Tensor:
-        """From this rank's shards' loss sums, sets the gradient of the mean over `count` samples. Collective.
-
-        Returns the global loss sum, the same on every rank.
-        """
+    def take(self, step: int) -> float:
+        """One optimizer step; returns the seconds waited for data. Collective."""
+        asked = time.perf_counter()
+        images, labels = next(self.loaded)
+        waited = time.perf_counter() - asked
         rows = []
-        for loss in shard_losses:
+        for own in own_shards(self.batches, step, self.num_shards):
+            loss = loss_sum(self.model, images[own], labels[own], self.dtype)
             gradients = torch.autograd.grad(loss, self.parameters)
             rows.append(torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)]))
-        total_X = add_in_order(gather_in_order(torch.stack(rows), self.gather, self.size))
+        gathered_SX = gather_in_order(torch.stack(rows), self.accelerator.gather, self.accelerator.num_processes)
+        total_X = add_in_order(gathered_SX)
         sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, total_X[1:].div_(count).split(sizes), strict=True):
+        parts = total_X[1:].div_(self.batches.count(step)).split(sizes)
+        for parameter, gradient in zip(self.parameters, parts, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        return total_X[0]
+        self.optimizer.step()
+        if self.is_main:  # the same sum is on every rank
+            self.losses[step] += total_X[0]
+        return waited

@@ -27,7 +27,7 @@ def main(data_dir: str, output_dir: str, cases: str) -> None:
     for name, options in json.loads(cases).items():
         count = options.pop("images")
         some = ImageSets("small", Images(sets.train.images[:count], sets.train.labels[:count]), sets.test)
-        trainer = Trainer(TrainConfig(lr=1e-3, **options), team, some)
+        trainer = Trainer(TrainConfig(lr=1e-3, **{"compile": "off", **options}), team, some)
         steps = range(trainer.batches.num_batches)
         figures = []
         for epoch in range(EPOCHS):

@@ -30,7 +30,7 @@ BAD = [
     ({"dtype": "float64", "mixed_precision": "bf16"}, "exclude each other"),
     ({"resume": True}, "--resume needs --output-dir"),
     ({"reproducible": True, "gradient_accumulation_steps": 2}, "--reproducible and --gradient-accumulation-steps"),
-    ({"reproducible": True, "compile": "on"}, "--reproducible and --compile on"),
+    ({"reproducible": True, "compile": "on"}, "--compile on and --reproducible"),
 ]
 
 

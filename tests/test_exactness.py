@@ -26,6 +26,10 @@ CASES = {
 }
 CASES |= {f"n97-b1-a{passes}": {"images": 97, "batch_size": 1, "gradient_accumulation_steps": passes,
                                "dtype": "float64"} for passes in (1, 3)}
+# the step as compiled functions: sizes that do not divide, one sample at a time, and passes
+CASES |= {f"n{images}-b{batch}-a{passes}-compiled": {
+    "images": images, "batch_size": batch, "gradient_accumulation_steps": passes, "dtype": "float64", "compile": "on"}
+    for images, batch, passes in ((401, 96, 1), (211, 30, 3), (97, 1, 1))}
 SHARDED = {f"sharded-{dtype}": {"images": 401, "batch_size": 50, "reproducible": True, "dtype": dtype}
            for dtype in ("float32", "float64")}
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from mnist_dist.data import Images
-from mnist_dist.sampling import GlobalBatchSampler, make_loader
+from mnist_dist.sampling import NO_INDEX, GlobalBatchSampler, make_loader, share_out
 from mnist_dist.shards import add_in_order, gather_in_order, own_shards
 
 SIZES = [(1, 1), (10, 3), (59, 7), (60, 7), (61, 7), (1009, 200), (97, 97), (97, 500), (40, 8)]
@@ -47,6 +47,16 @@ def test_passes_cut_a_batch_and_lose_nothing(passes, size):
         assert batches_of(61, 7, rank, size, passes) == batches_of(61, 7, rank, size)
 
 
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize(("num_samples", "batch"), SIZES)
+def test_rows_are_the_lists_filled_up(num_samples, batch, size, passes):
+    for rank in range(size):
+        sampler = batch_sampler(num_samples, batch, rank, size, passes)
+        rows = [[index for index in row if index != NO_INDEX] for row in sampler.rows().tolist()]
+        assert rows == list(sampler)
+
+
 def test_order_depends_on_seed_and_epoch_and_nothing_else():
     first, again, later = (batches_of(100, 10, 0, 1, epoch=epoch) for epoch in (0, 0, 1))
     assert first == again != later
@@ -68,7 +78,7 @@ def test_the_prepared_loader_shows_each_sample_once(size):
     for epoch in (0, 3):
         seen = []
         for rank in range(size):
-            loader = make_loader(images, 20, rank=rank, size=size, shuffle=True, seed=1)
+            loader = make_loader(images, share_out(images, 20, rank=rank, size=size, shuffle=True, seed=1))
             loader.set_epoch(epoch)
             batches = [labels for _, labels in loader]
             assert len(batches) == 11

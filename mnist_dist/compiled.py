@@ -1,0 +1,184 @@
+"""The whole optimizer step as one compiled function: gather, scaling, forward, loss, backward and Adam.
+
+It runs on the weights of the model and the moments of the optimizer that Accelerate wraps, through the model's own
+forward, `steps.loss_sum` and PyTorch's own Adam, so that there is no second copy of the mathematics. With several
+processes or passes it is two functions, with one flat gradient between them. docs/performance.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.optim.adam import adam
+
+from mnist_dist.config import TrainConfig
+from mnist_dist.data import Images
+from mnist_dist.errors import UserError
+from mnist_dist.sampling import NO_INDEX, GlobalBatchSampler
+from mnist_dist.steps import NO_SAMPLE, loss_sum
+
+# A step saves 0.6 to 0.8 ms on two cores, at any batch size; compiling costs 2 to 3 s where its cache is warm and 6 s
+# where it is not: from 3,000 to 9,000 steps pay for it (docs/performance.md).
+WORTH_COMPILING_STEPS = 5000
+# Adam's bias corrections are scalars, which inductor would otherwise compute again for every vector of 16 weights: this
+# makes it keep them, and takes 60 us off a step at batch 1. No other value of its default of 30 is touched by it.
+INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
+
+
+def is_wanted(config: TrainConfig, batches: GlobalBatchSampler, accelerator: Accelerator) -> bool:
+    """Whether this run's step is to be compiled: as asked, and with `auto` where it pays for itself within the run.
+
+    Until it has been measured on a GPU, `auto` is for the CPU. Raises `UserError`.
+    """
+    if accelerator.mixed_precision == "fp16" and config.compile == "on":  # also where the launcher says so
+        raise UserError("--compile on and mixed precision fp16 exclude each other: drop one")
+    if config.compile != "auto":
+        return config.compile == "on"
+    planned = min(config.epochs * batches.num_batches, config.max_steps or math.inf)
+    return planned >= WORTH_COMPILING_STEPS and accelerator.device.type == "cpu" and not config.clashes_with_compile
+
+
+def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Callable[..., Sequence[Tensor]]:
+    """`function`, which returns a tensor or nothing, compiled for arguments like `varying`, without being run.
+
+    torch.compile's entry looks at all that a function refers to each time that it is called, which here costs more
+    than the arithmetic: 63 of 184 us at batch 1. What it refers to are tensors that stay, so the compiled graph is
+    called directly, with the tensors that it was compiled for and, in their places, the arguments that vary.
+    """
+    captured: dict[str, object] = {}
+    torch.compiler.reset()  # of what was compiled in this process before: it would count as this function again
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., list[Tensor]]:
+        captured["graph"] = torch._inductor.compile(graph, examples, options=INDUCTOR_OPTIONS)
+
+        def remember(*inputs: Tensor) -> list[Tensor]:
+            captured["inputs"] = inputs
+            return [torch.zeros(()) for _ in graph.graph.output_node().args[0]]
+
+        return remember
+
+    with torch.no_grad():
+        torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*varying)
+    compiled, inputs = captured["graph"], list(captured["inputs"])
+    places = [next(i for i, tensor in enumerate(inputs) if tensor is argument) for argument in varying]
+
+    def call(*arguments: Tensor) -> Sequence[Tensor]:
+        for place, argument in zip(places, arguments, strict=True):
+            inputs[place] = argument
+        return compiled(*inputs)
+
+    return call
+
+
+class CompiledStep:
+    """The interface of `steps.PlainStep`. Images must be in the device's memory; the epoch's order is copied there."""
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: AcceleratedOptimizer, images: Images,
+                 batches: GlobalBatchSampler, losses: Tensor, dtype: torch.dtype) -> None:
+        self.module, self.images, self.batches = module, images, batches
+        self.losses, self.dtype = losses, dtype
+        self.num_processes, self.device = accelerator.num_processes, accelerator.device
+        # without autograd's bookkeeping, on the same memory
+        self.weights = {name: weight.detach() for name, weight in module.named_parameters()}
+        self.options = optimizer.optimizer.param_groups[0]
+        state = [optimizer.optimizer.state[weight] for weight in module.parameters()]
+        self.state = {name: [kept[name] for kept in state] for name in ("step", "exp_avg", "exp_avg_sq")}
+        self.recorded: list[Tensor] = []  # the loss sums of steps taken since `finish`
+        self._in_two = self.num_processes > 1 or batches.passes > 1
+        self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=dtype,
+                                device=self.device) if self._in_two else None
+        self._compile()
+
+    def _compile(self) -> None:
+        """Raises `UserError` where there is no compiler, or it fails."""
+        begin = time.perf_counter()
+        rows, count = self.batches.rows()[0].to(self.device), torch.ones((), dtype=self.dtype, device=self.device)
+        try:
+            if self._in_two:
+                self._accumulate = compile_once(self._accumulate_gradient, rows, count)
+                self._apply = compile_once(self._apply_gradient)
+            else:
+                self._whole = compile_once(self._whole_step, rows, count)
+        except Exception as error:  # whatever stands in the compiler's way, the plain step is there
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"the step could not be compiled ({reason[0]}): install a C++ compiler such as g++, or "
+                            "give --compile off") from error
+        self.compile_seconds = time.perf_counter() - begin
+
+    def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Gradients of these samples' part of the mean over `count` samples, and their loss sum."""
+        labels_B = self.images.labels[rows_B].masked_fill(rows_B == NO_INDEX, NO_SAMPLE)
+        images_B1HW = self.images.images[rows_B]
+
+        def mean_loss(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            total = loss_sum(lambda x: functional_call(self.module, weights, (x,)), images_B1HW, labels_B, self.dtype)
+            return total / count, total
+
+        gradients, (_, total) = grad_and_value(mean_loss, has_aux=True)(self.weights)
+        return list(gradients.values()), total
+
+    def _adam(self, gradients: list[Tensor]) -> None:
+        options = self.options
+        beta1, beta2 = options["betas"]
+        counts = [count.double() for count in self.state["step"]]  # so that beta ** count is not rounded to float32
+        adam(list(self.weights.values()), gradients, self.state["exp_avg"], self.state["exp_avg_sq"], [], counts,
+             foreach=False, fused=False, capturable=self.device.type == "cuda",
+             amsgrad=options["amsgrad"], beta1=beta1, beta2=beta2, lr=options["lr"], eps=options["eps"],
+             weight_decay=options["weight_decay"], maximize=options["maximize"])
+        for kept, count in zip(self.state["step"], counts, strict=True):
+            kept.copy_(count)
+
+    def _whole_step(self, rows_B: Tensor, count: Tensor) -> Tensor:
+        gradients, total = self._gradients(rows_B, count)
+        self._adam(gradients)
+        return total
+
+    def _accumulate_gradient(self, rows_B: Tensor, count: Tensor) -> Tensor:
+        gradients, total = self._gradients(rows_B, count)
+        self.flat.add_(torch.cat([gradient.flatten() for gradient in gradients]))
+        return total
+
+    def _apply_gradient(self) -> None:
+        sizes = [weight.numel() for weight in self.weights.values()]
+        parts = zip(self.flat.split(sizes), self.weights.values(), strict=True)
+        self._adam([part.view_as(weight) for part, weight in parts])
+        self.flat.zero_()
+
+    def begin(self, epoch: int, steps: range) -> None:
+        """Go to these steps of the epoch: its order is copied to the device."""
+        begin = time.perf_counter()
+        self.batches.sampler.set_epoch(epoch)
+        self.rows = self.batches.rows().to(self.device, non_blocking=True).unbind()
+        counts = [float(self.batches.count(step)) for step in range(self.batches.num_batches)]
+        self.counts = torch.tensor(counts, dtype=self.dtype).to(self.device, non_blocking=True).unbind()
+        self.waited = time.perf_counter() - begin
+
+    @torch.no_grad()
+    def take(self, step: int) -> float:
+        """One optimizer step; returns the seconds waited for data: those of the order, at the first step."""
+        passes, count = self.batches.passes, self.counts[step]
+        if self._in_two:
+            for rows in self.rows[step * passes : (step + 1) * passes]:
+                self.recorded += self._accumulate(rows, count)
+            if self.num_processes > 1:
+                dist.all_reduce(self.flat)
+            self._apply()
+        else:
+            self.recorded += self._whole(self.rows[step], count)
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def finish(self, step: int) -> None:
+        """End a stretch before step `step`: the recorded losses go to where they are summed up."""
+        if self.recorded:
+            sums = torch.stack(self.recorded).view(-1, self.batches.passes).sum(dim=1, dtype=torch.float64)
+            self.losses[step - len(sums) : step] += sums
+            self.recorded.clear()
