@@ -92,6 +92,8 @@ class CompiledStep:
         state = [optimizer.optimizer.state[weight] for weight in module.parameters()]
         self.state = {name: [kept[name] for kept in state] for name in ("step", "exp_avg", "exp_avg_sq")}
         self.recorded: list[Tensor] = []  # the loss sums of steps taken since `finish`
+        numbers = (batches.count(0), batches.count(batches.num_batches - 1))  # of samples in a global batch
+        self.full, self.last = (torch.tensor(float(number), dtype=dtype, device=self.device) for number in numbers)
         self._in_two = self.num_processes > 1 or batches.passes > 1
         self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=dtype,
                                 device=self.device) if self._in_two else None
@@ -100,13 +102,13 @@ class CompiledStep:
     def _compile(self) -> None:
         """Raises `UserError` where there is no compiler, or it fails."""
         begin = time.perf_counter()
-        rows, count = self.batches.rows()[0].to(self.device), torch.ones((), dtype=self.dtype, device=self.device)
+        rows = self.batches.rows()[0].to(self.device)
         try:
             if self._in_two:
-                self._accumulate = compile_once(self._accumulate_gradient, rows, count)
+                self._accumulate = compile_once(self._accumulate_gradient, rows, self.full)
                 self._apply = compile_once(self._apply_gradient)
             else:
-                self._whole = compile_once(self._whole_step, rows, count)
+                self._whole = compile_once(self._whole_step, rows, self.full)
         except Exception as error:  # whatever stands in the compiler's way, the plain step is there
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"the step could not be compiled ({reason[0]}): install a C++ compiler such as g++, or "
@@ -157,14 +159,13 @@ class CompiledStep:
         begin = time.perf_counter()
         self.batches.sampler.set_epoch(epoch)
         self.rows = self.batches.rows().to(self.device, non_blocking=True).unbind()
-        counts = [float(self.batches.count(step)) for step in range(self.batches.num_batches)]
-        self.counts = torch.tensor(counts, dtype=self.dtype).to(self.device, non_blocking=True).unbind()
         self.waited = time.perf_counter() - begin
 
     @torch.no_grad()
     def take(self, step: int) -> float:
         """One optimizer step; returns the seconds waited for data: those of the order, at the first step."""
-        passes, count = self.batches.passes, self.counts[step]
+        passes = self.batches.passes
+        count = self.full if step < self.batches.num_batches - 1 else self.last
         if self._in_two:
             for rows in self.rows[step * passes : (step + 1) * passes]:
                 self.recorded += self._accumulate(rows, count)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
@@ -60,7 +61,8 @@ class GlobalBatchSampler:
         The arithmetic of `__iter__`, on tensors: at batch 1 a loop over the steps takes as long as training them.
         """
         rank, size = self.sampler.rank, self.sampler.num_replicas
-        order = torch.tensor(list(self.sampler))
+        # by way of numpy: torch.tensor takes five times as long over a list
+        order = torch.from_numpy(np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler)))
         start = torch.arange(self.num_batches) * self.batch_size
         stop = (start + self.batch_size).clamp(max=self.num_samples)
         first = start + (rank - start) % size
