@@ -1,1 +1,1 @@
-"""Peers and ours, side by side. `python -m benchmarks --help`."""
+"""Ours and its peers, side by side, on this machine. `python -m benchmarks --help`."""

@@ -1,79 +1,139 @@
-"""`python -m benchmarks --data-dir DIR`: our training beside a plain Accelerate loop, on this machine.
+"""`python -m benchmarks --data-dir DIR`: ours beside its peers and beside the machine's limit, on this machine.
 
-Each measurement is a fresh process, the two take turns, and a first epoch warms up and is not counted. Prints a
-Markdown table of medians with minimum and maximum; writes it, with hardware and versions, to benchmarks/results/.
+Each measurement is a fresh process and the rows take turns. Prints a report in Markdown and writes it, a picture and
+all measurements as JSON; the JSON after every measurement, so that an interrupted benchmark loses nothing. The rows
+that need more than the project does: pip install -e ".[benchmarks]".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
+import os
+import shlex
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from mnist_dist.launching import child_environment
+from benchmarks import report, rows
+from mnist_dist.errors import UserError
 
-HERE = Path(__file__).parent
-EPOCHS = 3  # of which the first warms up
-
-
-def ours(root: str, batch_size: int, folder: Path) -> tuple[list[float], dict]:
-    """Rates of the counted epochs of `mnist-dist train`, and where it ran."""
-    words = ["--data-dir", root, "--batch-size", str(batch_size), "--epochs", str(EPOCHS), "--wandb", "disabled",
-             "--checkpoint-every", "never", "--output-dir", str(folder)]
-    subprocess.run([sys.executable, "-m", "mnist_dist", "train", *words], check=True, stdout=subprocess.DEVNULL,
-                   env=child_environment())
-    result = json.loads((folder / "result.json").read_bytes())
-    return [epoch["samples_per_second"] for epoch in result["epochs"][1:]], result["environment"]
+RESULTS = Path(__file__).parent / "results"
 
 
-def plain(root: str, batch_size: int) -> list[float]:
-    """Rates of the counted epochs of the plain loop."""
-    command = [sys.executable, HERE / "plain_accelerate.py", root, str(batch_size), str(EPOCHS)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])[1:]
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data-dir", default="data", metavar="DIR", help="where MNIST is, or is to be downloaded to "
+                      "(default: data)")
+    made.add_argument("--quick", action="store_true", help="two repeats of fewer images at batches 1 and 200: minutes, "
+                      "for a first look")
+    made.add_argument("--repeats", type=_positive, help="of each measurement (default: 5; quick: 2)")
+    made.add_argument("--batch-sizes", type=_sizes, metavar="A,B,…", help="for one process and, from 2 on, for two "
+                      "(default: 1,32,200,1000,8192 and 32,200,1000,2000,8192)")
+    made.add_argument("--rows", type=_names, metavar="A,B,…", help=f"some of {', '.join(rows.BY_NAME)} (default: all)")
+    made.add_argument("--compile", choices=("auto", "on", "off"), default="on", help="of ours (default: on)")
+    made.add_argument("--output", metavar="STEM", help="write STEM.json, STEM.md and STEM.png (default: "
+                      "benchmarks/results/ and the name of the processor or GPU)")
+    made.add_argument("--report", metavar="FILE.json", help="measure nothing: report again on this file")
+    return made
 
 
-def row(name: str, rates: list[float]) -> str:
-    """A line of the table: median, minimum and maximum over all counted epochs."""
-    return f"| {name} | {statistics.median(rates):,.0f} | {min(rates):,.0f} | {max(rates):,.0f} | {len(rates)} |"
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument("--data-dir", default="data", help="folder below which MNIST/raw lies (default: data)")
-    parser.add_argument("--batch-size", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
-    rates: dict[str, list[float]] = {"mnist_dist": [], "plain Accelerate loop": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(given.repeats):
-            mine, environment = ours(given.data_dir, given.batch_size, Path(folder, str(repeat)))
-            rates["mnist_dist"] += mine
-            rates["plain Accelerate loop"] += plain(given.data_dir, given.batch_size)
-    ratio = statistics.median(rates["mnist_dist"]) / statistics.median(rates["plain Accelerate loop"])
-    text = "\n".join([
-        f"Training throughput at batch {given.batch_size}, one process, samples per second:", "",
-        "| | median | minimum | maximum | epochs |", "|---|---|---|---|---|",
-        *(row(name, values) for name, values in rates.items()), "",
-        f"Ratio of the medians: {ratio:.1f}. {given.repeats} interleaved repeats of {EPOCHS} epochs in fresh "
-        "processes, the first epoch of each not counted.", "",
-        f"{environment['device_name']} ({environment['device']}), {environment['num_threads']} threads, torch "
-        f"{environment['torch']}, accelerate {environment['accelerate']}, Python {environment['python']}, "
-        f"{time.strftime('%Y-%m-%d')}; "
-        f"`python -m benchmarks --batch-size {given.batch_size} --repeats {given.repeats}`",
-    ])
+def _sizes(text: str) -> list[int]:
+    return sorted({_positive(word) for word in text.split(",")})
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in rows.BY_NAME]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(rows.BY_NAME)}")
+    return names
+
+
+def write_json(record: dict[str, Any], stem: Path) -> None:
+    """The record, whole or not at all."""
+    written = stem.with_name(stem.name + ".json.part")
+    written.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(written, stem.with_name(stem.name + ".json"))
+
+
+def write_report(record: dict[str, Any], stem: Path) -> None:
+    """Print the Markdown, and write it and the picture."""
+    from benchmarks.picture import draw
+
+    text = report.markdown(record)
     print(text)
-    stem = HERE / "results" / f"{environment['device']}-batch-{given.batch_size}"
-    stem.with_suffix(".md").write_text(text + "\n")
-    record = {"environment": environment, "samples_per_second": rates}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_name(stem.name + ".md").write_text(text.rstrip() + "\n")
+    draw(record, stem.with_name(stem.name + ".png"))
+
+
+def run(given: argparse.Namespace, words: Sequence[str], scratch: Path) -> tuple[dict[str, Any], Path]:
+    """Measure everything that was asked for; the record, and where it was written."""
+    from benchmarks.machine import describe, slug
+    from benchmarks.measure import measure, run_all, torchvision_root
+
+    sizes = rows.QUICK_BATCH_SIZES if given.quick else rows.BATCH_SIZES
+    if given.batch_sizes:
+        sizes = {count: [size for size in given.batch_sizes if size >= count] for count in sizes}
+    chosen = [row for row in rows.ROWS if given.rows is None or row.name in given.rows]
+    repeats = given.repeats or (2 if given.quick else 5)
+    machine = describe()
+    stem = Path(given.output or RESULTS / (slug(machine) + ("-quick" if given.quick else "")))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": shlex.join(["python", "-m", "benchmarks", *words]), "date": time.strftime("%Y-%m-%d"),
+        "settings": {"quick": given.quick, "repeats": repeats, "batch_sizes": sizes, "compile": given.compile},
+        "machine": machine, "measurements": [],
+    }
+    root = torchvision_root(given.data_dir, scratch / "data")
+
+    def one(row: rows.Row, batch_size: int) -> dict[str, Any]:
+        return measure(row, root, batch_size, rows.num_samples(batch_size, given.quick), given.compile, scratch)
+
+    def keep(measurement: dict[str, Any]) -> None:
+        record["measurements"].append(measurement)
+        write_json(record, stem)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the measured processes are ended too
+    try:
+        run_all(rows.schedule(chosen, sizes, repeats), one, keep, lambda text: print(text, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted: a report on what was measured", file=sys.stderr)
+    return record, stem
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure and report, or report again."""
+    words = sys.argv[1:] if words is None else words
+    given = parser().parse_args(words)
+    if given.report:
+        path = Path(given.report)
+        record, stem = json.loads(path.read_bytes()), Path(given.output or path.with_suffix(""))
+    else:
+        try:
+            with tempfile.TemporaryDirectory(prefix="mnist-dist-benchmark-") as scratch:
+                record, stem = run(given, words, Path(scratch))
+        except UserError as error:
+            print(f"benchmarks: error: {error}", file=sys.stderr)
+            return 2
+    if not record["measurements"]:
+        return 1
+    write_report(record, stem)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

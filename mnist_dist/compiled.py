@@ -81,6 +81,8 @@ def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Ca
 class CompiledStep:
     """The interface of `steps.PlainStep`. Images must be in the device's memory; the epoch's order is copied there."""
 
+    kind = "compiled"
+
     def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: AcceleratedOptimizer, images: Images,
                  batches: GlobalBatchSampler, losses: Tensor, dtype: torch.dtype) -> None:
         self.module, self.images, self.batches = module, images, batches

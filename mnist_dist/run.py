@@ -82,7 +82,7 @@ class Run:
         self.run_id = run_id
         if config.resume:
             self._resume()
-        self.environment = describe_environment(team)
+        self.environment = {**describe_environment(team), "step": self.trainer.step.kind}
         settings = {**asdict(self.config), "global_batch_size": self.trainer.batch_size,
                     "environment": self.environment}
         self.trackers = Trackers(team.accelerator, folder, self.config, self.run_id, settings, console.warn)
@@ -117,7 +117,8 @@ class Run:
             f"{len(self.sets.test):,} test images")
         say(f"global batch {trainer.batch_size} = {'at most ' if trainer.batch_size % self.team.size else ''}{share} "
             f"per process, {self.num_batches:,} steps per epoch, Adam at {trainer.learning_rate:g}, "
-            f"{self.config.dtype}, mixed precision {self.environment['mixed_precision']}")
+            f"{self.config.dtype}, mixed precision {self.environment['mixed_precision']}, {trainer.step.kind} step"
+            + (f" ({trainer.step.compile_seconds:.1f} s)" if trainer.step.compile_seconds else ""))
         if self.config.resume:
             say(f"continuing after step {self.global_step}" if self.global_step else
                 "nothing to continue: starting afresh")
@@ -229,7 +230,7 @@ class Run:
         summary = {
             "global_batch_size": self.trainer.batch_size,
             "per_device_batch_size": -(-self.trainer.batch_size // self.team.size),
-            "learning_rate": self.trainer.learning_rate,
+            "learning_rate": self.trainer.learning_rate, "compile_seconds": self.trainer.step.compile_seconds,
             **summarise(self.records, self.config.target_nll),
         }
         result = {

@@ -47,6 +47,8 @@ def add_in_order(rows_SX: Tensor) -> Tensor:
 class ShardedStep(PlainStep):
     """A step with the same bits on any number of processes, which divides `num_shards`."""
 
+    kind = "sharded"
+
     def __init__(self, *arguments: Any, num_shards: int, is_main: bool) -> None:
         super().__init__(*arguments)
         self.parameters = list(self.model.parameters())

@@ -32,6 +32,9 @@ class PlainStep:
     `losses` [steps of an epoch] takes this process's loss sum of each step. `local_steps` above 1 is Local SGD.
     """
 
+    kind = "plain"
+    compile_seconds = 0.0
+
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer, images: Images,
                  batches: GlobalBatchSampler, losses: Tensor, dtype: torch.dtype, local_steps: int = 1) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer

@@ -1,0 +1,97 @@
+"""How fast this machine could be: the step's matrix products alone, then Adam's pass over the parameters alone.
+
+    python -m benchmarks.limit DATA_DIR BATCH_SIZE NUM_SAMPLES
+
+Speaks the peers' protocol; the images are not read. The products have their operands and results in place already,
+which a training step has not; on a GPU a CUDA graph leaves out what launching costs.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.common import line, pick_device, start
+from mnist_dist.model import num_parameters
+
+INPUTS, HIDDEN, OUTPUTS = 784, 256, 10
+BLOCKS, BLOCK_SECONDS = 15, 0.02  # the median is over blocks of calls, each long enough for the clock
+
+
+def products(batch_size: int, device: torch.device) -> Callable[[], None]:
+    """A step's five matrix products: two forward, two weight gradients, and the gradient of the hidden layer."""
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device) / 100
+
+    images_BI, hidden_BH, logits_BO = (matrix(batch_size, size) for size in (INPUTS, HIDDEN, OUTPUTS))
+    hidden_gradient_BH, logits_gradient_BO = matrix(batch_size, HIDDEN), matrix(batch_size, OUTPUTS)
+    w1_HI, w2_OH, w1_gradient_HI, w2_gradient_OH = (matrix(*shape) for shape in 2 * [(HIDDEN, INPUTS),
+                                                                                     (OUTPUTS, HIDDEN)])
+
+    def run() -> None:
+        torch.mm(images_BI, w1_HI.t(), out=hidden_BH)
+        torch.mm(hidden_BH, w2_OH.t(), out=logits_BO)
+        torch.mm(logits_gradient_BO.t(), hidden_BH, out=w2_gradient_OH)
+        torch.mm(logits_gradient_BO, w2_OH, out=hidden_gradient_BH)
+        torch.mm(hidden_gradient_BH.t(), images_BI, out=w1_gradient_HI)
+
+    return run
+
+
+def adam(device: torch.device) -> Callable[[], None]:
+    """Adam's fused kernel over all parameters as one flat tensor."""
+    size = num_parameters((INPUTS, HIDDEN, OUTPUTS))
+    weights, gradient, mean = (torch.randn(size, device=device) / 100 for _ in range(3))
+    square, count = torch.rand(size, device=device), torch.ones((), device=device)
+
+    def run() -> None:
+        torch._fused_adam_([weights], [gradient], [mean], [square], [], [count], lr=1e-4, beta1=0.9, beta2=0.999,
+                           weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
+
+    return run
+
+
+def seconds_per_call(call: Callable[[], None], device: torch.device) -> float:
+    """The median over blocks of calls."""
+    if device.type == "cuda":
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        call = graph.replay
+
+    def block(calls: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / calls
+
+    block(3)
+    calls = max(1, round(BLOCK_SECONDS / block(3)))
+    return statistics.median(block(calls) for _ in range(BLOCKS))
+
+
+@torch.no_grad()
+def main(data_dir: str, batch_size: int, num_samples: int) -> dict[str, Any]:
+    """Time both parts; an epoch has samples over batch size of the products, and Adam once in each step."""
+    device, begin = pick_device(), time.perf_counter()
+    matmul = seconds_per_call(products(batch_size, device), device) * num_samples / batch_size
+    update = seconds_per_call(adam(device), device) * math.ceil(num_samples / batch_size)
+    return line(num_samples, matmul + update, time.perf_counter() - begin, f"torch {torch.__version__}", device.type,
+                matmul_seconds=matmul, adam_seconds=update)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,156 @@
+"""Measurements, each in a fresh process, told as plain dictionaries: a row that cannot run says why, and is no error.
+
+An outcome has `status` "ok" with the row's own line (samples, seconds, warmup_seconds, version, device), or "missing"
+(a library that is not installed) or "failed", with a `note`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import num_cores
+from benchmarks.rows import Row
+from mnist_dist.launching import child_environment
+
+TIMEOUT_SECONDS = 1800  # of one measurement
+ERROR = re.compile(r"(?:\[rank\d+\]:\s*)?((?:[\w.]+(?:Error|Exception)|mnist-dist: error): .+)")
+MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
+
+
+def torchvision_root(data_dir: str, scratch: Path) -> str:
+    """A folder with `MNIST/raw` and the four files, unpacked, as torchvision wants them; downloads what is missing."""
+    from mnist_dist.data import STEMS, obtain
+
+    obtain("mnist", data_dir, os.environ.get("MNIST_DIST_MIRROR"), lambda message: None)
+    raw = scratch / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem in STEMS.values():
+        for folder in (Path(data_dir, "MNIST", "raw"), Path(data_dir)):
+            if (folder / stem).is_file():
+                (raw / stem).symlink_to((folder / stem).resolve())
+                break
+            if (folder / f"{stem}.gz").is_file():
+                with gzip.open(folder / f"{stem}.gz") as packed, (raw / stem).open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked)
+                break
+    return str(scratch)
+
+
+def measure(row: Row, data_dir: str, batch_size: int, num_samples: int, compile: str, scratch: Path) -> dict[str, Any]:
+    """Run the row once, in a fresh process, and return its outcome. `scratch` is kept between calls."""
+    environment = child_environment()
+    # a compiler's cache per cell: the first measurement of a cell compiles for real, the later ones find it
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "compiled" / f"{row.name}-{batch_size}")
+    environment["HF_HOME"] = str(scratch / "no-accelerate-config")
+    if row.processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // row.processes)))
+    begin = time.perf_counter()
+    try:
+        if row.module is None:
+            told = ours(row, data_dir, batch_size, num_samples, compile, scratch / "run", environment)
+        else:
+            told = last_json(finished(row.command(data_dir, batch_size, num_samples), environment))
+        outcome = {"status": "ok", **told}
+    except RowError as error:
+        missing = MISSING.search(str(error))
+        outcome = {"status": "missing" if missing else "failed",
+                   "note": f"not installed: {missing[1]}" if missing else str(error)}
+    return outcome | {"wall_seconds": time.perf_counter() - begin}
+
+
+def ours(row: Row, data_dir: str, batch_size: int, num_samples: int, compile: str, folder: Path,
+         environment: Mapping[str, str]) -> dict[str, Any]:
+    """`mnist-dist train`, in the peers' words: its last epoch, of which the warm-up is excluded already."""
+    shutil.rmtree(folder, ignore_errors=True)
+    length = ["--epochs", "1", "--max-steps", str(num_samples)] if batch_size == 1 else ["--epochs", "2"]
+    processes = ["--processes", str(row.processes)] if row.processes > 1 else []
+    finished([sys.executable, "-m", "mnist_dist", "train", "--dataset", "mnist", "--data-dir", data_dir, "--batch-size",
+              str(batch_size), *length, "--compile", compile, "--wandb", "disabled", "--checkpoint-every", "never",
+              "--output-dir", str(folder), *processes], environment)
+    result = json.loads((folder / "result.json").read_bytes())
+    first, last, place = result["epochs"][0], result["epochs"][-1], result["environment"]
+    rate = last["samples_per_second"]
+    if not rate:
+        raise RowError("the epoch is too short to leave anything measured after the warm-up")
+    seconds = last["train_seconds"] - last["warmup_seconds"]
+    return {
+        "samples": round(rate * seconds), "seconds": seconds,
+        "warmup_seconds": result["summary"]["compile_seconds"] + first["warmup_seconds"],
+        "version": f"mnist_dist {place['mnist_dist']}", "device": place["device"],
+        "data_wait_fraction": last["data_wait_fraction"],
+    }
+
+
+class RowError(Exception):
+    """A row could not be measured: one line says why."""
+
+
+def finished(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What the command printed. Raises `RowError` with its last error where it fails or takes too long."""
+    # in a session of its own: whatever happens, the processes that it started can be ended with it
+    process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise RowError(f"no result after {TIMEOUT_SECONDS} s") from None
+        raise
+    if process.returncode:
+        raise RowError(last_error(errors) or f"exit status {process.returncode}")
+    return output
+
+
+def last_error(stderr: str) -> str:
+    """The last line that names an error (launchers write more below it), else the last line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    named = [match[1] for match in map(ERROR.match, lines) if match]
+    return (named or lines or [""])[-1]
+
+
+def last_json(output: str) -> dict[str, Any]:
+    """The JSON object of the last line. Raises `RowError` where there is none."""
+    try:
+        return dict(json.loads(output.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        raise RowError("printed no line of JSON") from None
+
+
+def run_all(order: Sequence[tuple[int, Row, int]], one: Callable[[Row, int], dict[str, Any]],
+            keep: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
+    """Measure in this order; each outcome goes to `keep` at once. What is not installed, or failed, is not retried."""
+    given_up: set[tuple[str, int | None]] = set()
+    took: dict[tuple[str, int], float] = {}
+    for index, (repeat, row, batch_size) in enumerate(order):
+        if {(row.name, None), (row.name, batch_size)} & given_up:
+            continue
+        left = _seconds_left([(r.name, b) for _, r, b in order[index:] if (r.name, None) not in given_up], took)
+        say(f"{index + 1}/{len(order)} repeat {repeat + 1}, batch {batch_size}: {row.name}{left}")
+        outcome = one(row, batch_size)
+        keep({"row": row.name, "processes": row.processes, "batch_size": batch_size, "repeat": repeat, **outcome})
+        took[row.name, batch_size] = outcome["wall_seconds"]
+        if outcome["status"] != "ok":
+            say(f"  {outcome['note']}")
+            given_up.add((row.name, None if outcome["status"] == "missing" else batch_size))
+
+
+def _seconds_left(cells: Sequence[tuple[str, int]], took: Mapping[tuple[str, int], float]) -> str:
+    """Time to go, as a cell took last, or as cells did in the mean."""
+    if not took:
+        return ""
+    mean = sum(took.values()) / len(took)
+    minutes, seconds = divmod(round(sum(took.get(cell, mean) for cell in cells)), 60)
+    return f" (about {minutes} min {seconds:02d} s to go)"

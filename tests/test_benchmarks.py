@@ -1,0 +1,226 @@
+"""The benchmarks: their arithmetic on figures handed in, rows that cannot run, and the cheap peers on a few images.
+
+Nothing here looks at how long anything took.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support import ROOT, write_idx_folder
+
+sys.path.insert(0, str(ROOT))  # benchmarks is run from a checkout and is not installed
+
+
+def module(name: str) -> ModuleType:
+    """`benchmarks.NAME`."""
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def measurement(row: str, batch_size: int, repeat: int, seconds: float | None = None, **more: Any) -> dict[str, Any]:
+    """A measurement of 60,000 images; one that failed where there are no seconds."""
+    told = {"status": "failed", "note": "ValueError: no"} if seconds is None else {
+        "status": "ok", "samples": 60_000, "seconds": seconds, "warmup_seconds": 10.0 / (repeat + 1),
+        "version": "none 0", "device": "cpu"}
+    processes = module("rows").BY_NAME[row].processes
+    return {"row": row, "processes": processes, "batch_size": batch_size, "repeat": repeat, "wall_seconds": 1.0,
+            **told, **more}
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    """Three repeats of ours and of some peers, of which one is missing and one failed."""
+    limit = {"matmul_seconds": 0.05, "adam_seconds": 0.05}
+    measurements = [
+        *(measurement("mnist_dist", 200, repeat, seconds) for repeat, seconds in enumerate((0.2, 0.1, 0.4))),
+        *(measurement("pytorch", 200, repeat, seconds) for repeat, seconds in enumerate((0.4, 0.5, 0.6))),
+        *(measurement("limit", 200, repeat, 0.1, **limit) for repeat in range(3)),
+        measurement("tutorial", 200, 0, 0.8), measurement("tutorial", 200, 1),
+        measurement("sklearn", 200, 0, status="missing", note="not installed: sklearn"),
+        measurement("mnist_dist", 1, 0, 1.0, samples=6000),
+        *(measurement(row, 200, repeat, 0.3) for row in ("mnist_dist_2", "ddp") for repeat in range(2)),
+    ]
+    machine = {"processor": "Some(R) Processor", "cores": 2, "gpus": [], "commit": None,
+               "versions": {"python": "3", "jax": None}}
+    return {"command": "python -m benchmarks", "date": "2000-01-01", "machine": machine, "measurements": measurements,
+            "settings": {"compile": "on", "repeats": 3}}
+
+
+def test_seconds_are_per_epoch_of_60000_images(record: dict[str, Any]) -> None:
+    report = module("report")
+    assert report.values(record, "mnist_dist", 1) == {0: 10.0}
+    assert report.spread(list(report.values(record, "mnist_dist", 200).values())) == (0.2, 0.1, 0.4)
+
+
+def test_ratios_are_paired_by_repeat(record: dict[str, Any]) -> None:
+    report = module("report")
+    # 0.4 / 0.2, 0.5 / 0.1, 0.6 / 0.4: not the ratio of the medians, 2.5
+    assert report.ratios(record, "pytorch", "mnist_dist", 200) == pytest.approx((2.0, 1.5, 5.0))
+    assert report.ratios(record, "tutorial", "mnist_dist", 200) == pytest.approx((4.0, 4.0, 4.0))  # of one repeat
+    assert report.ratios(record, "sklearn", "mnist_dist", 200) is None
+
+
+def test_the_report_says_what_is_missing_and_what_failed(record: dict[str, Any]) -> None:
+    lines = module("report").markdown(record).splitlines()
+    assert "| **mnist-dist train** | 10.0 (10.0 to 10.0) | 0.200 (0.100 to 0.400) |" in lines
+    assert any(line.startswith("| scikit-learn") and line.endswith("| not installed | not installed |")
+               for line in lines)
+    assert '- sklearn: not installed: sklearn; pip install -e ".[benchmarks]"' in lines
+    assert "- tutorial at batch 200 failed in repeat 2: ValueError: no" in lines
+    assert "| hand-written PyTorch, tensors in memory | - | 2.00 (1.50 to 5.00) |" in lines
+    assert any(line.startswith("| 200 | 0.0500") and line.endswith("| 2.00 (1.00 to 4.00) |") for line in lines)
+    # warm-up: the first process apart from the later ones
+    assert "| hand-written PyTorch, tensors in memory | 10.0 | 4.17 (3.33 to 5.00) |" in lines
+    assert "| hand-written DistributedDataParallel | 0.300 (0.300 to 0.300) |" in lines
+
+
+def test_a_row_on_another_device_says_so(record: dict[str, Any]) -> None:
+    for one in record["measurements"]:
+        if one["row"] in ("mnist_dist", "pytorch"):
+            one["device"] = "cuda"
+    title = module("report").title
+    assert title(record, "tutorial") == "the 2019 tutorial's loop"  # mnist_dist_2 is on the CPU here
+    record["measurements"] = [one for one in record["measurements"] if one["row"] != "mnist_dist_2"]
+    assert title(record, "tutorial") == "the 2019 tutorial's loop (on the cpu)"
+    assert title(record, "pytorch") == "hand-written PyTorch, tensors in memory"
+
+
+def test_report_is_drawn_again_from_its_json_without_torch(record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_text(json.dumps(record))
+    code = ("import sys; sys.modules['torch'] = None; from benchmarks.__main__ import main; "
+            "sys.exit(main(['--report', 'some.json']))")
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"], cwd=tmp_path,
+                   check=True, capture_output=True)
+    assert (tmp_path / "some.md").read_text().startswith("# Training speed on Some(R) Processor, 2 cores")
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_are_moved_apart_and_no_further() -> None:
+    spread_apart = module("picture").spread_apart
+    assert spread_apart([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
+    moved = spread_apart([0.1, 0.5, 0.5, 0.51, 0.9], 0.06)
+    assert all(above - below > 0.06 - 1e-9 for below, above in itertools.pairwise(moved))
+    assert statistics.mean(moved[1:4]) == pytest.approx((0.5 + 0.5 + 0.51) / 3)
+    assert (moved[0], moved[-1]) == (0.1, 0.9)
+
+
+def test_every_cell_is_measured_in_every_repeat_in_an_order_that_changes() -> None:
+    rows = module("rows")
+    order = rows.schedule(rows.ROWS, rows.BATCH_SIZES, 5)
+    cells = [(row.name, size) for row in rows.ROWS for size in rows.BATCH_SIZES[row.processes]]
+    per_repeat = [[(row.name, size) for at, row, size in order if at == repeat] for repeat in range(5)]
+    assert all(sorted(found) == sorted(cells) for found in per_repeat)
+    assert len({tuple(found) for found in per_repeat}) == 5
+    assert order == rows.schedule(rows.ROWS, rows.BATCH_SIZES, 5)
+    sizes = [size for at, row, size in order if at == 0 and row.processes == 1]
+    assert sizes == sorted(sizes)  # rows of a batch size take turns
+
+
+def test_what_is_missing_or_failed_is_not_tried_again_and_the_others_go_on() -> None:
+    rows = module("rows")
+    chosen = [rows.BY_NAME[name] for name in ("sklearn", "tutorial", "pytorch")]
+    status = {"sklearn": "missing", "tutorial": "failed", "pytorch": "ok"}
+    kept: list[dict[str, Any]] = []
+    module("measure").run_all(
+        rows.schedule(chosen, {1: (1, 200)}, 3),
+        lambda row, size: {"status": status[row.name], "note": "", "wall_seconds": 1.0}, kept.append, lambda text: None,
+    )
+    counts = {row.name: sum(one["row"] == row.name for one in kept) for row in chosen}
+    assert counts == {"sklearn": 1, "tutorial": 2, "pytorch": 6}
+
+
+def test_the_error_is_found_above_what_a_launcher_writes() -> None:
+    last_error = module("measure").last_error
+    traceback = "Traceback (most recent call last):\n  File x\nValueError: 2 ranks cannot\n"
+    assert last_error(traceback) == "ValueError: 2 ranks cannot"
+    launched = f"[rank0]: {traceback.replace(chr(10), chr(10) + '[rank0]: ')}x.errors.ChildFailedError: \n=====\n"
+    assert last_error(launched) == "ValueError: 2 ranks cannot"
+    assert last_error("mnist-dist: error: --lr must be\n") == "mnist-dist: error: --lr must be"
+    assert last_error("Killed\n\n") == "Killed" and last_error("") == ""
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few images, given as a flat folder of packed files, as torchvision wants them."""
+    flat = write_idx_folder(tmp_path_factory.mktemp("flat"), 300, 20, zipped=True)
+    return module("measure").torchvision_root(str(flat), tmp_path_factory.mktemp("root"))
+
+
+def assert_line(told: dict[str, Any], samples: int) -> None:
+    """The line has what the harness reads."""
+    assert told["samples"] == samples and told["device"] == "cpu"
+    assert told["seconds"] > 0 and told["warmup_seconds"] > 0
+    assert len(told["version"].split()) == 2
+
+
+def test_a_peer_in_a_process_of_its_own(data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, measure = module("rows"), module("measure")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    outcome = measure.measure(rows.BY_NAME["plain_accelerate"], data_dir, 32, 200, "off", tmp_path)
+    assert outcome["status"] == "ok", outcome
+    assert_line(outcome, 200)
+
+
+def test_a_library_that_is_missing_becomes_a_row_that_says_so(data_dir: str, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, measure = module("rows"), module("measure")
+    (tmp_path / "jax.py").write_text("raise ModuleNotFoundError(\"No module named 'jax'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outcome = measure.measure(rows.BY_NAME["jax_scan"], data_dir, 32, 200, "off", tmp_path)
+    assert (outcome["status"], outcome["note"]) == ("missing", "not installed: jax")
+
+
+@pytest.mark.parametrize(("name", "library"), [
+    ("peers.tutorial", None), ("peers.pytorch", None), ("limit", None), ("peers.sklearn", "sklearn"),
+    ("peers.jax_scan", "jax"),
+])
+def test_a_cheap_row(name: str, library: str | None, data_dir: str) -> None:
+    if library:
+        pytest.importorskip(library)
+    assert_line(module(name).main(data_dir, 64, 200), 200)  # the last batch is smaller
+
+
+def test_lightning(data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    assert_line(module("peers.lightning").main(data_dir, 64, 200), 200)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_rate_over_images_that_are_not_there(data_dir: str) -> None:
+    for name in ("peers.tutorial", "peers.pytorch"):
+        with pytest.raises(ValueError, match="asked to train on 301 images, and there are 300"):
+            module(name).main(data_dir, 64, 301)
+
+
+def test_compiled_steps_are_adams(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The written-out step, not compiled here, leaves the weights that PyTorch's own Adam leaves."""
+    import torch
+    from torch import nn
+
+    common = module("peers.common")
+    models: list[nn.Sequential] = []
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(1)  # also makes the permutations that follow the same
+        models.append(original())
+        return models[-1]
+
+    original = common.network
+    monkeypatch.setattr(torch, "compile", lambda **options: lambda function: function)
+    for name, more in (("pytorch", ()), ("pytorch_compiled", (1,)), ("pytorch_compiled", (4,))):
+        monkeypatch.setattr(module(f"peers.{name}"), "network", network)
+        module(f"peers.{name}").main(data_dir, 32, 300, *more)
+    wanted, *others = models
+    for other in others:
+        for a, b in zip(wanted.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
