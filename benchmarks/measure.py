@@ -135,9 +135,11 @@ def run_all(order: Sequence[tuple[int, Row, int]], one: Callable[[Row, int], dic
     given_up: set[tuple[str, int | None]] = set()
     took: dict[tuple[str, int], float] = {}
     for index, (repeat, row, batch_size) in enumerate(order):
-        if {(row.name, None), (row.name, batch_size)} & given_up:
+        cells = [(later.name, size) for _, later, size in order[index:]
+                 if not {(later.name, None), (later.name, size)} & given_up]
+        if cells[:1] != [(row.name, batch_size)]:
             continue
-        left = _seconds_left([(r.name, b) for _, r, b in order[index:] if (r.name, None) not in given_up], took)
+        left = _seconds_left(cells, took)
         say(f"{index + 1}/{len(order)} repeat {repeat + 1}, batch {batch_size}: {row.name}{left}")
         outcome = one(row, batch_size)
         keep({"row": row.name, "processes": row.processes, "batch_size": batch_size, "repeat": repeat, **outcome})

@@ -39,6 +39,8 @@ def _points(record: Mapping[str, Any], name: str) -> dict[int, list[float]]:
 
 
 def _draw_panel(axes: Any, record: Mapping[str, Any], processes: int) -> None:
+    from matplotlib.ticker import LogLocator
+
     colors = iter(COLORS)
     ends = []
     for name in rows_of(record, processes):
@@ -48,18 +50,22 @@ def _draw_panel(axes: Any, record: Mapping[str, Any], processes: int) -> None:
         told = [spread(rates) for rates in points.values()]
         medians = [one.median for one in told]
         bars = [[one.median - one.low for one in told], [one.high - one.median for one in told]]
-        look = {"color": next(colors, "#444444"), "linewidth": 1.3, "markersize": 4}
         if name == LIMIT:
             look = {"color": "black", "linewidth": 1.3, "linestyle": "--", "markersize": 0}
         elif name in OURS.values():
             look = {"color": "#d62728", "linewidth": 3, "markersize": 7, "zorder": 5}
+        else:
+            look = {"color": next(colors, "#444444"), "linewidth": 1.3, "markersize": 4}
         axes.errorbar(list(points), medians, yerr=bars, marker="o", capsize=2.5, **look)
         ends.append((name, max(points), medians[-1], look["color"]))
+    sizes = batch_sizes_of(record, processes)
     axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images per second",
              title="one process" if processes == 1 else f"{processes} processes")
-    sizes = batch_sizes_of(record, processes)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.minorticks_off()
+    axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     _label_ends(axes, ends)

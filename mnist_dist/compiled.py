@@ -33,13 +33,16 @@ WORTH_COMPILING_STEPS = 5000
 INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
 
 
-def is_wanted(config: TrainConfig, batches: GlobalBatchSampler, accelerator: Accelerator) -> bool:
+def is_wanted(config: TrainConfig, images: Images, batches: GlobalBatchSampler, accelerator: Accelerator) -> bool:
     """Whether this run's step is to be compiled: as asked, and with `auto` where it pays for itself within the run.
 
     Until it has been measured on a GPU, `auto` is for the CPU. Raises `UserError`.
     """
     if accelerator.mixed_precision == "fp16" and config.compile == "on":  # also where the launcher says so
         raise UserError("--compile on and mixed precision fp16 exclude each other: drop one")
+    if config.compile == "on" and not images.is_resident:
+        raise UserError("--compile on needs the images in the GPU's memory, and they are more than half of what is "
+                        "free: give --compile off")
     if config.compile != "auto":
         return config.compile == "on"
     planned = min(config.epochs * batches.num_batches, config.max_steps or math.inf)
@@ -99,7 +102,11 @@ class CompiledStep:
         self._in_two = self.num_processes > 1 or batches.passes > 1
         self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=dtype,
                                 device=self.device) if self._in_two else None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self._compile()
+        if self.device.type == "cuda":
+            with torch.no_grad():
+                self._record()
 
     def _compile(self) -> None:
         """Raises `UserError` where there is no compiler, or it fails."""
@@ -156,26 +163,65 @@ class CompiledStep:
         self._adam([part.view_as(weight) for part, weight in parts])
         self.flat.zero_()
 
+    def _record(self) -> None:
+        """On a GPU: record the step as a CUDA graph, which a replay runs without the host.
+
+        The graph finds its batch by a cursor in the GPU's memory, and adds its loss to the losses there. What CUDA
+        loads at a first run it may not load while recording; an empty batch moves nothing but Adam's step counts.
+        """
+        passes, steps = self.batches.passes, self.batches.num_batches
+        self.order = self.batches.rows().view(steps, passes, -1).to(self.device).fill_(NO_INDEX)
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.count_of = self.full.repeat(steps)
+        self.count_of[-1] = self.last
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step_at_cursor()
+        torch.cuda.current_stream().wait_stream(side)
+        for count in self.state["step"]:
+            count.zero_()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step_at_cursor()
+
+    def _step_at_cursor(self) -> None:
+        rows_PB = self.order.index_select(0, self.cursor)[0]
+        totals = self._one(rows_PB.unbind(), self.count_of.index_select(0, self.cursor)[0])
+        self.losses.index_add_(0, self.cursor, torch.stack(totals).sum(dtype=torch.float64).view(1))
+        self.cursor.add_(1)
+
+    def _one(self, rows: Sequence[Tensor], count: Tensor) -> list[Tensor]:
+        """A step on the passes' `rows`; their loss sums. Collective."""
+        if not self._in_two:
+            return [self._whole(rows[0], count)[0]]
+        totals = [self._accumulate(own, count)[0] for own in rows]
+        if self.num_processes > 1:
+            dist.all_reduce(self.flat)
+        self._apply()
+        return totals
+
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch: its order is copied to the device."""
         begin = time.perf_counter()
         self.batches.sampler.set_epoch(epoch)
-        self.rows = self.batches.rows().to(self.device, non_blocking=True).unbind()
+        rows = self.batches.rows()
+        if self.graph:
+            self.order.copy_(rows.view_as(self.order), non_blocking=True)
+            self.cursor.fill_(steps.start)
+        else:
+            self.rows = rows.unbind()
         self.waited = time.perf_counter() - begin
 
     @torch.no_grad()
     def take(self, step: int) -> float:
         """One optimizer step; returns the seconds waited for data: those of the order, at the first step."""
-        passes = self.batches.passes
-        count = self.full if step < self.batches.num_batches - 1 else self.last
-        if self._in_two:
-            for rows in self.rows[step * passes : (step + 1) * passes]:
-                self.recorded += self._accumulate(rows, count)
-            if self.num_processes > 1:
-                dist.all_reduce(self.flat)
-            self._apply()
+        if self.graph:
+            self.graph.replay()
         else:
-            self.recorded += self._whole(self.rows[step], count)
+            count = self.full if step < self.batches.num_batches - 1 else self.last
+            passes = self.batches.passes
+            self.recorded += self._one(self.rows[step * passes : (step + 1) * passes], count)
         waited, self.waited = self.waited, 0.0
         return waited
 

@@ -6,13 +6,11 @@ per machine is to fetch (`obtain`) before all load (`load`). N images in a set, 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import sys
 import tempfile
 import urllib.request
-import zlib
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mnist_dist.errors import UserError
+from mnist_dist.idx import read_idx
 
 TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 STEMS = {  # (split, what) to the file's name, less .gz
@@ -32,16 +31,23 @@ STEMS = {  # (split, what) to the file's name, less .gz
     ("test", "images"): "t10k-images-idx3-ubyte",
     ("test", "labels"): "t10k-labels-idx1-ubyte",
 }
-IDX_MAGIC = {"images": 0x00000803, "labels": 0x00000801}  # unsigned bytes in three dimensions, in one
 STALL_SECONDS = 10.0  # a mirror that sends nothing for so long is given up
-NUM_CLASSES, SIDE = 10, 28
+NUM_CLASSES = 10
 
 
 class Images(Dataset):
-    """Images uint8 [N, 1, 28, 28] and labels int64 [N]; a batch of any indices is one indexing operation."""
+    """Images uint8 [N, 1, 28, 28] and labels int64 [N]; a batch of any indices is one indexing operation.
+
+    Batches are on `device`, where the labels are; the images are too (`is_resident`), unless they are too many.
+    """
 
     def __init__(self, images_N1HW: Tensor, labels_N: Tensor) -> None:
         self.images, self.labels = images_N1HW, labels_N
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the images are where the batches are wanted."""
+        return self.images.device == self.labels.device
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,12 +57,21 @@ class Images(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What DataLoader calls with a whole batch's indices: images [B, 1, 28, 28] and labels [B]."""
-        picked = torch.tensor(indices, dtype=torch.int64).to(self.images.device, non_blocking=True)
-        return self.images[picked], self.labels[picked]
+        picked = torch.tensor(indices, dtype=torch.int64)
+        there = picked.to(self.labels.device, non_blocking=True)
+        if self.is_resident:
+            return self.images[there], self.labels[there]
+        # from pinned memory the copy to a GPU is asynchronous; the allocator keeps the batch until it is done
+        batch = torch.empty(len(picked), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
+        torch.index_select(self.images, 0, picked, out=batch)
+        return batch.to(there.device, non_blocking=True), self.labels[there]
 
     def to(self, device: torch.device) -> Images:
-        """The same images in the device's memory: MNIST is 47 MB."""
-        return Images(self.images.to(device), self.labels.to(device))
+        """The same images with batches on `device`, and in its memory if they take at most half of what is free."""
+        labels = self.labels.to(device)
+        if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return Images(self.images, labels)
+        return Images(self.images.to(device), labels)
 
 
 class ImageSets(NamedTuple):
@@ -139,37 +154,6 @@ def _folder_on_disk(name: str, data_dir: Path) -> Path | None:
         if any(_existing(folder / stem).is_file() for stem in STEMS.values()):
             return folder
     return None
-
-
-def read_idx(path: Path, what: str) -> np.ndarray:
-    """An IDX file of "images" uint8 [N, 28, 28] or "labels" uint8 [N], .gz or not. Raises `UserError`.
-
-    The format: a big-endian magic number (element type and number of dimensions), the dimensions, the bytes
-    (http://yann.lecun.com/exdb/mnist).
-    """
-    remedy = "put the original file there, or remove the folder's IDX files to have them downloaded"
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing, while other files of its data set are there: {remedy}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
-    num_dimensions = 3 if what == "images" else 1
-    header_bytes = 4 + 4 * num_dimensions
-    header = np.frombuffer(content[:header_bytes] if len(content) >= header_bytes else b"", dtype=">u4")
-    if len(header) and header[0] != IDX_MAGIC[what]:
-        raise UserError(
-            f"{path} begins with 0x{header[0]:08x} where IDX {what} have 0x{IDX_MAGIC[what]:08x}: {remedy}"
-        )
-    shape = tuple(int(size) for size in header[1:])
-    expected = header_bytes + int(np.prod(shape, dtype=object))
-    if not shape or len(content) != expected:
-        said = f"says {expected} in its header" if shape else "needs a header"
-        raise UserError(f"{path} has {len(content)} bytes and {said}: it is truncated or damaged; {remedy}")
-    if shape[0] == 0 or (what == "images" and shape[1:] != (SIDE, SIDE)):
-        raise UserError(f"{path} holds {' x '.join(map(str, shape))} where N x {SIDE} x {SIDE} are needed: {remedy}")
-    return np.frombuffer(bytearray(content), dtype=np.uint8, offset=header_bytes).reshape(shape)
 
 
 def _check_pair(images: np.ndarray, labels: np.ndarray, folder: Path, split: str) -> None:

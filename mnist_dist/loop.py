@@ -39,6 +39,7 @@ class Trainer:
         self.config, self.team, self.accelerator, self.sets = config, team, accelerator, sets
         accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
         self.batch_size = config.global_batch_size(team.size)
+        self.largest_share = -(-self.batch_size // team.size)  # of a batch, on one process
         self.learning_rate = config.learning_rate(self.batch_size)
         self.dtype = getattr(torch, config.dtype)
         self.num_shards = config.logical_shards if config.reproducible else team.size
@@ -57,10 +58,8 @@ class Trainer:
             torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
         self._start_adam()
-        self.step = self._compiled_step(warn) if compiled.is_wanted(config, self.batches, accelerator) else None
-        if self.step is None:
-            self.model = accelerator.prepare_model(self.module, evaluation_mode=config.reproducible)
-            self.step = self._plain_step()
+        wanted = compiled.is_wanted(config, self.images, self.batches, accelerator)
+        self.step = (self._compiled_step(warn) if wanted else None) or self._plain_step()
         self.signals = StopSignals()
         self.progress: Callable[[int], None] = lambda step: None  # told of steps done, at every poll
         self.stop_signal = 0  # as agreed by all processes
@@ -100,6 +99,7 @@ class Trainer:
         return steps[0]
 
     def _plain_step(self) -> PlainStep:
+        self.model = self.accelerator.prepare_model(self.module, evaluation_mode=self.config.reproducible)
         parts = (self.accelerator, self.model, self.optimizer, self.images, self.batches, self.losses, self.dtype)
         if self.config.reproducible:
             return ShardedStep(*parts, num_shards=self.num_shards, is_main=self.team.is_main)

@@ -11,8 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-IMAGE_PIXELS = 28 * 28
-NUM_CLASSES = 10
+from mnist_dist.data import NUM_CLASSES
+from mnist_dist.idx import SIDE
+
+IMAGE_PIXELS = SIDE * SIDE
 NEGATIVE_SLOPE = 0.1
 
 

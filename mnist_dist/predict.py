@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.data import SIDE
 from mnist_dist.errors import UserError
-from mnist_dist.results import load_model, random_images
+from mnist_dist.idx import SIDE
+from mnist_dist.results import load_model, random_indices
 from mnist_dist.results import predict as probabilities_of
 from mnist_dist.show import open_images
 
@@ -62,14 +62,14 @@ def predict(config: TrainConfig, run_dir: Path, paths: Sequence[Path], output: s
     from mnist_dist.figures import draw_predictions
 
     sets = open_images(config)
-    picked = random_images(sets.test, config.seed)
-    probabilities = probabilities_of(model, picked.images, cpu, torch.float32)
+    images, labels = sets.test.__getitems__(random_indices(sets.test, config.seed))
+    probabilities = probabilities_of(model, images, cpu, torch.float32)
     target = Path(output) if output else run_dir / "predict.png"
     try:
-        draw_predictions(picked.images, picked.labels, probabilities, target, f"{sets.name}: 16 random test images")
+        draw_predictions(images, labels, probabilities, target, f"{sets.name}: 16 random test images")
     except (OSError, ValueError) as error:
         raise UserError(f"--output {target} cannot be written ({error}): give another .png") from None
-    print("label     ", *(f"{label:5d}" for label in picked.labels.tolist()))
+    print("label     ", *(f"{label:5d}" for label in labels.tolist()))
     print("prediction", *(f"{guess:5d}" for guess in probabilities.argmax(dim=1).tolist()))
     print("sure (%)  ", *(f"{100 * sure:5.1f}" for sure in probabilities.max(dim=1).values.tolist()))
     print(f"drawn: {target}")

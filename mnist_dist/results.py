@@ -90,10 +90,9 @@ def summarise(records: Sequence[Mapping[str, Any]], target_nll: float | None) ->
     }
 
 
-def random_images(images: Images, seed: int) -> Images:
+def random_indices(images: Images, seed: int) -> list[int]:
     """The grid's images, drawn without replacement by `seed`."""
-    picked = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:GRID_IMAGES]
-    return Images(*images.__getitems__(picked.tolist()))
+    return torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:GRID_IMAGES].tolist()
 
 
 def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[Mapping[str, Any]]
@@ -105,10 +104,9 @@ def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[M
     trainer.module.eval()
     test = trainer.sets.test
     probabilities = predict(trainer.module, test.images, trainer.accelerator.device, trainer.dtype)
-    picked = random_images(test, seed)
-    draw_predictions(picked.images, picked.labels, predict(trainer.module, picked.images, trainer.accelerator.device,
-                                                           trainer.dtype),
-                     folder / "predictions.png", f"{trainer.sets.name}: 16 random test images")
+    picked = random_indices(test, seed)
+    draw_predictions(test.images[picked], test.labels[picked], probabilities[picked], folder / "predictions.png",
+                     f"{trainer.sets.name}: 16 random test images")
     draw_curves(records, folder / "curves.png", f"{trainer.sets.name}, global batch {trainer.batch_size}, "
                 f"{trainer.team.size} process{'es' if trainer.team.size > 1 else ''}")
     return {"labels": test.labels.tolist(), "guesses": probabilities.argmax(dim=1).tolist()}

@@ -22,7 +22,7 @@ from mnist_dist.errors import Diverged, LostProcess, MnistDistError, Stopped, Us
 from mnist_dist.loop import Trainer
 from mnist_dist.metrics import Stopwatch
 from mnist_dist.results import describe_environment, leave_results, peak_memory_bytes, summarise
-from mnist_dist.tracking import METRICS, RESULT, Trackers, open_folder
+from mnist_dist.tracking import METRICS, RESULT, Trackers, open_folder, write_config
 
 # A run can be continued with other values of everything but these, which would make it another run.
 MUST_NOT_CHANGE = ("lr", "lr_rule", "seed", "shuffle", "dtype", "reproducible", "logical_shards")
@@ -82,6 +82,7 @@ class Run:
         self.run_id = run_id
         if config.resume:
             self._resume()
+        team.agree(lambda: write_config(folder, config))  # not before: a refused --resume changes nothing
         self.environment = {**describe_environment(team), "step": self.trainer.step.kind}
         settings = {**asdict(self.config), "global_batch_size": self.trainer.batch_size,
                     "environment": self.environment}
@@ -110,14 +111,14 @@ class Run:
 
     def _introduce(self) -> None:
         trainer, say = self.trainer, self.console.say
-        share = -(-trainer.batch_size // self.team.size)
         place, size = self.environment, self.team.size
         say(f"{size} {'process' if size == 1 else 'processes'} on {place['device_name']} ({place['device']}), "
             f"{place['num_threads']} threads each; {self.sets.name}: {len(self.sets.train):,} training and "
             f"{len(self.sets.test):,} test images")
-        say(f"global batch {trainer.batch_size} = {'at most ' if trainer.batch_size % self.team.size else ''}{share} "
-            f"per process, {self.num_batches:,} steps per epoch, Adam at {trainer.learning_rate:g}, "
-            f"{self.config.dtype}, mixed precision {self.environment['mixed_precision']}, {trainer.step.kind} step"
+        say(f"global batch {trainer.batch_size} = {'at most ' if trainer.batch_size % self.team.size else ''}"
+            f"{trainer.largest_share} per process, {self.num_batches:,} steps per epoch, Adam at "
+            f"{trainer.learning_rate:g}, {self.config.dtype}, mixed precision {place['mixed_precision']}, "
+            f"{place['step']} step"
             + (f" ({trainer.step.compile_seconds:.1f} s)" if trainer.step.compile_seconds else ""))
         if self.config.resume:
             say(f"continuing after step {self.global_step}" if self.global_step else
@@ -229,7 +230,7 @@ class Run:
     def _write_result(self, status: str) -> dict[str, Any]:
         summary = {
             "global_batch_size": self.trainer.batch_size,
-            "per_device_batch_size": -(-self.trainer.batch_size // self.team.size),
+            "per_device_batch_size": self.trainer.largest_share,
             "learning_rate": self.trainer.learning_rate, "compile_seconds": self.trainer.step.compile_seconds,
             **summarise(self.records, self.config.target_nll),
         }
@@ -242,8 +243,7 @@ class Run:
 
     def _leave(self) -> None:
         predictions = leave_results(self.folder, self.trainer, self.config.seed, self.records)
-        summary = self._write_result("completed")
-        self.trackers.mirror_results(summary, predictions)
+        self.trackers.mirror_results(self._write_result("completed"), predictions)
         say = self.console.say
         say(f"everything is in {self.folder}: {RESULT}, {METRICS}, model.safetensors, predictions.png, curves.png")
         if hint := self.trackers.sync_hint():

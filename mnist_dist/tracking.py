@@ -6,6 +6,7 @@ few seconds, and never stops a run: where it cannot be reached, the run goes on 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from accelerate.tracking import GeneralTracker, WandBTracker, on_main_process
 
 from mnist_dist.checkpoint import replace_synced
-from mnist_dist.config import TrainConfig, config_text
+from mnist_dist.config import TrainConfig
+from mnist_dist.config_file import config_text
 from mnist_dist.errors import UserError
 from mnist_dist.metrics import GROUP_OF
 
@@ -32,17 +34,26 @@ METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", 
 
 
 def open_folder(config: TrainConfig) -> tuple[Path, str]:
-    """Make the run's folder with its `config.yaml`; returns it and the run's id. Raises `UserError`."""
+    """Make the run's folder; returns it and the run's id. Raises `UserError`."""
     run_id = secrets.token_hex(4)
     folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
     if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, "checkpoints")):
         raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_synced(folder / CONFIG, config_text(config).encode())
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
     return folder, run_id
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write the run's `config.yaml`. Raises `UserError`."""
+    try:
+        replace_synced(folder / CONFIG, config_text(config).encode())
+    except OSError as error:
+        raise UserError(f"{folder / CONFIG} cannot be written ({error.strerror}): give another --output-dir") from None
 
 
 class RunFolder(GeneralTracker):

@@ -114,11 +114,13 @@ def test_a_run_cut_in_the_middle_of_an_epoch_goes_on(sizes, small_dir, tmp_path,
 
 
 def test_another_run_is_not_continued(small_dir, left_alone):
+    config = (left_alone / "config.yaml").read_bytes()
     for words, field in ((["--lr", "0.5"], "lr"), (["--seed", 1], "seed"), (["--batch-size", 50], "batch size")):
         done = mnist_dist("train", "--data-dir", small_dir, "--batch-size", 97, "--lr", "1e-3", "--dtype", "float64",
                           "--wandb", "disabled", "--output-dir", left_alone, "--resume", *words, cwd=left_alone.parent)
         assert_one_line_error(done, field, "--output-dir")
     assert result_of(left_alone)["status"] == "completed", "and it is left as it was"
+    assert (left_alone / "config.yaml").read_bytes() == config
 
 
 def test_a_completed_run_is_not_trained_again(small_dir, left_alone):

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from mnist_dist.config import Every, TrainConfig, config_text, merged, read_config
+from mnist_dist.config import Every, TrainConfig
+from mnist_dist.config_file import config_text, merged, read_config
 from mnist_dist.errors import UserError
 
 BAD = [

@@ -16,8 +16,9 @@ from support import assert_one_line_error, idx_bytes, mnist_dist, result_of, wri
 from torchvision import datasets, transforms
 
 from mnist_dist import data
-from mnist_dist.data import Images, load, obtain, read_idx, scale
+from mnist_dist.data import Images, load, obtain, scale
 from mnist_dist.errors import UserError
+from mnist_dist.idx import read_idx
 
 NAMES = list(data.STEMS.values())
 ROW_7 = [-1] * 8 + [-0.7647, -0.7176, -0.2627, 0.2078, 0.3333] + [0.9843] * 5 + [

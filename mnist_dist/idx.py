@@ -1,0 +1,59 @@
+"""Reads the IDX files that MNIST comes in, .gz or not, straight into the memory that the images stay in."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from mnist_dist.errors import UserError
+
+IDX_MAGIC = {"images": 0x00000803, "labels": 0x00000801}  # unsigned bytes in three dimensions, in one
+SIDE = 28
+
+
+def read_idx(path: Path, what: str) -> np.ndarray:
+    """An IDX file of "images" uint8 [N, 28, 28] or "labels" uint8 [N], .gz or not. Raises `UserError`.
+
+    The format: a big-endian magic number (element type and number of dimensions), the dimensions, the bytes
+    (http://yann.lecun.com/exdb/mnist).
+    """
+    remedy = "put the original file there, or remove the folder's IDX files to have them downloaded"
+    num_dimensions = 3 if what == "images" else 1
+    header_bytes = 4 + 4 * num_dimensions
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(header_bytes)
+            header = np.frombuffer(head if len(head) == header_bytes else b"", dtype=">u4")
+            if len(header) and header[0] != IDX_MAGIC[what]:
+                raise UserError(
+                    f"{path} begins with 0x{header[0]:08x} where IDX {what} have 0x{IDX_MAGIC[what]:08x}: {remedy}"
+                )
+            shape = tuple(int(size) for size in header[1:])
+            # read into its place: the images may be most of what the memory holds
+            array = np.empty(shape if shape else 0, dtype=np.uint8)
+            found = len(head) + _fill(file, memoryview(array.reshape(-1)))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, while other files of its data set are there: {remedy}") from None
+    except (OSError, EOFError, zlib.error, MemoryError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
+    if not shape or found != header_bytes + array.size:
+        said = f"says {header_bytes + array.size} in its header" if shape else "needs a header"
+        raise UserError(f"{path} has {found} bytes and {said}: it is truncated or damaged; {remedy}")
+    if shape[0] == 0 or (what == "images" and shape[1:] != (SIDE, SIDE)):
+        raise UserError(f"{path} holds {' x '.join(map(str, shape))} where N x {SIDE} x {SIDE} are needed: {remedy}")
+    return array
+
+
+def _fill(file: IO[bytes], place: memoryview) -> int:
+    """Read the file's rest into `place`; the number of bytes that there were, also where they are fewer or more."""
+    filled = 0
+    while filled < len(place) and (count := file.readinto(place[filled:])):
+        filled += count
+    more = 0
+    while chunk := file.read(1 << 20):
+        more += len(chunk)
+    return filled + more

@@ -1,0 +1,132 @@
+"""The step as compiled functions: when it is chosen, what it leaves alone, and that it is the plain step but for speed.
+
+That it agrees with plain PyTorch to 1e-10 on 1, 2 and 3 processes is in test_exactness.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import ROOT, assert_one_line_error, mnist_dist, result_of, run
+
+from mnist_dist.compiled import WORTH_COMPILING_STEPS, is_wanted
+from mnist_dist.config import TrainConfig
+from mnist_dist.errors import UserError
+
+LINEAR = "layers.1.weight"
+
+
+def wanted(num_batches, *, device="cpu", precision="no", resident=True, **options):
+    return is_wanted(TrainConfig(**options), SimpleNamespace(is_resident=resident),
+                     SimpleNamespace(num_batches=num_batches),
+                     SimpleNamespace(device=torch.device(device), mixed_precision=precision))
+
+
+def test_auto_compiles_where_the_run_has_steps_enough():
+    assert wanted(WORTH_COMPILING_STEPS, epochs=1) and wanted(WORTH_COMPILING_STEPS // 20, epochs=20)
+    assert not wanted(WORTH_COMPILING_STEPS - 1, epochs=1)
+    assert not wanted(60_000, max_steps=100)
+    assert not wanted(60_000, device="cuda")
+
+
+@pytest.mark.parametrize("options", [
+    {"reproducible": True}, {"mixed_precision": "fp16"}, {"gradient_compression": "bf16"}, {"local_sgd_steps": 2},
+])
+def test_auto_leaves_alone_what_needs_the_plain_step(options):
+    assert not wanted(60_000, **options)
+    with pytest.raises(UserError, match="exclude each other"):
+        TrainConfig(compile="on", **options)
+
+
+def test_on_and_off_are_obeyed_or_refused():
+    assert wanted(1, compile="on") and wanted(1, compile="on", device="cuda") and not wanted(60_000, compile="off")
+    with pytest.raises(UserError, match="exclude each other"):
+        wanted(1, compile="on", precision="fp16")
+    with pytest.raises(UserError, match="memory"):
+        wanted(1, compile="on", resident=False)
+
+
+def trained(folder, data_dir, name, *words, status=0, **environment):
+    done = mnist_dist("train", "--data-dir", data_dir, "--batch-size", 97, "--lr", "1e-3", "--wandb", "disabled",
+                      "--output-dir", name, *words, cwd=folder, **environment)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_cut_and_continued_it_has_the_same_bits(small_dir, tmp_path):
+    trained(tmp_path, small_dir, "whole", "--epochs", 2, "--compile", "on")
+    trained(tmp_path, small_dir, "cut", "--max-steps", 17, "--compile", "on", "--checkpoint-every", "5steps")
+    trained(tmp_path, small_dir, "cut", "--epochs", 2, "--compile", "on", "--resume")
+    trained(tmp_path, small_dir, "plain", "--epochs", 2, "--compile", "off")
+    weights = {name: load_file(tmp_path / name / "model.safetensors")[LINEAR] for name in ("whole", "cut", "plain")}
+    assert torch.equal(weights["cut"], weights["whole"])
+    assert torch.allclose(weights["whole"], weights["plain"], atol=2e-3)  # float32: rounding, amplified by Adam
+    whole, plain = result_of(tmp_path / "whole"), result_of(tmp_path / "plain")
+    assert (whole["environment"]["step"], plain["environment"]["step"]) == ("compiled", "plain")
+    assert whole["summary"]["compile_seconds"] > 0 == plain["summary"]["compile_seconds"]
+    for ours, theirs in zip(whole["epochs"], plain["epochs"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["test_nll_sum"] == pytest.approx(theirs["test_nll_sum"], rel=1e-3)
+        assert 0 <= ours["data_wait_fraction"] < 1
+
+
+def test_bf16_is_compiled_too(small_dir, tmp_path):
+    for compile in ("on", "off"):
+        trained(tmp_path, small_dir, compile, "--epochs", 2, "--mixed-precision", "bf16", "--compile", compile)
+    compiled, plain = (result_of(tmp_path / name) for name in ("on", "off"))
+    assert compiled["environment"]["mixed_precision"] == "bf16" and compiled["environment"]["step"] == "compiled"
+    assert compiled["epochs"][-1]["test_nll"] == pytest.approx(plain["epochs"][-1]["test_nll"], rel=0.05)
+
+
+def test_without_a_compiler_auto_goes_on_and_on_says_so(small_dir, tmp_path):
+    broken = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = trained(tmp_path, small_dir, "on", "--compile", "on", status=2, **broken)
+    assert_one_line_error(done, "could not be compiled", "--compile off")
+    # steps enough for auto, and a target that ends the run after its first epoch
+    done = trained(tmp_path, small_dir, "auto", "--epochs", 1000, "--target-nll", 20, **broken)
+    assert "going on with the plain step" in done.stderr
+    result = result_of(tmp_path / "auto")
+    assert result["environment"]["step"] == "plain" and len(result["epochs"]) == 1
+
+
+def test_an_empty_batch_moves_nothing(small_dir, tmp_path):
+    """What fills up a short batch weighs nothing: a step of it alone leaves weights, moments and losses as they are."""
+    script = tmp_path / "empty.py"
+    script.write_text(f"""
+import torch
+from mnist_dist import processes
+from mnist_dist.config import TrainConfig
+from mnist_dist.data import load
+from mnist_dist.loop import Trainer
+sets = load("mnist", {str(small_dir)!r})
+trainer = Trainer(TrainConfig(batch_size=97, compile="on"), processes.start(timeout_s=60), sets)
+before = {{name: tensor.clone() for name, tensor in trainer.tensors().items()}}
+step = trainer.step
+step.begin(0, range(11))
+step.rows = [torch.full_like(row, -1) for row in step.rows]
+step.take(0)
+step.finish(1)
+for name, tensor in trainer.tensors().items():
+    moved = 1.0 if name.endswith(".step") else 0.0
+    assert torch.equal(tensor, before[name] + moved), name
+print("as it was")
+""")
+
+
+
+
+    done = run([sys.executable, script], cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and "as it was" in done.stdout, done.stderr
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_recorded_step_is_the_plain_one(small_dir, tmp_path):
+    for compile in ("on", "off"):
+        trained(tmp_path, small_dir, compile, "--epochs", 2, "--dtype", "float64", "--compile", compile)
+    compiled, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("on", "off"))
+    assert max((compiled[name] - plain[name]).abs().max().item() for name in plain) < 1e-10
+    assert result_of(tmp_path / "on")["environment"]["device"] == "cuda"
