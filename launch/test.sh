@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# ./launch/test.sh [PYTEST OPTIONS]: runs the quick tests; with -m long, those that take more than half a minute.
+# ./launch/test.sh [PYTEST OPTIONS]: runs the quick tests, two files at a time (-n 0: one, and -s then shows what they
+# print); with -m long, those that take more than half a minute.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-python -c 'import pytest' 2>/dev/null ||
-    { echo "launch: this environment has mnist-dist but no pytest: pip install -e '.[dev]'" >&2; exit 2; }
-exec python -m pytest "$@"
+python -c 'import pytest, xdist' 2>/dev/null ||
+    { echo "launch: this environment has mnist-dist but no pytest with pytest-xdist: pip install -e '.[dev]'" >&2; exit 2; }
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -7,6 +7,7 @@ processes or passes it is two functions, with one flat gradient between them. do
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +26,11 @@ from mnist_dist.errors import UserError
 from mnist_dist.sampling import NO_INDEX, GlobalBatchSampler
 from mnist_dist.steps import NO_SAMPLE, loss_sum
 
-# A step saves 0.6 to 0.8 ms on two cores, at any batch size; compiling costs 2 to 3 s where its cache is warm and 6 s
-# where it is not: from 3,000 to 9,000 steps pay for it (docs/performance.md).
+# On two cores a step saves 0.7 to 0.9 ms at any batch size, and compiling costs 2 s where its cache is warm, 6 s where
+# it is not, 12 s on a machine's first time: 2,000 to 17,000 steps pay for it (docs/performance.md).
 WORTH_COMPILING_STEPS = 5000
 # Adam's bias corrections are scalars, which inductor would otherwise compute again for every vector of 16 weights: this
-# makes it keep them, and takes 60 us off a step at batch 1. No other value of its default of 30 is touched by it.
+# makes it keep them, and halves a step at batch 1 (its default is 30).
 INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
 
 
@@ -52,10 +53,12 @@ def is_wanted(config: TrainConfig, images: Images, batches: GlobalBatchSampler, 
 def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Callable[..., Sequence[Tensor]]:
     """`function`, which returns a tensor or nothing, compiled for arguments like `varying`, without being run.
 
-    torch.compile's entry looks at all that a function refers to each time that it is called, which here costs more
-    than the arithmetic: 63 of 184 us at batch 1. What it refers to are tensors that stay, so the compiled graph is
-    called directly, with the tensors that it was compiled for and, in their places, the arguments that vary.
+    torch.compile's entry looks at all that a function refers to each time that it is called, which at batch 1 costs
+    more than the step itself. What it refers to are tensors that stay, so the compiled graph is called directly, with
+    the tensors that it was compiled for and, in their places, the arguments that vary.
     """
+    # on a machine without a GPU it would tell everyone that there is none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     captured: dict[str, object] = {}
     torch.compiler.reset()  # of what was compiled in this process before: it would count as this function again
 
