@@ -34,10 +34,12 @@ WORTH_COMPILING_STEPS = 5000
 INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
 
 
-def is_wanted(config: TrainConfig, images: Images, batches: GlobalBatchSampler, accelerator: Accelerator) -> bool:
+def is_wanted(config: TrainConfig, images: Images, batches: GlobalBatchSampler, accelerator: Accelerator,
+              before: str | None = None) -> bool:
     """Whether this run's step is to be compiled: as asked, and with `auto` where it pays for itself within the run.
 
-    Until it has been measured on a GPU, `auto` is for the CPU. Raises `UserError`.
+    A run that is continued takes the kind of step that it took `before`: its bits depend on it. Until it has been
+    measured on a GPU, `auto` is for the CPU. Raises `UserError`.
     """
     if accelerator.mixed_precision == "fp16" and config.compile == "on":  # also where the launcher says so
         raise UserError("--compile on and mixed precision fp16 exclude each other: drop one")
@@ -46,8 +48,11 @@ def is_wanted(config: TrainConfig, images: Images, batches: GlobalBatchSampler, 
                         "free: give --compile off")
     if config.compile != "auto":
         return config.compile == "on"
-    planned = min(config.epochs * batches.num_batches, config.max_steps or math.inf)
-    return planned >= WORTH_COMPILING_STEPS and accelerator.device.type == "cpu" and not config.clashes_with_compile
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision == "fp16" or config.clashes_with_compile:
+        return False
+    if before is not None:
+        return before == "compiled"
+    return min(config.epochs * batches.num_batches, config.max_steps or math.inf) >= WORTH_COMPILING_STEPS
 
 
 def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Callable[..., Sequence[Tensor]]:

@@ -34,7 +34,7 @@ class Trainer:
     """The model, its optimizer and loaders on this process, and the steps through them."""
 
     def __init__(self, config: TrainConfig, team: Team, sets: ImageSets,
-                 warn: Callable[[str], None] = lambda message: None) -> None:
+                 warn: Callable[[str], None] = lambda message: None, kind_before: str | None = None) -> None:
         accelerator = team.accelerator
         self.config, self.team, self.accelerator, self.sets = config, team, accelerator, sets
         accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
@@ -58,7 +58,7 @@ class Trainer:
             torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
         self._start_adam()
-        wanted = compiled.is_wanted(config, self.images, self.batches, accelerator)
+        wanted = compiled.is_wanted(config, self.images, self.batches, accelerator, kind_before)
         self.step = (self._compiled_step(warn) if wanted else None) or self._plain_step()
         self.signals = StopSignals()
         self.progress: Callable[[int], None] = lambda step: None  # told of steps done, at every poll

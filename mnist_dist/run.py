@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mnist_dist import launching, processes
-from mnist_dist.checkpoint import load_newest, replace_synced, save_checkpoint
+from mnist_dist.checkpoint import Checkpoint, load_newest, replace_synced, save_checkpoint
 from mnist_dist.config import TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
@@ -70,7 +70,8 @@ class Run:
         self.team, self.console, self.sets = team, console, sets
         folder, run_id = team.agree(lambda: open_folder(config))
         self.config, self.folder = replace(config, output_dir=str(folder)), folder
-        self.trainer = Trainer(config, team, sets, console.warn)
+        kept = team.agree(lambda: load_newest(folder / "checkpoints", console.warn)) if config.resume else None
+        self.trainer = Trainer(config, team, sets, console.warn, kept and kept.state.get("kind"))
         self.num_batches = self.trainer.batches.num_batches
         self.trainer.progress = lambda step: console.progress(self.epoch, step, self.num_batches)
         self.epoch = self.step = 0  # the next step to take
@@ -80,8 +81,8 @@ class Run:
         self.every = {interval.unit: interval.number} if interval.number else {}
         self.trainer.checkpoint_seconds = self.every.get("seconds", float("inf"))
         self.run_id = run_id
-        if config.resume:
-            self._resume()
+        if kept:
+            self._resume(kept)
         team.agree(lambda: write_config(folder, config))  # not before: a refused --resume changes nothing
         self.environment = {**describe_environment(team), "step": self.trainer.step.kind}
         settings = {**asdict(self.config), "global_batch_size": self.trainer.batch_size,
@@ -201,7 +202,7 @@ class Run:
         state = {
             "epoch": self.epoch, "step": self.step, "records": self.records, "watch": self.watch,
             "run_id": self.run_id, "scaler": scaler.state_dict() if scaler else None,
-            "fixed": self._fixed(),
+            "fixed": self._fixed(), "kind": trainer.step.kind,
         }
         self.team.agree(lambda: save_checkpoint(self.folder / "checkpoints", self.global_step, trainer.tensors(), state,
                                                 self.config.keep_checkpoints))
@@ -213,10 +214,7 @@ class Run:
             del values["logical_shards"]
         return {**values, "global batch size": self.trainer.batch_size, "data set": self.sets.summary}
 
-    def _resume(self) -> None:
-        kept = self.team.agree(lambda: load_newest(self.folder / "checkpoints", self.console.warn))
-        if kept is None:
-            return
+    def _resume(self, kept: Checkpoint) -> None:
         for name, value in self._fixed().items():
             if kept.state["fixed"].get(name) != value:
                 raise UserError(f"{kept.folder} was written with {name} {kept.state['fixed'].get(name)}, this run has "

@@ -20,17 +20,23 @@ from mnist_dist.errors import UserError
 LINEAR = "layers.1.weight"
 
 
-def wanted(num_batches, *, device="cpu", precision="no", resident=True, **options):
+def wanted(num_batches, *, device="cpu", precision="no", resident=True, before=None, **options):
     return is_wanted(TrainConfig(**options), SimpleNamespace(is_resident=resident),
                      SimpleNamespace(num_batches=num_batches),
-                     SimpleNamespace(device=torch.device(device), mixed_precision=precision))
+                     SimpleNamespace(device=torch.device(device), mixed_precision=precision), before)
 
 
 def test_auto_compiles_where_the_run_has_steps_enough():
     assert wanted(WORTH_COMPILING_STEPS, epochs=1) and wanted(WORTH_COMPILING_STEPS // 20, epochs=20)
     assert not wanted(WORTH_COMPILING_STEPS - 1, epochs=1)
     assert not wanted(60_000, max_steps=100)
-    assert not wanted(60_000, device="cuda")
+    assert not wanted(60_000, device="cuda") and not wanted(60_000, precision="fp16")
+
+
+def test_a_continued_run_keeps_its_kind_of_step():
+    assert wanted(1, before="compiled") and not wanted(60_000, before="plain")
+    assert not wanted(60_000, before="compiled", compile="off") and wanted(1, before="plain", compile="on")
+    assert not wanted(60_000, before="compiled", gradient_compression="bf16")
 
 
 @pytest.mark.parametrize("options", [
