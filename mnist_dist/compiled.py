@@ -112,9 +112,6 @@ class CompiledStep:
                                 device=self.device) if self._in_two else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self._compile()
-        if self.device.type == "cuda":
-            with torch.no_grad():
-                self._record()
 
     def _compile(self) -> None:
         """Raises `UserError` where there is no compiler, or it fails."""
@@ -126,6 +123,8 @@ class CompiledStep:
                 self._apply = compile_once(self._apply_gradient)
             else:
                 self._whole = compile_once(self._whole_step, rows, self.full)
+            if self.device.type == "cuda":
+                self._record()
         except Exception as error:  # whatever stands in the compiler's way, the plain step is there
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"the step could not be compiled ({reason[0]}): install a C++ compiler such as g++, or "
@@ -171,6 +170,7 @@ class CompiledStep:
         self._adam([part.view_as(weight) for part, weight in parts])
         self.flat.zero_()
 
+    @torch.no_grad()
     def _record(self) -> None:
         """On a GPU: record the step as a CUDA graph, which a replay runs without the host.
 
@@ -239,3 +239,6 @@ class CompiledStep:
             sums = torch.stack(self.recorded).view(-1, self.batches.passes).sum(dim=1, dtype=torch.float64)
             self.losses[step - len(sums) : step] += sums
             self.recorded.clear()
+
+    def pause(self) -> None:
+        """Somebody is to look at the weights: they are as they should be."""

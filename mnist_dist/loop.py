@@ -143,6 +143,7 @@ class Trainer:
             self.progress(step)
             if pause:
                 break
+        self.step.pause()
         return step
 
     def poll(self, steps_done: int = 0) -> bool:

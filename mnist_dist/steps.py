@@ -1,6 +1,6 @@
 """An optimizer step in plain PyTorch and Accelerate: the reference that every faster kind of step must agree with.
 
-Kinds of step share `loss_sum`, and an interface: `begin` an epoch, `take` a step, `finish` a stretch of steps.
+Kinds of step share `loss_sum`, and an interface: `begin` an epoch, `take` a step, `finish` a stretch of steps, `pause`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ class PlainStep:
         return waited
 
     def finish(self, step: int) -> None:
-        """End a stretch before step `step`: under Local SGD the processes' weights are averaged. Collective."""
+        """End a stretch before step `step`, without a pause: nothing is due."""
+
+    def pause(self) -> None:
+        """Somebody is to look at the weights: under Local SGD the processes' are averaged. Collective."""
         if self.local_is_open:
             self.local.__exit__(None, None, None)
             self.local_is_open = False
