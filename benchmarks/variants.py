@@ -36,7 +36,9 @@ Way = Callable[[list[Tensor]], None]  # takes a step on each of these rows of in
 def trainer(sets: ImageSets, batch_size: int, compile: str, **options: Any) -> Trainer:
     """A fresh one; the weights of each way are its own."""
     config = TrainConfig(batch_size=batch_size, compile=compile, **options)
-    return Trainer(config, Team(Accelerator(cpu=True), 60), sets)
+    made = Trainer(config, Team(Accelerator(cpu=True), 60), sets)
+    made.make_step()
+    return made
 
 
 def one_by_one(step: Callable[..., Any], *more: Any) -> Way:

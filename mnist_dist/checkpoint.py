@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mnist_dist.errors import MnistDistError
+from mnist_dist.record.files import sync_folder, write_synced
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -27,30 +28,6 @@ class Checkpoint(NamedTuple):
     folder: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk. Its mode is the user's umask's."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_synced(path: Path, content: bytes) -> None:
-    """Replace a file in one instant: there is the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_synced(temporary, content)
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -73,11 +50,11 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], state:
         temporary.mkdir()
         for name, content in files.items():
             write_synced(temporary / name, content)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if final.exists():  # of the same step, and damaged, or it would have been resumed from
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _sync_folder(root)
+        sync_folder(root)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise MnistDistError(f"the checkpoint of step {step} could not be written to {root} ({error}); the ones before "

@@ -21,6 +21,7 @@ from mnist_dist import __version__, launching
 from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.config_file import merged, read_config
 from mnist_dist.errors import LostProcess, MnistDistError, UserError
+from mnist_dist.record.worker import any_left
 
 SHARED = ("dataset", "data_dir", "mirror", "seed")  # options of training that other commands have too
 
@@ -162,21 +163,26 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point: returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    """The entry point: returns the exit status, or ends the process where an orderly exit could wait for ever."""
+    status, lost = _status(sys.argv[1:] if argv is None else argv)
+    if lost or any_left():  # Python's exit would wait for the lost process, or for a W&B that does not answer
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def _status(argv: Sequence[str]) -> tuple[int, bool]:
+    """(exit status, whether a process of the run was lost) of a command; a failure is told in one line."""
     try:
-        return run(argv)
+        return run(argv), False
     except MnistDistError as error:
         lost = isinstance(error, LostProcess)
         if lost or launching.launched_rank() == 0:
             print(f"mnist-dist: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if lost:
-            sys.stdout.flush()
-            os._exit(error.exit_status)  # an orderly exit would wait for the lost process
-        return error.exit_status
+        return error.exit_status, lost
     except KeyboardInterrupt:
-        return 130
+        return 130, False
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read our output has left, as head does
-        return 1
+        return 1, False
 

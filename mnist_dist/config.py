@@ -27,7 +27,9 @@ class Every(NamedTuple):
 
 
 def knob(default: Any, kind: type, help: str, *, metavar: str | None = None, **rule: Any) -> Any:
-    """A field of `TrainConfig`: rule is any of choices=…, minimum=…, maximum=…, above=…."""
+    """A field of `TrainConfig`: rule is any of choices=…, minimum=…, maximum=…, above=…, and fixed=True for an option
+    that a resumed run may not change, because it changes the result.
+    """
     return field(default=default, metadata={"kind": kind, "help": help, "metavar": metavar, **rule})
 
 
@@ -49,25 +51,27 @@ class TrainConfig:
     max_steps: int | None = knob(None, int, "end after this many optimizer steps, if that comes first", minimum=1)
     target_nll: float | None = knob(None, float, "end after the epoch whose test NLL (mean per image, nats) is at or "
                                     "below this", above=0.0)
-    lr: float = knob(1e-4, float, "Adam's learning rate", above=0.0)
-    seed: int = knob(0, int, "of the initial weights and of the order of the samples", minimum=0, maximum=2**32 - 1)
-    shuffle: bool = knob(True, bool, "a new order each epoch; --no-shuffle is file order")
+    lr: float = knob(1e-4, float, "Adam's learning rate", above=0.0, fixed=True)
+    seed: int = knob(0, int, "of the initial weights and of the order of the samples", minimum=0, maximum=2**32 - 1,
+                     fixed=True)
+    shuffle: bool = knob(True, bool, "a new order each epoch; --no-shuffle is file order", fixed=True)
     lr_rule: str = knob("none", str, f"scale --lr from a batch of {REFERENCE_BATCH_SIZE} to the global batch: by the "
-                        "square root of the ratio, or by the ratio", choices=("none", "sqrt", "linear"))
+                        "square root of the ratio, or by the ratio", choices=("none", "sqrt", "linear"), fixed=True)
     gradient_accumulation_steps: int = knob(1, int, "cut each process's share of a batch into this many passes; the "
                                             "result is the same, the memory less", minimum=1)
     mixed_precision: str | None = knob(None, str, "default: what the launcher says; fp16 needs a GPU",
-                                       choices=("no", "fp16", "bf16"))
+                                       choices=("no", "fp16", "bf16"), fixed=True)
     dtype: str = knob("float32", str, "float64 is for proving exactness: 1 and N processes then agree to 1e-12, where "
                       "float32 rounding, amplified by Adam, grows to 1e-4 in three epochs",
-                      choices=("float32", "float64"))
+                      choices=("float32", "float64"), fixed=True)
     compile: str = knob("auto", str, "compile the whole step; auto = on the CPU, from 5,000 steps in the run: fewer do "
                         "not pay for compiling", choices=("auto", "on", "off"))
     gradient_compression: str = knob("none", str, "send gradients between processes as fp16 or bf16, or as PowerSGD's "
                                      "rank-1 factors: approximate, so the number of processes changes the result",
-                                     choices=("none", "fp16", "bf16", "powersgd"))
+                                     choices=("none", "fp16", "bf16", "powersgd"), fixed=True)
     local_sgd_steps: int = knob(1, int, "Local SGD: each process takes this many steps of its own before the weights "
-                                "are averaged; Adam's moments are not: another training than on one process", minimum=1)
+                                "are averaged; Adam's moments are not: another training than on one process", minimum=1,
+                                fixed=True)
     output_dir: str | None = knob(None, str, "folder for everything a run leaves (default runs/<time>-<id>)",
                                   metavar="DIR")
     checkpoint_every: str = knob("1epoch", str, "a number with its unit: 2epochs, 100steps, 30s; or never",
@@ -78,8 +82,8 @@ class TrainConfig:
     timeout: float = knob(300.0, float, "seconds that a process waits for another before it ends with an error",
                           above=0.0, metavar="SECONDS")
     reproducible: bool = knob(False, bool, "the same bits on any number of processes that divides --logical-shards: "
-                              "one thread per process, gradients added in a fixed order; slower")
-    logical_shards: int = knob(8, int, "parts that --reproducible cuts each batch into", minimum=1)
+                              "one thread per process, gradients added in a fixed order; slower", fixed=True)
+    logical_shards: int = knob(8, int, "parts that --reproducible cuts each batch into", minimum=1, fixed=True)
     wandb: str = knob("auto", str, "auto = online where an API key is configured, else offline; never asks, never "
                       "stops a run", choices=("auto", "online", "offline", "disabled"))
     wandb_project: str = knob("mnist_dist", str, "W&B project", metavar="NAME")

@@ -53,7 +53,7 @@ class Console:
         self.say(" ".join(fill(record).rjust(width) for _, width, fill in COLUMNS))
 
     def progress(self, epoch: int, step: int, num_steps: int) -> None:
-        """`step` of the epoch's `num_steps` are done."""
+        """`step` of the epoch's `num_steps` are done: a bar on a terminal, else a line on standard error."""
         if not self.speaks:
             return
         if sys.stderr.isatty():
@@ -64,7 +64,9 @@ class Console:
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._last_line > LOG_SECONDS:
             self._last_line = time.monotonic()
-            self.say(f"epoch {epoch}: step {step:,} of {num_steps:,}")
+            # under the table's first two columns, so that a log of both outputs stays one table
+            print(f"{epoch:>5} {epoch * num_steps + step:>8,}  {step:,} of the epoch's {num_steps:,} steps",
+                  file=sys.stderr, flush=True)
 
     def hide_bar(self) -> None:
         """Take the bar off the terminal; the next `progress` draws another."""

@@ -33,8 +33,7 @@ POLL_SECONDS = 0.5  # between two meetings of the processes on the host
 class Trainer:
     """The model, its optimizer and loaders on this process, and the steps through them."""
 
-    def __init__(self, config: TrainConfig, team: Team, sets: ImageSets,
-                 warn: Callable[[str], None] = lambda message: None, kind_before: str | None = None) -> None:
+    def __init__(self, config: TrainConfig, team: Team, sets: ImageSets, kind_before: str | None = None) -> None:
         accelerator = team.accelerator
         self.config, self.team, self.accelerator, self.sets = config, team, accelerator, sets
         accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
@@ -58,8 +57,7 @@ class Trainer:
             torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
         self._start_adam()
-        wanted = compiled.is_wanted(config, self.images, self.batches, accelerator, kind_before)
-        self.step = (self._compiled_step(warn) if wanted else None) or self._plain_step()
+        self.compiles = compiled.is_wanted(config, self.images, self.batches, accelerator, kind_before)
         self.signals = StopSignals()
         self.progress: Callable[[int], None] = lambda step: None  # told of steps done, at every poll
         self.stop_signal = 0  # as agreed by all processes
@@ -68,6 +66,10 @@ class Trainer:
         self.checkpoint_seconds = math.inf
         self._poll_steps, self._polled_at = 1, time.monotonic()
         self._warm = 0
+
+    def make_step(self, warn: Callable[[str], None] = lambda message: None) -> None:
+        """Make the kind of step that this run takes; compiling it may take many seconds. Collective."""
+        self.step = (self._compiled_step(warn) if self.compiles else None) or self._plain_step()
 
     def _start_adam(self) -> None:
         """Adam's state as PyTorch would make it at the first step, so that it is there to compile with and to load."""
@@ -90,7 +92,7 @@ class Trainer:
 
         try:
             for where in ("machine", "everywhere"):  # the others find the first one's code in the cache
-                self.team.agree(build, where=where)
+                self.team.agree(build, where=where, patient=True)
         except UserError as error:
             if self.config.compile == "on":
                 raise

@@ -52,11 +52,12 @@ class Team:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._host)
         return numbers.tolist()
 
-    def agree(self, task: Callable[[], T], *, where: str = "main") -> T:
+    def agree(self, task: Callable[[], T], *, where: str = "main", patient: bool = False) -> T:
         """Run `task` on the "main" process, on one per "machine", or "everywhere", and share results and errors.
 
         The main process's result is everyone's, except "everywhere", where each has its own. Where tasks fail all
-        processes raise the first error, so that none waits for one that has left. Collective.
+        processes raise the first error, so that none waits for one that has left. `patient` waits longer than
+        --timeout, for tasks with a time limit of their own. Collective.
         """
         import torch.distributed as dist
 
@@ -71,8 +72,7 @@ class Team:
         if self.size > 1:
             outcomes *= self.size
             shared = None if where == "everywhere" else result
-            # a download may take longer than --timeout, and has time limits of its own
-            dist.all_gather_object(outcomes, (shared, error), group=self._setup if where == "machine" else self._host)
+            dist.all_gather_object(outcomes, (shared, error), group=self._setup if patient else self._host)
         for _, error in outcomes:
             if error is not None:
                 raise error

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_dist.checkpoint import replace_synced
 from mnist_dist.config import flag_of
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.launching import child_environment
-from mnist_dist.tracking import RESULT
+from mnist_dist.record.files import replace_synced
+from mnist_dist.record.folder import RESULT
 
 
 class Protocol(NamedTuple):

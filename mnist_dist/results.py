@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 import mnist_dist
-from mnist_dist.checkpoint import replace_synced, tensor_bytes
+from mnist_dist.checkpoint import tensor_bytes
 from mnist_dist.data import Images, scale
 from mnist_dist.errors import UserError
 from mnist_dist.launching import environment_number
 from mnist_dist.loop import Trainer
 from mnist_dist.model import MLP
 from mnist_dist.processes import Team
-from mnist_dist.tracking import MODEL
+from mnist_dist.record.files import replace_synced
+from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS
 
 GRID_IMAGES = 16  # the tutorial's 4 x 4 test images
 
@@ -96,7 +97,7 @@ def random_indices(images: Images, seed: int) -> list[int]:
 
 
 def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[Mapping[str, Any]]
-                  ) -> dict[str, list[int]]:
+                  ) -> tuple[list[int], list[int]]:
     """Write the model and the pictures; returns the test set's labels and the model's guesses."""
     from mnist_dist.figures import draw_curves, draw_predictions
 
@@ -105,11 +106,11 @@ def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[M
     test = trainer.sets.test
     probabilities = predict(trainer.module, test.images, trainer.accelerator.device, trainer.dtype)
     picked = random_indices(test, seed)
-    draw_predictions(test.images[picked], test.labels[picked], probabilities[picked], folder / "predictions.png",
+    draw_predictions(test.images[picked], test.labels[picked], probabilities[picked], folder / PREDICTIONS,
                      f"{trainer.sets.name}: 16 random test images")
-    draw_curves(records, folder / "curves.png", f"{trainer.sets.name}, global batch {trainer.batch_size}, "
+    draw_curves(records, folder / CURVES, f"{trainer.sets.name}, global batch {trainer.batch_size}, "
                 f"{trainer.team.size} process{'es' if trainer.team.size > 1 else ''}")
-    return {"labels": test.labels.tolist(), "guesses": probabilities.argmax(dim=1).tolist()}
+    return test.labels.tolist(), probabilities.argmax(dim=1).tolist()
 
 
 def predict(module: MLP, images_N1HW: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

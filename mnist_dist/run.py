@@ -8,24 +8,34 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 
 from mnist_dist import launching, processes
-from mnist_dist.checkpoint import Checkpoint, load_newest, replace_synced, save_checkpoint
-from mnist_dist.config import TrainConfig
+from mnist_dist.checkpoint import Checkpoint, load_newest, save_checkpoint
+from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
 from mnist_dist.errors import Diverged, LostProcess, MnistDistError, Stopped, UserError
 from mnist_dist.loop import Trainer
 from mnist_dist.metrics import Stopwatch
+from mnist_dist.record.files import replace_synced
+from mnist_dist.record.folder import (
+    CHECKPOINTS,
+    CURVES,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    RESULT,
+    append_metrics,
+    open_folder,
+    write_config,
+    write_metrics,
+)
+from mnist_dist.record.mirror import Mirror
 from mnist_dist.results import describe_environment, leave_results, peak_memory_bytes, summarise
-from mnist_dist.tracking import METRICS, RESULT, Trackers, open_folder, write_config
-
-# A run can be continued with other values of everything but these, which would make it another run.
-MUST_NOT_CHANGE = ("lr", "lr_rule", "seed", "shuffle", "dtype", "reproducible", "logical_shards")
 
 
 def train(config: TrainConfig) -> None:
@@ -45,13 +55,16 @@ def train(config: TrainConfig) -> None:
     run = None
     try:
         config.global_batch_size(team.size)
-        name = team.agree(lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn), where="machine")
+        name = team.agree(lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
+                          where="machine", patient=True)
         run = Run(config, team, console, team.agree(lambda: load(name, config.data_dir), where="everywhere"))
         run.go()
     except LostProcess:
         raise  # there is nobody to meet
-    except MnistDistError:
+    except MnistDistError as error:
         team.part()
+        if run:
+            run.mirror.finish(error.exit_status)
         raise
     except RuntimeError as error:
         lost = processes.lost_process(team, run.global_step if run else 0, error)
@@ -60,7 +73,8 @@ def train(config: TrainConfig) -> None:
         raise lost from error
     finally:
         console.hide_bar()
-    team.part()
+    team.part()  # the other processes need not wait for W&B
+    run.finish_mirror()
 
 
 class Run:
@@ -70,8 +84,8 @@ class Run:
         self.team, self.console, self.sets = team, console, sets
         folder, run_id = team.agree(lambda: open_folder(config))
         self.config, self.folder = replace(config, output_dir=str(folder)), folder
-        kept = team.agree(lambda: load_newest(folder / "checkpoints", console.warn)) if config.resume else None
-        self.trainer = Trainer(config, team, sets, console.warn, kept and kept.state.get("kind"))
+        kept = team.agree(lambda: load_newest(folder / CHECKPOINTS, console.warn)) if config.resume else None
+        self.trainer = Trainer(config, team, sets, kept and kept.state.get("kind"))
         self.num_batches = self.trainer.batches.num_batches
         self.trainer.progress = lambda step: console.progress(self.epoch, step, self.num_batches)
         self.epoch = self.step = 0  # the next step to take
@@ -82,13 +96,17 @@ class Run:
         self.trainer.checkpoint_seconds = self.every.get("seconds", float("inf"))
         self.run_id = run_id
         if kept:
-            self._resume(kept)
-        team.agree(lambda: write_config(folder, config))  # not before: a refused --resume changes nothing
-        self.environment = {**describe_environment(team), "step": self.trainer.step.kind}
+            self._take_up(kept)
+        self.environment = describe_environment(team)
+        self._introduce()
+        self._make_step()
+        if kept:
+            self._load(kept)
+        team.agree(self._open_record)  # not before: a --resume that was refused changes nothing
+        self.mirror = Mirror(folder, console.warn)
         settings = {**asdict(self.config), "global_batch_size": self.trainer.batch_size,
                     "environment": self.environment}
-        self.trackers = Trackers(team.accelerator, folder, self.config, self.run_id, settings, console.warn)
-        self.trackers.run_folder.start_over(self.records)
+        team.agree(lambda: self.mirror.start(self.config, self.run_id, settings), patient=True)
 
     @property
     def global_step(self) -> int:
@@ -97,12 +115,11 @@ class Run:
 
     def go(self) -> None:
         """Train to the end, and leave the results. Raises `Diverged` or `Stopped`, with what there is written."""
-        self._introduce()
-        finished = self._is_finished()
+        self._show_table()
         with self.trainer.signals:
             try:
-                while not finished:
-                    finished = self._run_epoch()
+                while not self._is_finished():
+                    self._run_epoch()
             except Diverged:
                 if self.team.is_main:
                     self._write_result("diverged")
@@ -118,13 +135,26 @@ class Run:
             f"{len(self.sets.test):,} test images")
         say(f"global batch {trainer.batch_size} = {'at most ' if trainer.batch_size % self.team.size else ''}"
             f"{trainer.largest_share} per process, {self.num_batches:,} steps per epoch, Adam at "
-            f"{trainer.learning_rate:g}, {self.config.dtype}, mixed precision {place['mixed_precision']}, "
-            f"{place['step']} step"
-            + (f" ({trainer.step.compile_seconds:.1f} s)" if trainer.step.compile_seconds else ""))
+            f"{trainer.learning_rate:g}, {self.config.dtype}, mixed precision {place['mixed_precision']}")
         if self.config.resume:
             say(f"continuing after step {self.global_step}" if self.global_step else
                 "nothing to continue: starting afresh")
         say(f"writing to {self.folder}")
+
+    def _make_step(self) -> None:
+        if self.trainer.compiles:
+            self.console.say("compiling the step: some 3 s, and up to 20 s the first time on a machine")
+        self.trainer.make_step(self.console.warn)
+        step = self.trainer.step
+        if step.compile_seconds:
+            self.console.say(f"compiled in {step.compile_seconds:.1f} s")
+        self.environment["step"] = step.kind
+
+    def _open_record(self) -> None:
+        write_config(self.folder, self.config)
+        write_metrics(self.folder, self.records)
+
+    def _show_table(self) -> None:
         self.console.table_head()
         for record in self.records:
             self.console.table_row(record)
@@ -137,8 +167,8 @@ class Run:
             or (config.target_nll is not None and any(r["test_nll"] <= config.target_nll for r in self.records))
         )
 
-    def _run_epoch(self) -> bool:
-        """Train and evaluate one epoch, or the part of it that --max-steps leaves; whether the run is finished."""
+    def _run_epoch(self) -> None:
+        """Train and evaluate one epoch, or the part of it that --max-steps leaves."""
         trainer, epoch = self.trainer, self.epoch
         end = min(self.num_batches, (self.config.max_steps or float("inf")) - epoch * self.num_batches)
         self.stopwatch = Stopwatch(trainer.synchronize, **self.watch)
@@ -150,21 +180,21 @@ class Run:
         trainer.synchronize()
         record = self._record(loss, figures, time.perf_counter() - begin)
         self.console.hide_bar()
-        self.trackers.log(record)
+        if self.team.is_main:
+            append_metrics(self.folder, record)
+            self.mirror.log(record)
         self.console.table_row(record)
         if end < self.num_batches:  # kept as an epoch in progress, so that it can be continued with more steps
             self._checkpoint(due=bool(self.every))
             self.records.append(record)
-            return True
+            return
         self.epoch, self.step, self.watch = epoch + 1, 0, {}
         trainer.losses.zero_()
         self.records.append(record)
         trainer.poll()
         self._checkpoint(due=self._due_after_epoch() or trainer.checkpoint_due or trainer.stop_signal > 0)
-        finished = self._is_finished()
-        if trainer.stop_signal and not finished:
+        if trainer.stop_signal and not self._is_finished():
             self._stop()
-        return finished
 
     def _due_after_epoch(self) -> bool:
         every = self.every
@@ -178,7 +208,8 @@ class Run:
         seconds, warmup, eval_seconds, memory = slowest
         times = watch.figures(seconds, warmup, self.team.size)
         return {
-            "epoch": self.epoch, "step": self.global_step, "train_loss": loss, **figures, **times,
+            "epoch": self.epoch, "step": self.global_step, "train_loss": loss, **figures,
+            **times,
             "eval_seconds": eval_seconds, "epoch_seconds": times["train_seconds"] + eval_seconds,
             "peak_memory_bytes": int(memory),
         }
@@ -204,24 +235,32 @@ class Run:
             "run_id": self.run_id, "scaler": scaler.state_dict() if scaler else None,
             "fixed": self._fixed(), "kind": trainer.step.kind,
         }
-        self.team.agree(lambda: save_checkpoint(self.folder / "checkpoints", self.global_step, trainer.tensors(), state,
+        self.team.agree(lambda: save_checkpoint(self.folder / CHECKPOINTS, self.global_step, trainer.tensors(), state,
                                                 self.config.keep_checkpoints))
         trainer.last_checkpoint = time.monotonic()
 
     def _fixed(self) -> dict[str, Any]:
-        values = {name: getattr(self.config, name) for name in MUST_NOT_CHANGE}
-        if not self.config.reproducible:
-            del values["logical_shards"]
+        """What a run that continues this one may not change, by its name in an error message."""
+        config = self.config
+        values = {flag_of(option.name): getattr(config, option.name) for option in fields(config)
+                  if option.metadata.get("fixed")}
+        values["--mixed-precision"] = self.team.accelerator.mixed_precision  # also if a launcher says it
+        if not config.reproducible:
+            del values["--logical-shards"]
         return {**values, "global batch size": self.trainer.batch_size, "data set": self.sets.summary}
 
-    def _resume(self, kept: Checkpoint) -> None:
+    def _take_up(self, kept: Checkpoint) -> None:
+        """Continue where the checkpoint ends. Raises `UserError` if it belongs to another run."""
         for name, value in self._fixed().items():
-            if kept.state["fixed"].get(name) != value:
-                raise UserError(f"{kept.folder} was written with {name} {kept.state['fixed'].get(name)}, this run has "
-                                f"{value}: continue with the same, or give another --output-dir")
-        self.trainer.load_tensors(kept.tensors)
+            before = kept.state["fixed"].get(name)
+            if before != value:
+                raise UserError(f"{kept.folder} was written with {name} {before}, this run has {value}: continue with "
+                                "the same, or give another --output-dir")
         self.epoch, self.step, self.records = (kept.state[name] for name in ("epoch", "step", "records"))
         self.watch, self.run_id = kept.state["watch"], kept.state["run_id"]
+
+    def _load(self, kept: Checkpoint) -> None:
+        self.trainer.load_tensors(kept.tensors)
         if kept.state["scaler"] and self.team.accelerator.scaler:
             self.team.accelerator.scaler.load_state_dict(kept.state["scaler"])
 
@@ -240,9 +279,15 @@ class Run:
         return summary
 
     def _leave(self) -> None:
-        predictions = leave_results(self.folder, self.trainer, self.config.seed, self.records)
-        self.trackers.mirror_results(self._write_result("completed"), predictions)
-        say = self.console.say
-        say(f"everything is in {self.folder}: {RESULT}, {METRICS}, model.safetensors, predictions.png, curves.png")
-        if hint := self.trackers.sync_hint():
-            say(f"W&B was offline: to bring this run there, {hint}")
+        labels, guesses = leave_results(self.folder, self.trainer, self.config.seed, self.records)
+        summary = self._write_result("completed")
+        self.console.say(f"everything is in {self.folder}: {RESULT}, {METRICS}, {MODEL}, {PREDICTIONS}, "
+                         f"{CURVES}")
+        self.mirror.log_results(summary, labels, guesses, self.folder / MODEL,
+                                [self.folder / PREDICTIONS, self.folder / CURVES])
+
+    def finish_mirror(self) -> None:
+        """End the run in W&B, within a time limit, and say how to sync an offline one."""
+        self.mirror.finish()
+        if hint := self.mirror.sync_hint():
+            self.console.say(f"W&B was offline: to bring this run there, {hint}")

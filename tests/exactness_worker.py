@@ -28,6 +28,7 @@ def main(data_dir: str, output_dir: str, cases: str) -> None:
         count = options.pop("images")
         some = ImageSets("small", Images(sets.train.images[:count], sets.train.labels[:count]), sets.test)
         trainer = Trainer(TrainConfig(lr=1e-3, **{"compile": "off", **options}), team, some)
+        trainer.make_step()
         steps = range(trainer.batches.num_batches)
         figures = []
         for epoch in range(EPOCHS):

@@ -115,12 +115,29 @@ def test_a_run_cut_in_the_middle_of_an_epoch_goes_on(sizes, small_dir, tmp_path,
 
 def test_another_run_is_not_continued(small_dir, left_alone):
     config = (left_alone / "config.yaml").read_bytes()
-    for words, field in ((["--lr", "0.5"], "lr"), (["--seed", 1], "seed"), (["--batch-size", 50], "batch size")):
+    for words, field in (
+        (["--lr", "0.5"], "--lr"), (["--seed", 1], "--seed"), (["--batch-size", 50], "batch size"),
+        (["--local-sgd-steps", 2], "--local-sgd-steps"), (["--gradient-compression", "bf16"], "--gradient-compression"),
+        (["--dtype", "float32"], "--dtype"),
+    ):
         done = mnist_dist("train", "--data-dir", small_dir, "--batch-size", 97, "--lr", "1e-3", "--dtype", "float64",
                           "--wandb", "disabled", "--output-dir", left_alone, "--resume", *words, cwd=left_alone.parent)
         assert_one_line_error(done, field, "--output-dir")
     assert result_of(left_alone)["status"] == "completed", "and it is left as it was"
     assert (left_alone / "config.yaml").read_bytes() == config
+
+
+@pytest.mark.parametrize("launcher", [False, True])
+def test_another_mixed_precision_is_not_continued(launcher, small_dir, tmp_path):
+    words = ["train", "--data-dir", small_dir, "--max-steps", 3, "--wandb", "disabled", "--output-dir", "run"]
+    assert mnist_dist(*words, cwd=tmp_path).returncode == 0
+    if launcher:
+        done = mnist_dist(*words, "--resume", cwd=tmp_path, ACCELERATE_MIXED_PRECISION="bf16")
+    else:
+        done = mnist_dist(*words, "--resume", "--mixed-precision", "bf16", cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1
+    assert "was written with --mixed-precision no, this run has bf16" in lines[0]
 
 
 def test_a_completed_run_is_not_trained_again(small_dir, left_alone):

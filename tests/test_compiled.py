@@ -110,6 +110,7 @@ from mnist_dist.data import load
 from mnist_dist.loop import Trainer
 sets = load("mnist", {str(small_dir)!r})
 trainer = Trainer(TrainConfig(batch_size=97, compile="on"), processes.start(timeout_s=60), sets)
+trainer.make_step()
 before = {{name: tensor.clone() for name, tensor in trainer.tensors().items()}}
 step = trainer.step
 step.begin(0, range(11))
@@ -121,10 +122,6 @@ for name, tensor in trainer.tensors().items():
     assert torch.equal(tensor, before[name] + moved), name
 print("as it was")
 """)
-
-
-
-
     done = run([sys.executable, script], cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0 and "as it was" in done.stdout, done.stderr
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import re
 import sys
 import threading
 import time
 
 import pytest
-from support import mnist_dist, result_of, run
+from support import ROOT, mnist_dist, result_of, run
 
-from mnist_dist import tracking
+from mnist_dist.config import TrainConfig
 from mnist_dist.metrics import GROUP_OF
+from mnist_dist.record import mirror
+from mnist_dist.record.worker import THREAD_NAME
 
 KEY = "0123456789012345678901234567890123456789"
 
@@ -138,7 +141,7 @@ def test_a_server_that_does_not_answer(stalling_server, small_dir, tmp_path):
     assert "does not answer" in done.stderr and "going on offline" in done.stderr
     assert "wandb sync" in done.stdout and KEY not in done.stdout + done.stderr
     assert records_of(tmp_path / "run")["history"]
-    assert tracking.ANSWER_SECONDS + tracking.INIT_SECONDS < 15
+    assert mirror.ANSWER_SECONDS + mirror.INIT_SECONDS < 15
 
 
 def test_no_network_no_key_and_disabled(small_dir, tmp_path):
@@ -156,9 +159,6 @@ def test_no_network_no_key_and_disabled(small_dir, tmp_path):
 
 def test_a_wandb_that_fails_to_start_stops_nothing(monkeypatch, tmp_path):
     import wandb
-    from accelerate import Accelerator
-
-    from mnist_dist.config import TrainConfig
 
     attempts, warnings = [], []
 
@@ -167,9 +167,78 @@ def test_a_wandb_that_fails_to_start_stops_nothing(monkeypatch, tmp_path):
         raise RuntimeError("out of\norder")
 
     monkeypatch.setattr(wandb, "init", fail)
-    monkeypatch.setattr(tracking, "wandb_mode", lambda *_: "online")
-    trackers = tracking.Trackers(Accelerator(cpu=True), tmp_path, TrainConfig(), "id", {}, warnings.append)
-    assert attempts == ["online", "offline"] and trackers.mode == "disabled"
+    monkeypatch.setattr(mirror, "wandb_mode", lambda *_: "online")
+    made = mirror.Mirror(tmp_path, warnings.append)
+    made.start(TrainConfig(), "id", {})
+    assert attempts == ["online", "offline"] and made.mode == "disabled"
     assert len(warnings) == 2 and all("out of order" in warning for warning in warnings)
-    trackers.log({"epoch": 0, "step": 3, "test_nll": 0.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"epoch": 0, "step": 3, "test_nll": 0.5}
+    made.log({"epoch": 0, "step": 3, "test_nll": 0.5})
+    made.finish()
+    assert len(warnings) == 2 and made.sync_hint() is None
+
+
+HANGS = {  # where wandb hangs: what the run says
+    "init": "W&B did not start within 0.3 s; going on without",
+    "log": "W&B took more than 0.3 s for an epoch",
+    "results": "W&B did not take all of the run (no answer within 0.5 s)",
+    "log_artifact": "W&B did not take all of the run (no answer within 0.5 s)",
+    "finish": "W&B did not take all of the run (no answer within 0.5 s)",
+}
+
+
+def mirrored(folder):
+    """What a run calls, from start to end: (the mirror, its warnings, the seconds that it took)."""
+    warnings, begin = [], time.monotonic()
+    made = mirror.Mirror(folder, warnings.append)
+    made.start(TrainConfig(), "id", {})
+    for epoch in range(3):
+        made.log({"epoch": epoch, "step": epoch, "test_nll": 0.5})
+    made.log_results({"global_batch_size": 200}, [1], [1], folder / "model.safetensors", [folder / "curves.png"])
+    made.finish()
+    return made, warnings, time.monotonic() - begin
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """wandb is the stand-in, and the limits are short."""
+    import hanging_wandb
+
+    monkeypatch.setitem(sys.modules, "wandb", hanging_wandb)
+    monkeypatch.setattr(hanging_wandb.time, "sleep", lambda seconds: threading.Event().wait(20))
+    monkeypatch.setattr(hanging_wandb.atexit, "register", lambda *_: None)
+    for name, seconds in (("START", 0.3), ("LOG", 0.3), ("END", 0.5)):
+        monkeypatch.setattr(mirror, f"{name}_SECONDS", seconds)
+    hanging_wandb.CALLS.clear()
+    return hanging_wandb.CALLS
+
+
+@pytest.mark.parametrize("where", HANGS)
+def test_a_wandb_that_hangs_holds_nothing(where, stand_in, monkeypatch, tmp_path):
+    monkeypatch.setenv("HANGS_IN", where)
+    made, warnings, seconds = mirrored(tmp_path)
+    assert HANGS[where] in warnings[0] and len(warnings) == (2 if where == "log" else 1), warnings
+    assert stand_in[-1] == where, "and nothing is called after it"
+    assert seconds < 15
+    assert (made.sync_hint() is None) == (where == "init")
+    assert any(thread.name == THREAD_NAME for thread in threading.enumerate()), "the thread that exit must not wait for"
+
+
+def test_a_wandb_that_answers_gets_everything(stand_in, tmp_path):
+    made, warnings, _ = mirrored(tmp_path)
+    assert stand_in == ["init", "log", "log", "log", "results", "log_artifact", "finish"] and not warnings
+    assert made.sync_hint() == "wandb sync somewhere"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["init", "log", "log_artifact", "finish"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_ends_although_wandb_hangs(where, size, small_dir, tmp_path):
+    """With the limits that users get, also at exit, and with a --timeout shorter than these limits."""
+    (tmp_path / "wandb.py").write_bytes((ROOT / "tests" / "hanging_wandb.py").read_bytes())
+    done = run([sys.executable, "-m", "mnist_dist", "train", "--processes", size, "--data-dir", small_dir, "--epochs",
+                2, "--timeout", 8, "--output-dir", "run"], cwd=tmp_path, HANGS_IN=where,
+               PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    after = time.time() - (tmp_path / "run" / "result.json").stat().st_mtime
+    print(f"{where} on {size}: the run ends {after:.1f} s after its last result")
+    assert done.returncode == 0 and "W&B" in done.stderr, done.stderr
+    assert result_of(tmp_path / "run")["status"] == "completed" and after < 15

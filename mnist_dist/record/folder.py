@@ -1,0 +1,58 @@
+"""The folder of a run: the names of its files, how it is opened, and the files that grow or change during the run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.config import TrainConfig
+from mnist_dist.config_file import config_text
+from mnist_dist.errors import UserError
+from mnist_dist.record.files import replace_synced
+
+METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
+CHECKPOINTS, PREDICTIONS, CURVES = "checkpoints", "predictions.png", "curves.png"
+
+
+def open_folder(config: TrainConfig) -> tuple[Path, str]:
+    """Create the run's folder; returns it and a new run id. Raises `UserError`."""
+    run_id = secrets.token_hex(4)
+    folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
+    if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, CHECKPOINTS)):
+        raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with --resume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
+    return folder, run_id
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write the run's `config.yaml`. Raises `UserError`."""
+    try:
+        replace_synced(folder / CONFIG, config_text(config).encode())
+    except OSError as error:
+        raise UserError(f"{folder / CONFIG} cannot be written ({error.strerror}): give another --output-dir") from None
+
+
+def write_metrics(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Make `metrics.jsonl` hold exactly these records: those of the checkpoint that is continued, or none."""
+    replace_synced(folder / METRICS, "".join(_line(record) for record in records).encode())
+
+
+def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
+    """Append one epoch's line to `metrics.jsonl`."""
+    with open(folder / METRICS, "a", encoding="utf-8") as file:
+        file.write(_line(record))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"

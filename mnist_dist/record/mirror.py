@@ -1,0 +1,184 @@
+"""Weights & Biases: a mirror of the run's folder that never stops a run and never makes it wait for long.
+
+All calls of wandb run in one thread. The run waits for each call up to a time limit; a call that takes longer stays in
+the thread, and the run continues. If the server cannot be reached, the run is recorded offline, to be synced later.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one from Python 3.11 on
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.config import TrainConfig
+from mnist_dist.metrics import GROUP_OF
+from mnist_dist.record.worker import Worker
+
+ANSWER_SECONDS = 4.0  # for the W&B server's first answer
+INIT_SECONDS = 6.0  # for wandb.init after it; wandb itself would wait for 90
+START_SECONDS = 20.0  # for importing and starting wandb, both attempts (online, offline) together
+LOG_SECONDS = 2.0  # for one epoch's record
+END_SECONDS = 10.0  # for everything that is left to do after the run's last result
+
+
+def grouped(record: Mapping[str, Any]) -> dict[str, Any]:
+    """An epoch's record under W&B's names: `test_nll` is `test/test_nll`. Values that are None are left out."""
+    return {f"{GROUP_OF[name]}/{name}": value for name, value in record.items() if value is not None}
+
+
+def wandb_mode(asked: str, warn: Callable[[str], None]) -> str:
+    """"online", "offline" or "disabled", from `--wandb` and what can be reached: a key, and a server that answers."""
+    if asked == "disabled" or (asked == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
+        return "disabled"
+    # wandb reports its own errors to the same server, and at exit waits ten seconds for one that hangs
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        import wandb
+    except ImportError:
+        warn("wandb is not installed: this run is not tracked there (pip install wandb)")
+        return "disabled"
+    settings = wandb.setup().settings
+    has_key = bool(settings.api_key) or _key_in_netrc(settings.base_url)
+    if asked == "offline" or (asked == "auto" and (not has_key or os.environ.get("WANDB_MODE") == "offline")):
+        return "offline"
+    if not has_key:
+        warn("W&B: no API key is configured (wandb login); going on offline")
+        return "offline"
+    question = urllib.request.Request(f"{settings.base_url}/graphql", data=b'{"query": "{ __typename }"}',
+                                      headers={"Content-Type": "application/json"})
+    try:
+        urllib.request.urlopen(question, timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, of whatever kind
+    except (OSError, ValueError) as error:
+        warn(f"W&B: {settings.base_url} does not answer ({error}); going on offline")
+        return "offline"
+    return "online"
+
+
+def _key_in_netrc(base_url: str) -> bool:
+    from netrc import NetrcParseError, netrc
+    from urllib.parse import urlsplit
+
+    try:
+        return netrc().authenticators(urlsplit(base_url).hostname or "") is not None
+    except (OSError, NetrcParseError):
+        return False
+
+
+class Mirror:
+    """One run in W&B: `start`, then `log` for each epoch, `log_results`, `finish`. Does nothing before `start`."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self.folder, self.warn = folder, warn
+        self.mode = "disabled"
+        self.run: Any = None  # wandb's
+        self._worker: Worker | None = None
+        self._late = False  # a call has exceeded its limit: it is waited for at the end only
+        self._errors: list[str] = []
+
+    def start(self, config: TrainConfig, run_id: str, settings: Mapping[str, Any]) -> None:
+        """Begin a run with these settings; after a failure online try offline, then go on without W&B."""
+        if config.wandb == "disabled":
+            return
+        self._worker = Worker()
+        warnings: list[str] = []
+        future = self._worker.submit(lambda: _started(config, self.folder, run_id, settings, warnings.append))
+        try:
+            self.run, self.mode = future.result(START_SECONDS)
+        except FutureTimeout:
+            warnings.append(f"W&B did not start within {START_SECONDS:g} s; going on without")
+        for line in warnings:
+            self.warn(line)
+        if self.run is None:
+            self._worker.close()
+            self._worker = None
+
+    def _call(self, task: Callable[[], None], seconds: float) -> bool:
+        """Run `task` in the thread; whether it ended within `seconds`. Its exception is kept for `finish` to tell."""
+        if self._worker is None:
+            return True
+
+        def guarded() -> None:
+            try:
+                task()
+            except Exception as error:  # whatever W&B raises, the run goes on
+                self._errors.append(" ".join(str(error).split()) or type(error).__name__)
+
+        future = self._worker.submit(guarded)
+        try:
+            future.result(0 if self._late else seconds)
+        except FutureTimeout:
+            return False
+        return True
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """One epoch's record."""
+        done = self._call(lambda: self.run.log(grouped(record), step=record["step"]), LOG_SECONDS)
+        if not done and not self._late:
+            self._late = True
+            self.warn(f"W&B took more than {LOG_SECONDS:g} s for an epoch: the run goes on without waiting for it")
+
+    def log_results(self, summary: Mapping[str, Any], labels: Sequence[int], guesses: Sequence[int], model: Path,
+                    pictures: Sequence[Path]) -> None:
+        """The run's summary, pictures, confusion matrix and model; `finish` waits for them."""
+        def task() -> None:
+            import wandb
+
+            self.run.summary.update({"batch_size": summary["global_batch_size"], **summary})
+            last = self.run.step
+            images = {path.stem: wandb.Image(str(path)) for path in pictures}
+            matrix = wandb.plot.confusion_matrix(y_true=labels, preds=guesses, class_names=[str(i) for i in range(10)])
+            self.run.log({**images, "confusion_matrix": matrix}, step=last)
+            artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
+            for path in (model, self.folder / "config.yaml"):
+                artifact.add_file(str(path))
+            self.run.log_artifact(artifact)
+
+        self._call(task, 0)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """End the run in W&B; waits at most `END_SECONDS` for this and all calls before it."""
+        if self._worker is None:
+            return
+        self._late = False
+        done = self._call(lambda: self.run.finish(exit_code=exit_code), END_SECONDS)
+        self._worker.close()
+        self._worker = None
+        problems = [] if done else [f"no answer within {END_SECONDS:g} s"]
+        if problems := problems + self._errors:
+            self.warn(f"W&B did not take all of the run ({'; '.join(problems)}); it is in {self.folder}")
+
+    def sync_hint(self) -> str | None:
+        """The command that brings an offline run to the server, or None."""
+        if self.mode != "offline" or self.run is None:
+            return None
+        return f"wandb sync {Path(self.run.dir).parent}"
+
+
+def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[str, Any],
+             warn: Callable[[str], None]) -> tuple[Any, str]:
+    """(wandb's run, its mode); (None, "disabled") if it cannot start."""
+    mode = wandb_mode(config.wandb, warn)
+    while mode != "disabled":
+        import wandb
+
+        try:
+            run = wandb.init(
+                project=config.wandb_project, mode=mode, dir=str(folder), id=run_id, resume="allow",
+                name=config.run_name or folder.name, group=config.wandb_group,
+                tags=[tag.strip() for tag in (config.tags or "").split(",") if tag.strip()],
+                settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS,
+                                        login_timeout=int(INIT_SECONDS)),
+            )
+            run.config.update(dict(settings), allow_val_change=True)
+            return run, mode
+        except Exception as error:  # whatever W&B raises, training goes on
+            reason = " ".join(str(error).split())
+            mode, after = ("offline", "going on offline") if mode == "online" else ("disabled", "going on without")
+            warn(f"W&B could not start ({reason}); {after}")
+    return None, "disabled"
