@@ -9,19 +9,17 @@ epoch's rate, and the peak memory of the process. Prints Markdown.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import cell, spread, table
+from mnist_dist import runner
 from mnist_dist.data import STEMS
 from mnist_dist.idx import IDX_MAGIC
-from mnist_dist.launching import child_environment
 from mnist_dist.synthetic import load_digits
+from mnist_dist.tables import cell, spread, table
 
 COPIES = 10
 
@@ -42,12 +40,11 @@ def write_copies(folder: Path, copies: int) -> int:
 
 def trained(data_dir: Path, batch_size: int, folder: Path) -> tuple[float, int]:
     """Samples per second of the second epoch, and the peak memory in bytes."""
-    subprocess.run([sys.executable, "-m", "mnist_dist", "train", "--dataset", "mnist", "--data-dir", data_dir,
-                    "--batch-size", str(batch_size), "--epochs", "2", "--compile", "on", "--wandb", "disabled",
-                    "--checkpoint-every", "never", "--output-dir", folder],
-                   check=True, stdout=subprocess.DEVNULL, env=child_environment())
-    last = json.loads((folder / "result.json").read_bytes())["epochs"][-1]
-    return last["samples_per_second"], last["peak_memory_bytes"]
+    outcome = runner.train(["--dataset", "mnist", "--data-dir", data_dir, "--batch-size", batch_size, "--epochs", 2,
+                            "--compile", "on", "--wandb", "disabled", "--checkpoint-every", "never"], folder)
+    if outcome.result is None or not outcome.result.epochs[-1].samples_per_second:
+        sys.exit(f"growth: error: {outcome.note or 'nothing was measured'}")
+    return outcome.result.epochs[-1].samples_per_second, outcome.result.epochs[-1].peak_memory_bytes
 
 
 def main() -> None:

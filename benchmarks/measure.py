@@ -11,20 +11,17 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import num_cores
 from benchmarks.rows import Row
-from mnist_dist.launching import child_environment
+from mnist_dist import runner
+from mnist_dist.record.environment import num_cores
 
 TIMEOUT_SECONDS = 1800  # of one measurement
-ERROR = re.compile(r"(?:\[rank\d+\]:\s*)?((?:[\w.]+(?:Error|Exception)|mnist-dist: error): .+)")
 MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
@@ -49,7 +46,7 @@ def torchvision_root(data_dir: str, scratch: Path) -> str:
 
 def measure(row: Row, data_dir: str, batch_size: int, num_samples: int, compile: str, scratch: Path) -> dict[str, Any]:
     """Run the row once, in a fresh process, and return its outcome. `scratch` is kept between calls."""
-    environment = child_environment()
+    environment = runner.child_environment()
     # a compiler's cache per cell: the first measurement of a cell compiles for real, the later ones find it
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "compiled" / f"{row.name}-{batch_size}")
     environment["HF_HOME"] = str(scratch / "no-accelerate-config")
@@ -73,22 +70,21 @@ def ours(row: Row, data_dir: str, batch_size: int, num_samples: int, compile: st
          environment: Mapping[str, str]) -> dict[str, Any]:
     """`mnist-dist train`, in the peers' words: its last epoch, of which the warm-up is excluded already."""
     shutil.rmtree(folder, ignore_errors=True)
-    length = ["--epochs", "1", "--max-steps", str(num_samples)] if batch_size == 1 else ["--epochs", "2"]
-    processes = ["--processes", str(row.processes)] if row.processes > 1 else []
-    finished([sys.executable, "-m", "mnist_dist", "train", "--dataset", "mnist", "--data-dir", data_dir, "--batch-size",
-              str(batch_size), *length, "--compile", compile, "--wandb", "disabled", "--checkpoint-every", "never",
-              "--output-dir", str(folder), *processes], environment)
-    result = json.loads((folder / "result.json").read_bytes())
-    first, last, place = result["epochs"][0], result["epochs"][-1], result["environment"]
-    rate = last["samples_per_second"]
-    if not rate:
+    length = ["--epochs", 1, "--max-steps", num_samples] if batch_size == 1 else ["--epochs", 2]
+    outcome = runner.train(["--dataset", "mnist", "--data-dir", data_dir, "--batch-size", batch_size, *length,
+                            "--compile", compile, "--wandb", "disabled", "--checkpoint-every", "never"], folder,
+                           processes=row.processes, timeout=TIMEOUT_SECONDS, environment=environment)
+    result = outcome.result
+    if result is None or outcome.note:
+        raise RowError(outcome.note)
+    first, last = result.epochs[0], result.epochs[-1]
+    if not last.measured_samples:
         raise RowError("the epoch is too short to leave anything measured after the warm-up")
-    seconds = last["train_seconds"] - last["warmup_seconds"]
     return {
-        "samples": round(rate * seconds), "seconds": seconds,
-        "warmup_seconds": result["summary"]["compile_seconds"] + first["warmup_seconds"],
-        "version": f"mnist_dist {place['mnist_dist']}", "device": place["device"],
-        "data_wait_fraction": last["data_wait_fraction"],
+        "samples": last.measured_samples, "seconds": last.measured_seconds,
+        "warmup_seconds": result.summary.compile_seconds + first.warmup_seconds,
+        "version": f"mnist_dist {result.environment.mnist_dist}", "device": result.environment.device,
+        "data_wait_fraction": last.data_wait_fraction,
     }
 
 
@@ -97,28 +93,14 @@ class RowError(Exception):
 
 
 def finished(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """What the command printed. Raises `RowError` with its last error where it fails or takes too long."""
-    # in a session of its own: whatever happens, the processes that it started can be ended with it
-    process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True)
+    """What the command printed. Raises `RowError` with its last error if it fails or takes too long."""
     try:
-        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise RowError(f"no result after {TIMEOUT_SECONDS} s") from None
-        raise
-    if process.returncode:
-        raise RowError(last_error(errors) or f"exit status {process.returncode}")
-    return output
-
-
-def last_error(stderr: str) -> str:
-    """The last line that names an error (launchers write more below it), else the last line."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    named = [match[1] for match in map(ERROR.match, lines) if match]
-    return (named or lines or [""])[-1]
+        done = runner.run(command, timeout=TIMEOUT_SECONDS, environment=environment)
+    except subprocess.TimeoutExpired:
+        raise RowError(f"no result after {TIMEOUT_SECONDS} s: ended") from None
+    if done.returncode:
+        raise RowError(runner.last_error(done.stderr) or f"exit status {done.returncode}")
+    return done.stdout
 
 
 def last_json(output: str) -> dict[str, Any]:

@@ -5,27 +5,14 @@ A record is what the JSON file holds: command, date, settings, machine, measurem
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.rows import BY_NAME, EPOCH_IMAGES, LIMIT, OURS, ROWS
+from mnist_dist.tables import Spread, cell, number, spread, table
 
 INSTALL = 'pip install -e ".[benchmarks]"'
 WARMUP_BATCH = 200
-
-
-class Spread(NamedTuple):
-    """Median, minimum and maximum."""
-
-    median: float
-    low: float
-    high: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Of one value or more."""
-    return Spread(statistics.median(values), min(values), max(values))
 
 
 def values(record: Mapping[str, Any], name: str, batch_size: int, key: str = "seconds") -> dict[int, float]:
@@ -60,23 +47,6 @@ def trouble(record: Mapping[str, Any], name: str, batch_size: int) -> str:
     if any(m["status"] == "missing" for m in own):
         return "not installed"
     return "failed" if any(m["status"] == "failed" and m["batch_size"] == batch_size for m in own) else "-"
-
-
-def number(value: float) -> str:
-    """Three digits, without an exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.{2 if value >= 1 else 3 if value >= 0.1 else 4}f}" if value < 10 else f"{value:.1f}"
-
-
-def cell(told: Spread | None, otherwise: str = "-") -> str:
-    """`median (minimum to maximum)`."""
-    return f"{number(told.median)} ({number(told.low)} to {number(told.high)})" if told else otherwise
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, with an empty line below."""
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines)] + [""]
 
 
 def grid(record: Mapping[str, Any], names: Sequence[str], processes: int, told: Callable[[str, int], Spread | None]

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 
-from benchmarks.report import cell, spread, table
-from mnist_dist.launching import child_environment
+from mnist_dist.runner import child_environment
+from mnist_dist.tables import cell, spread, table
 
 OPEN = ("import sys, time; from mnist_dist.data import load; begin = time.perf_counter(); load('mnist', sys.argv[1]); "
         "print(time.perf_counter() - begin)")

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from benchmarks.limit import adam, products
-from benchmarks.report import Spread, cell, spread, table
 from mnist_dist import compiled
 from mnist_dist.compiled import CompiledStep, compile_once
 from mnist_dist.config import TrainConfig
@@ -28,6 +27,7 @@ from mnist_dist.data import ImageSets, load
 from mnist_dist.loop import Trainer
 from mnist_dist.processes import Team
 from mnist_dist.steps import loss_sum
+from mnist_dist.tables import Spread, cell, spread, table
 
 TURNS = 7
 Way = Callable[[list[Tensor]], None]  # takes a step on each of these rows of indices

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from mnist_dist import __version__, launching
 from mnist_dist.config import TrainConfig, flag_of
-from mnist_dist.config_file import merged, read_config
 from mnist_dist.errors import LostProcess, MnistDistError, UserError
+from mnist_dist.record.config_file import merged, read_config
 from mnist_dist.record.worker import any_left
 
 SHARED = ("dataset", "data_dir", "mirror", "seed")  # options of training that other commands have too

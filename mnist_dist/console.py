@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
+from mnist_dist.record.figures import EpochRecord
+
 COLUMNS = (  # heading, width, how the epoch's record fills it
-    ("epoch", 5, lambda r: f"{r['epoch']}"),
-    ("step", 8, lambda r: f"{r['step']:,}"),
-    ("train loss", 11, lambda r: f"{r['train_loss']:.5f}"),
-    ("test NLL", 9, lambda r: f"{r['test_nll']:.5f}"),
-    ("NLL sum", 9, lambda r: f"{r['test_nll_sum']:.1f}"),
-    ("accuracy", 9, lambda r: f"{100 * r['test_accuracy']:.2f} %"),
-    ("samples/s", 11, lambda r: "-" if r["samples_per_second"] is None else f"{r['samples_per_second']:,.0f}"),
-    ("train s", 8, lambda r: f"{r['train_seconds']:.2f}"),
-    ("test s", 7, lambda r: f"{r['eval_seconds']:.2f}"),
+    ("epoch", 5, lambda r: f"{r.epoch}"),
+    ("step", 8, lambda r: f"{r.step:,}"),
+    ("train loss", 11, lambda r: f"{r.train_loss:.5f}"),
+    ("test NLL", 9, lambda r: f"{r.test_nll:.5f}"),
+    ("NLL sum", 9, lambda r: f"{r.test_nll_sum:.1f}"),
+    ("accuracy", 9, lambda r: f"{100 * r.test_accuracy:.2f} %"),
+    ("samples/s", 11, lambda r: "-" if r.samples_per_second is None else f"{r.samples_per_second:,.0f}"),
+    ("train s", 8, lambda r: f"{r.train_seconds:.2f}"),
+    ("test s", 7, lambda r: f"{r.eval_seconds:.2f}"),
 )
 LOG_SECONDS = 30.0  # between two lines on a long epoch, where there is no terminal for a bar
 
@@ -48,7 +49,7 @@ class Console:
         """The headings of the table of epochs."""
         self.say(" ".join(heading.rjust(width) for heading, width, _ in COLUMNS))
 
-    def table_row(self, record: Mapping[str, Any]) -> None:
+    def table_row(self, record: EpochRecord) -> None:
         """An epoch's line."""
         self.say(" ".join(fill(record).rjust(width) for _, width, fill in COLUMNS))
 

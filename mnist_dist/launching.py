@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.record.environment import num_cores
+from mnist_dist.runner import child_environment
 
 
 def environment_number(names: Sequence[str], default: int) -> int:
@@ -84,12 +86,6 @@ def asked_of_accelerate() -> int | None:
         return None
 
 
-def child_environment() -> dict[str, str]:
-    """The environment for `python -m mnist_dist` in another process: it runs this very code, installed or not."""
-    parent = str(Path(__file__).resolve().parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [parent, os.environ.get("PYTHONPATH")]))}
-
-
 def local_number(asked: int | None) -> int:
     """Processes to run on this machine: 0 is one for each GPU, or one; None, or no number at all, is one."""
     if asked == 0:
@@ -110,8 +106,7 @@ def spawn(num_processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     check_gpus(num_processes)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     os.environ["ACCELERATE_USE_CPU"] = str(cpu_wanted()).lower()
     os.environ.update(child_environment())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what went wrong

@@ -12,16 +12,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# The figures of an epoch, and the group under which Weights & Biases shows each.
-GROUPS = {
-    "train": ("epoch", "step", "train_loss"),
-    "test": ("test_nll", "test_nll_sum", "test_accuracy", "test_count"),
-    "throughput": ("samples_per_second", "samples_per_second_per_process", "data_wait_fraction"),
-    "time": ("train_seconds", "warmup_seconds", "eval_seconds", "epoch_seconds", "step_ms_p50", "step_ms_p95"),
-    "memory": ("peak_memory_bytes",),
-}
-GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
-
 
 def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:
     """[NLL sum in nats, number correct, number of samples] of a batch, float64 [3], on the batch's device."""
@@ -105,6 +95,8 @@ class Stopwatch:
         return {
             "train_seconds": slowest_seconds + slowest_warmup,
             "warmup_seconds": slowest_warmup,
+            "measured_seconds": slowest_seconds,
+            "measured_samples": self.samples,
             "samples_per_second": rate,
             "samples_per_second_per_process": rate and rate / num_processes,
             "step_ms_p50": percentile(milliseconds, 50),

@@ -59,7 +59,7 @@ def predict(config: TrainConfig, run_dir: Path, paths: Sequence[Path], output: s
             note = "  (inverted: dark on light)" if inverted else ""
             print(f"{int(row.argmax()):5d} {100 * row.max():5.1f} %   {numbers}   {path}{note}")
         return
-    from mnist_dist.figures import draw_predictions
+    from mnist_dist.record.pictures import draw_predictions
 
     sets = open_images(config)
     images, labels = sets.test.__getitems__(random_indices(sets.test, config.seed))

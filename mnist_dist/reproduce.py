@@ -6,20 +6,18 @@ whole already is not run again. Writes `report.md` and the prediction grid.
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mnist_dist import runner
 from mnist_dist.config import flag_of
 from mnist_dist.errors import MnistDistError, UserError
-from mnist_dist.launching import child_environment
 from mnist_dist.record.files import replace_synced
 from mnist_dist.record.folder import RESULT
+from mnist_dist.record.result import RunResult, read_result
 
 
 class Protocol(NamedTuple):
@@ -61,37 +59,36 @@ def reproduce(options: Mapping[str, Any], *, quick: bool, output_dir: str | None
     print(f"\n{report}\n\nwritten: {root / 'report.md'}, {root / 'predictions.png'}")
 
 
-def run_protocol(protocol: Protocol, folder: Path, options: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+def run_protocol(protocol: Protocol, folder: Path, options: Mapping[str, Any], quick: bool) -> RunResult:
     """The result of one protocol, run in a fresh process unless it is there already. Raises `MnistDistError`."""
-    result = folder / RESULT
-    if not result.exists():
-        print(f"\n{protocol.title}:", flush=True)
-        words = [*protocol.options, *(protocol.quick if quick else ()), f"--output-dir={folder}", "--resume"]
-        words += [f"{flag_of(name)}={value}" for name, value in options.items()]
-        status = subprocess.run([sys.executable, "-m", "mnist_dist", "train", *words],
-                                env=child_environment()).returncode
-        if status:
-            error = UserError if status == 2 else MnistDistError
-            raise error(f"the training with {protocol.title} ended with status {status}: mend the above, and start "
-                        f"again with --output-dir {folder.parent} to go on from here")
-    return json.loads(result.read_bytes())
+    if (folder / RESULT).exists():
+        return read_result(folder)
+    print(f"\n{protocol.title}:", flush=True)
+    words = [*protocol.options, *(protocol.quick if quick else ()), "--resume"]
+    words += [f"{flag_of(name)}={value}" for name, value in options.items()]
+    outcome = runner.train(words, folder, show=True)
+    if outcome.result is None or outcome.status:
+        error = UserError if outcome.status == 2 else MnistDistError
+        raise error(f"the training with {protocol.title} ended with {outcome.note}: correct the error above, and start "
+                    f"again with --output-dir {folder.parent} to go on from here")
+    return outcome.result
 
 
-def report_lines(results: Sequence[Mapping[str, Any]], quick: bool) -> list[str]:
+def report_lines(results: Sequence[RunResult], quick: bool) -> list[str]:
     """The report as Markdown: a table for each protocol, then the ratio of their speeds."""
-    environment, dataset = results[0]["environment"], results[0]["dataset"]["name"]
+    environment, dataset = results[0].environment, results[0].dataset["name"]
     lines = ["# The tutorial, reproduced", ""]
     if quick:
         lines += ["**Shortened by --quick: the learning curves end early.**", ""]
     if dataset != "mnist":
         lines += [f"**Trained on {dataset}, not MNIST: the numbers are not to be compared.**", ""]
-    lines += [f"{dataset}, {environment['device_name']} ({environment['device']}), torch {environment['torch']}, "
-              f"accelerate {environment['accelerate']}, seed {results[0]['config']['seed']}. NLL sums are over the "
-              f"{results[0]['dataset']['test']:,} test images, in nats; 'reference' is the mean ± deviation of "
+    lines += [f"{dataset}, {environment.device_name} ({environment.device}), torch {environment.torch}, "
+              f"accelerate {environment.accelerate}, seed {results[0].config['seed']}. NLL sums are over the "
+              f"{results[0].dataset['test']:,} test images, in nats; 'reference' is the mean ± deviation of "
               "independent runs in plain PyTorch.", ""]
     for protocol, result in zip(PROTOCOLS, results, strict=True):
         lines += [*protocol_lines(protocol, result), ""]
-    ours = [result["summary"]["samples_per_second"] for result in results]
+    ours = [result.summary.samples_per_second for result in results]
     theirs = PROTOCOLS[0].tutorial_seconds / PROTOCOLS[1].tutorial_seconds
     if all(ours):
         lines.append(f"An epoch in mini-batches of 200 trains {ours[1] / ours[0]:.0f} times as fast as one sample at a "
@@ -99,16 +96,16 @@ def report_lines(results: Sequence[Mapping[str, Any]], quick: bool) -> list[str]
     return lines
 
 
-def protocol_lines(protocol: Protocol, result: Mapping[str, Any]) -> list[str]:
+def protocol_lines(protocol: Protocol, result: RunResult) -> list[str]:
     """One protocol's table."""
     lines = [f"## {protocol.title[0].upper()}{protocol.title[1:]}", "",
              "| epoch | test NLL sum: ours | tutorial | reference | accuracy | seconds per epoch: ours | tutorial |",
              "|---|---|---|---|---|---|---|"]
-    steps_per_epoch = -(-result["dataset"]["train"] // result["summary"]["global_batch_size"])
-    for record in result["epochs"]:
-        epoch = record["epoch"]
-        cut = record["step"] < (epoch + 1) * steps_per_epoch
-        shown = epoch in protocol.tutorial_nll_sums or record is result["epochs"][-1]
+    steps_per_epoch = -(-result.dataset["train"] // result.summary.global_batch_size)
+    for record in result.epochs:
+        epoch = record.epoch
+        cut = record.step < (epoch + 1) * steps_per_epoch
+        shown = epoch in protocol.tutorial_nll_sums or record is result.epochs[-1]
         if not shown:
             continue
         theirs, reference, seconds = "-", "-", "-"
@@ -117,8 +114,8 @@ def protocol_lines(protocol: Protocol, result: Mapping[str, Any]) -> list[str]:
             theirs, reference = f"{protocol.tutorial_nll_sums[epoch]}", f"{mean} ± {deviation}"
             seconds = f"{protocol.tutorial_seconds}"
         lines.append(
-            f"| {epoch}{' (cut at step ' + str(record['step']) + ')' if cut else ''} | {record['test_nll_sum']:.1f} | "
-            f"{theirs} | {reference} | {100 * record['test_accuracy']:.2f} % | {record['epoch_seconds']:.2f} | "
+            f"| {epoch}{' (cut at step ' + str(record.step) + ')' if cut else ''} | {record.test_nll_sum:.1f} | "
+            f"{theirs} | {reference} | {100 * record.test_accuracy:.2f} % | {record.epoch_seconds:.2f} | "
             f"{seconds} |"
         )
     return lines

@@ -5,7 +5,6 @@ Every process runs all of this; what is written or said is the main one's. `trai
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict, fields, replace
@@ -14,14 +13,14 @@ from typing import Any
 import torch
 
 from mnist_dist import launching, processes
-from mnist_dist.checkpoint import Checkpoint, load_newest, save_checkpoint
 from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
 from mnist_dist.errors import Diverged, LostProcess, MnistDistError, Stopped, UserError
 from mnist_dist.loop import Trainer
 from mnist_dist.metrics import Stopwatch
-from mnist_dist.record.files import replace_synced
+from mnist_dist.record.checkpoint import Checkpoint, load_newest, save_checkpoint
+from mnist_dist.record.figures import EpochRecord, RunSummary, record_from, summarise
 from mnist_dist.record.folder import (
     CHECKPOINTS,
     CURVES,
@@ -35,7 +34,8 @@ from mnist_dist.record.folder import (
     write_metrics,
 )
 from mnist_dist.record.mirror import Mirror
-from mnist_dist.results import describe_environment, leave_results, peak_memory_bytes, summarise
+from mnist_dist.record.result import RunResult, write_result
+from mnist_dist.results import describe_environment, leave_results, peak_memory_bytes
 
 
 def train(config: TrainConfig) -> None:
@@ -89,7 +89,7 @@ class Run:
         self.num_batches = self.trainer.batches.num_batches
         self.trainer.progress = lambda step: console.progress(self.epoch, step, self.num_batches)
         self.epoch = self.step = 0  # the next step to take
-        self.records: list[dict[str, Any]] = []
+        self.records: list[EpochRecord] = []
         self.watch: dict[str, float] = {}  # of an epoch that was interrupted
         interval = config.checkpoint_interval
         self.every = {interval.unit: interval.number} if interval.number else {}
@@ -97,7 +97,7 @@ class Run:
         self.run_id = run_id
         if kept:
             self._take_up(kept)
-        self.environment = describe_environment(team)
+        self.environment = describe_environment(team, "compiled" if self.trainer.compiles else "plain")
         self._introduce()
         self._make_step()
         if kept:
@@ -105,7 +105,7 @@ class Run:
         team.agree(self._open_record)  # not before: a --resume that was refused changes nothing
         self.mirror = Mirror(folder, console.warn)
         settings = {**asdict(self.config), "global_batch_size": self.trainer.batch_size,
-                    "environment": self.environment}
+                    "environment": asdict(self.environment)}
         team.agree(lambda: self.mirror.start(self.config, self.run_id, settings), patient=True)
 
     @property
@@ -130,12 +130,12 @@ class Run:
     def _introduce(self) -> None:
         trainer, say = self.trainer, self.console.say
         place, size = self.environment, self.team.size
-        say(f"{size} {'process' if size == 1 else 'processes'} on {place['device_name']} ({place['device']}), "
-            f"{place['num_threads']} threads each; {self.sets.name}: {len(self.sets.train):,} training and "
+        say(f"{size} {'process' if size == 1 else 'processes'} on {place.device_name} ({place.device}), "
+            f"{place.num_threads} threads each; {self.sets.name}: {len(self.sets.train):,} training and "
             f"{len(self.sets.test):,} test images")
         say(f"global batch {trainer.batch_size} = {'at most ' if trainer.batch_size % self.team.size else ''}"
             f"{trainer.largest_share} per process, {self.num_batches:,} steps per epoch, Adam at "
-            f"{trainer.learning_rate:g}, {self.config.dtype}, mixed precision {place['mixed_precision']}")
+            f"{trainer.learning_rate:g}, {self.config.dtype}, mixed precision {place.mixed_precision}")
         if self.config.resume:
             say(f"continuing after step {self.global_step}" if self.global_step else
                 "nothing to continue: starting afresh")
@@ -148,7 +148,7 @@ class Run:
         step = self.trainer.step
         if step.compile_seconds:
             self.console.say(f"compiled in {step.compile_seconds:.1f} s")
-        self.environment["step"] = step.kind
+        self.environment = replace(self.environment, step=step.kind)
 
     def _open_record(self) -> None:
         write_config(self.folder, self.config)
@@ -164,7 +164,7 @@ class Run:
         return (
             self.epoch >= config.epochs
             or (config.max_steps is not None and self.global_step >= config.max_steps and bool(self.records))
-            or (config.target_nll is not None and any(r["test_nll"] <= config.target_nll for r in self.records))
+            or (config.target_nll is not None and any(r.test_nll <= config.target_nll for r in self.records))
         )
 
     def _run_epoch(self) -> None:
@@ -202,17 +202,15 @@ class Run:
             "steps" in every and self.global_step % every["steps"] == 0
         )
 
-    def _record(self, loss: float, figures: dict[str, Any], eval_seconds: float) -> dict[str, Any]:
+    def _record(self, loss: float, figures: dict[str, Any], eval_seconds: float) -> EpochRecord:
         watch = self.stopwatch
         slowest = self.team.highest(watch.seconds, watch.warmup_seconds, eval_seconds, peak_memory_bytes(self.team))
         seconds, warmup, eval_seconds, memory = slowest
         times = watch.figures(seconds, warmup, self.team.size)
-        return {
-            "epoch": self.epoch, "step": self.global_step, "train_loss": loss, **figures,
-            **times,
-            "eval_seconds": eval_seconds, "epoch_seconds": times["train_seconds"] + eval_seconds,
-            "peak_memory_bytes": int(memory),
-        }
+        return EpochRecord(
+            epoch=self.epoch, step=self.global_step, train_loss=loss, **figures, **times, eval_seconds=eval_seconds,
+            epoch_seconds=times["train_seconds"] + eval_seconds, peak_memory_bytes=int(memory),
+        )
 
     def _between(self, step: int) -> None:
         """In a pause of an epoch, `step` steps of it done: a checkpoint, and the end if a signal asked for it."""
@@ -231,7 +229,8 @@ class Run:
         if not due or not self.every:
             return
         state = {
-            "epoch": self.epoch, "step": self.step, "records": self.records, "watch": self.watch,
+            "epoch": self.epoch, "step": self.step, "watch": self.watch,
+            "records": [asdict(record) for record in self.records],
             "run_id": self.run_id, "scaler": scaler.state_dict() if scaler else None,
             "fixed": self._fixed(), "kind": trainer.step.kind,
         }
@@ -256,7 +255,8 @@ class Run:
             if before != value:
                 raise UserError(f"{kept.folder} was written with {name} {before}, this run has {value}: continue with "
                                 "the same, or give another --output-dir")
-        self.epoch, self.step, self.records = (kept.state[name] for name in ("epoch", "step", "records"))
+        self.epoch, self.step = kept.state["epoch"], kept.state["step"]
+        self.records = [record_from(EpochRecord, record, kept.folder) for record in kept.state["records"]]
         self.watch, self.run_id = kept.state["watch"], kept.state["run_id"]
 
     def _load(self, kept: Checkpoint) -> None:
@@ -264,18 +264,17 @@ class Run:
         if kept.state["scaler"] and self.team.accelerator.scaler:
             self.team.accelerator.scaler.load_state_dict(kept.state["scaler"])
 
-    def _write_result(self, status: str) -> dict[str, Any]:
-        summary = {
-            "global_batch_size": self.trainer.batch_size,
-            "per_device_batch_size": self.trainer.largest_share,
-            "learning_rate": self.trainer.learning_rate, "compile_seconds": self.trainer.step.compile_seconds,
+    def _write_result(self, status: str) -> RunSummary:
+        trainer = self.trainer
+        summary = RunSummary(
+            global_batch_size=trainer.batch_size, per_device_batch_size=trainer.largest_share,
+            learning_rate=trainer.learning_rate, compile_seconds=trainer.step.compile_seconds,
             **summarise(self.records, self.config.target_nll),
-        }
-        result = {
-            "status": status, "config": asdict(self.config), "dataset": self.sets.summary,
-            "environment": self.environment, "epochs": self.records, "summary": summary,
-        }
-        replace_synced(self.folder / RESULT, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        )
+        write_result(self.folder, RunResult(
+            status=status, config=asdict(self.config), dataset=self.sets.summary, environment=self.environment,
+            epochs=tuple(self.records), summary=summary,
+        ))
         return summary
 
     def _leave(self) -> None:

@@ -28,7 +28,7 @@ def _row(values: torch.Tensor) -> str:
 
 def show(config: TrainConfig, output_dir: Path) -> None:
     """Print the look, and draw `digit.png` and `digits.png` into `output_dir`. Raises `UserError`."""
-    from mnist_dist.figures import draw_digit, draw_grid
+    from mnist_dist.record.pictures import draw_digit, draw_grid
 
     sets = open_images(config)
     images, labels = sets.train.images, sets.train.labels

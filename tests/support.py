@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -13,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mnist_dist import runner
+from mnist_dist.record import EpochRecord, RunResult, RunSummary
+from mnist_dist.record.environment import Environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "train.py")
@@ -44,17 +47,42 @@ def write_idx_folder(folder: Path, num_train: int, num_test: int, *, zipped: boo
 def run(command: Sequence[object], *, cwd: Path, timeout: float = 120, **environment: str
         ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, as a person would, with what it printed. It never reaches W&B or reads a keyboard."""
-    return subprocess.run(
-        [str(word) for word in command], cwd=cwd, env={**os.environ, **environment}, text=True, capture_output=True,
-        timeout=timeout, stdin=subprocess.DEVNULL,
-    )
+    return runner.run(command, cwd=cwd, timeout=timeout, environment=environment)
 
 
 def mnist_dist(*words: object, cwd: Path, timeout: float = 120, **environment: str
                ) -> subprocess.CompletedProcess[str]:
     """Run `mnist-dist WORDS`."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return run([sys.executable, "-m", "mnist_dist", *words], cwd=cwd, timeout=timeout, PYTHONPATH=path, **environment)
+    return run([sys.executable, "-m", "mnist_dist", *words], cwd=cwd, timeout=timeout,
+               **{**runner.child_environment(), **environment})
+
+
+def epoch_record(**figures: Any) -> EpochRecord:
+    """A record with these figures, and something plausible for the others."""
+    others = {"epoch": 0, "step": 300, "train_loss": 0.5, "test_nll": 0.25, "test_nll_sum": 2500.0,
+              "test_accuracy": 0.9, "test_count": 10_000, "train_seconds": 1.0, "warmup_seconds": 0.0,
+              "measured_seconds": 1.0, "measured_samples": 60_000, "samples_per_second": 6e4,
+              "samples_per_second_per_process": 6e4, "step_ms_p50": 3.0, "step_ms_p95": 4.0,
+              "data_wait_fraction": 0.1, "eval_seconds": 0.1, "epoch_seconds": 1.1, "peak_memory_bytes": 10**9}
+    return EpochRecord(**{**others, **figures})
+
+
+def run_summary(**figures: Any) -> RunSummary:
+    """A summary with these figures, and something plausible for the others."""
+    others = {"global_batch_size": 200, "per_device_batch_size": 200, "learning_rate": 1e-4, "compile_seconds": 0.0,
+              "samples_per_second": 6e4, "best_test_nll": 0.25, "final_test_nll": 0.25, "seconds_to_target": None,
+              "steps_to_target": None}
+    return RunSummary(**{**others, **figures})
+
+
+def run_result(epochs: Sequence[EpochRecord], dataset: str = "mnist", **summary: Any) -> RunResult:
+    """The result of a run on one CPU process."""
+    environment = Environment(
+        device="cpu", device_name="abacus", num_processes=1, num_machines=1, num_threads=1, mixed_precision="no",
+        step="plain", torch="2", accelerate="1", python="3", mnist_dist="0", git_commit=None,
+    )
+    return RunResult(status="completed", config={"seed": 3}, environment=environment, epochs=tuple(epochs),
+                     dataset={"name": dataset, "train": 60_000, "test": 10_000}, summary=run_summary(**summary))
 
 
 def result_of(folder: Path) -> dict[str, Any]:

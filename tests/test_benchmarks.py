@@ -138,16 +138,6 @@ def test_what_is_missing_or_failed_is_not_tried_again_and_the_others_go_on() -> 
     assert counts == {"sklearn": 1, "tutorial": 2, "pytorch": 6}
 
 
-def test_the_error_is_found_above_what_a_launcher_writes() -> None:
-    last_error = module("measure").last_error
-    traceback = "Traceback (most recent call last):\n  File x\nValueError: 2 ranks cannot\n"
-    assert last_error(traceback) == "ValueError: 2 ranks cannot"
-    launched = f"[rank0]: {traceback.replace(chr(10), chr(10) + '[rank0]: ')}x.errors.ChildFailedError: \n=====\n"
-    assert last_error(launched) == "ValueError: 2 ranks cannot"
-    assert last_error("mnist-dist: error: --lr must be\n") == "mnist-dist: error: --lr must be"
-    assert last_error("Killed\n\n") == "Killed" and last_error("") == ""
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A few images, given as a flat folder of packed files, as torchvision wants them."""

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from support import assert_one_line_error, mnist_dist, result_of
 
-from mnist_dist import checkpoint
-from mnist_dist.checkpoint import load_newest, save_checkpoint
 from mnist_dist.errors import MnistDistError
+from mnist_dist.record import checkpoint
+from mnist_dist.record.checkpoint import load_newest, save_checkpoint
 
 TENSORS = {"model.weight": torch.arange(12.0).reshape(3, 4), "losses": torch.rand(5, dtype=torch.float64)}
 

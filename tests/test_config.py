@@ -7,8 +7,8 @@ from dataclasses import asdict, fields
 import pytest
 
 from mnist_dist.config import Every, TrainConfig
-from mnist_dist.config_file import config_text, merged, read_config
 from mnist_dist.errors import UserError
+from mnist_dist.record.config_file import config_text, merged, read_config
 
 BAD = [
     ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),

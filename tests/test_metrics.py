@@ -126,8 +126,3 @@ def test_a_step_that_sleeps():
 def test_percentile_is_numpys(values, q):
     assert percentile(values, q) == pytest.approx(float(np.percentile(values, q)))
     assert percentile([], q) is None
-
-
-def test_every_figure_has_its_group():
-    assert len(metrics.GROUP_OF) == sum(map(len, metrics.GROUPS.values()))
-    assert set(metrics.GROUPS) == {"train", "test", "throughput", "time", "memory"}

@@ -11,11 +11,11 @@ import threading
 import time
 
 import pytest
-from support import ROOT, mnist_dist, result_of, run
+from support import ROOT, epoch_record, mnist_dist, result_of, run, run_summary
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.metrics import GROUP_OF
 from mnist_dist.record import mirror
+from mnist_dist.record.figures import GROUP_OF
 from mnist_dist.record.worker import THREAD_NAME
 
 KEY = "0123456789012345678901234567890123456789"
@@ -172,7 +172,7 @@ def test_a_wandb_that_fails_to_start_stops_nothing(monkeypatch, tmp_path):
     made.start(TrainConfig(), "id", {})
     assert attempts == ["online", "offline"] and made.mode == "disabled"
     assert len(warnings) == 2 and all("out of order" in warning for warning in warnings)
-    made.log({"epoch": 0, "step": 3, "test_nll": 0.5})
+    made.log(epoch_record())
     made.finish()
     assert len(warnings) == 2 and made.sync_hint() is None
 
@@ -192,8 +192,8 @@ def mirrored(folder):
     made = mirror.Mirror(folder, warnings.append)
     made.start(TrainConfig(), "id", {})
     for epoch in range(3):
-        made.log({"epoch": epoch, "step": epoch, "test_nll": 0.5})
-    made.log_results({"global_batch_size": 200}, [1], [1], folder / "model.safetensors", [folder / "curves.png"])
+        made.log(epoch_record(epoch=epoch))
+    made.log_results(run_summary(), [1], [1], folder / "model.safetensors", [folder / "curves.png"])
     made.finish()
     return made, warnings, time.monotonic() - begin
 

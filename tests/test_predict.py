@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_one_line_error, mnist_dist, result_of
+from support import assert_one_line_error, epoch_record, mnist_dist, run_result
 
 from mnist_dist import reproduce
 from mnist_dist.data import load, scale
 from mnist_dist.errors import UserError
 from mnist_dist.predict import read_image
+from mnist_dist.record.result import read_result, write_result
 from mnist_dist.results import load_model
 
 
@@ -103,16 +102,12 @@ def test_show_prints_the_tutorials_look(mnist_dir, tmp_path):
 
 
 def fake_result(folder, protocol, dataset="mnist"):
-    epochs = [{"epoch": epoch, "step": (epoch + 1) * 300, "test_nll_sum": 1234.5, "test_accuracy": 0.9,
-               "epoch_seconds": 0.5} for epoch in range(20 if "200" in protocol else 1)]
-    folder.mkdir(parents=True)
     batch = 200 if "200" in protocol else 1
+    epochs = [epoch_record(epoch=epoch, step=(epoch + 1) * 300, test_nll_sum=1234.5, test_accuracy=0.9,
+                           epoch_seconds=0.5) for epoch in range(20 if batch == 200 else 1)]
+    folder.mkdir(parents=True)
     (folder / "predictions.png").write_bytes(b"")
-    (folder / "result.json").write_text(json.dumps({
-        "dataset": {"name": dataset, "train": 60_000, "test": 10_000}, "config": {"seed": 3}, "epochs": epochs,
-        "environment": {"device_name": "abacus", "device": "cpu", "torch": "2", "accelerate": "1"},
-        "summary": {"global_batch_size": batch, "samples_per_second": 100.0 * batch},
-    }))
+    write_result(folder, run_result(epochs, dataset, global_batch_size=batch, samples_per_second=100.0 * batch))
 
 
 def test_the_report_sets_our_numbers_beside_the_tutorials(tmp_path, capsys):
@@ -131,6 +126,6 @@ def test_a_report_on_other_data_says_so(tmp_path):
     results = []
     for protocol in reproduce.PROTOCOLS:
         fake_result(tmp_path / protocol.folder, protocol.folder, dataset="synthetic")
-        results.append(result_of(tmp_path / protocol.folder))
+        results.append(read_result(tmp_path / protocol.folder))
     text = "\n".join(reproduce.report_lines(results, quick=True))
     assert "Trained on synthetic, not MNIST" in text and "Shortened by --quick" in text

@@ -1,1 +1,9 @@
-"""What a run leaves behind, and how it is read back."""
+"""What a run leaves behind, and how it is read back. Reading needs neither torch nor accelerate.
+
+`checkpoint` and `pictures` hold tensors, so these two import torch; nothing else here does.
+"""
+
+from mnist_dist.record.figures import EpochRecord, RunSummary
+from mnist_dist.record.result import RunResult, read_result
+
+__all__ = ["EpochRecord", "RunResult", "RunSummary", "read_result"]

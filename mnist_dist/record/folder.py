@@ -6,14 +6,15 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.config_file import config_text
 from mnist_dist.errors import UserError
+from mnist_dist.record.config_file import config_text
+from mnist_dist.record.figures import EpochRecord
 from mnist_dist.record.files import replace_synced
 
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
@@ -43,16 +44,16 @@ def write_config(folder: Path, config: TrainConfig) -> None:
         raise UserError(f"{folder / CONFIG} cannot be written ({error.strerror}): give another --output-dir") from None
 
 
-def write_metrics(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_metrics(folder: Path, records: Sequence[EpochRecord]) -> None:
     """Make `metrics.jsonl` hold exactly these records: those of the checkpoint that is continued, or none."""
     replace_synced(folder / METRICS, "".join(_line(record) for record in records).encode())
 
 
-def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
+def append_metrics(folder: Path, record: EpochRecord) -> None:
     """Append one epoch's line to `metrics.jsonl`."""
     with open(folder / METRICS, "a", encoding="utf-8") as file:
         file.write(_line(record))
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+def _line(record: EpochRecord) -> str:
+    return json.dumps(asdict(record), allow_nan=False) + "\n"

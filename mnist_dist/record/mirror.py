@@ -11,11 +11,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one from Python 3.11 on
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.metrics import GROUP_OF
+from mnist_dist.record.figures import EpochRecord, RunSummary, grouped
 from mnist_dist.record.worker import Worker
 
 ANSWER_SECONDS = 4.0  # for the W&B server's first answer
@@ -23,11 +24,6 @@ INIT_SECONDS = 6.0  # for wandb.init after it; wandb itself would wait for 90
 START_SECONDS = 20.0  # for importing and starting wandb, both attempts (online, offline) together
 LOG_SECONDS = 2.0  # for one epoch's record
 END_SECONDS = 10.0  # for everything that is left to do after the run's last result
-
-
-def grouped(record: Mapping[str, Any]) -> dict[str, Any]:
-    """An epoch's record under W&B's names: `test_nll` is `test/test_nll`. Values that are None are left out."""
-    return {f"{GROUP_OF[name]}/{name}": value for name, value in record.items() if value is not None}
 
 
 def wandb_mode(asked: str, warn: Callable[[str], None]) -> str:
@@ -116,20 +112,20 @@ class Mirror:
             return False
         return True
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: EpochRecord) -> None:
         """One epoch's record."""
-        done = self._call(lambda: self.run.log(grouped(record), step=record["step"]), LOG_SECONDS)
+        done = self._call(lambda: self.run.log(grouped(record), step=record.step), LOG_SECONDS)
         if not done and not self._late:
             self._late = True
             self.warn(f"W&B took more than {LOG_SECONDS:g} s for an epoch: the run goes on without waiting for it")
 
-    def log_results(self, summary: Mapping[str, Any], labels: Sequence[int], guesses: Sequence[int], model: Path,
+    def log_results(self, summary: RunSummary, labels: Sequence[int], guesses: Sequence[int], model: Path,
                     pictures: Sequence[Path]) -> None:
         """The run's summary, pictures, confusion matrix and model; `finish` waits for them."""
         def task() -> None:
             import wandb
 
-            self.run.summary.update({"batch_size": summary["global_batch_size"], **summary})
+            self.run.summary.update({"batch_size": summary.global_batch_size, **asdict(summary)})
             last = self.run.step
             images = {path.stem: wandb.Image(str(path)) for path in pictures}
             matrix = wandb.plot.confusion_matrix(y_true=labels, preds=guesses, class_names=[str(i) for i in range(10)])

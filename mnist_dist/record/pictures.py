@@ -6,14 +6,15 @@ colour alone. Images are uint8 [N, 1, 28, 28]. It draws what it is given and kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
+
+from mnist_dist.record.figures import EpochRecord
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
 
@@ -67,24 +68,24 @@ def draw_predictions(images_N1HW: Tensor, labels_N: Tensor, probabilities_NC: Te
     draw_grid(images_N1HW, titles, path, wrong=wrong, heading=heading)
 
 
-def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, heading: str) -> None:
+def draw_curves(records: Sequence[EpochRecord], path: Path, heading: str) -> None:
     """Learning curves of a run: loss, error and throughput against the epoch."""
-    epochs = [record["epoch"] for record in records]
+    epochs = [record.epoch for record in records]
     figure = Figure(figsize=(11, 3.6))
     loss, error, rate = figure.subplots(1, 3, gridspec_kw={"left": 0.065, "right": 0.99, "bottom": 0.14, "top": 0.9,
                                                            "wspace": 0.28})
     marker = "o" if len(epochs) <= 30 else None
-    loss.plot(epochs, [r["train_loss"] for r in records], color=BLUE, marker=marker, markersize=4, label="training")
-    loss.plot(epochs, [r["test_nll"] for r in records], color=ORANGE, marker=marker and "s", markersize=4,
+    loss.plot(epochs, [r.train_loss for r in records], color=BLUE, marker=marker, markersize=4, label="training")
+    loss.plot(epochs, [r.test_nll for r in records], color=ORANGE, marker=marker and "s", markersize=4,
               linestyle="--", label="test")
     loss.set(ylabel="negative log-likelihood (nats per image)", yscale="log")
     for axis_formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
         axis_formatter("{x:g}")  # 0.3, not 3 times a power of ten
     loss.legend()
-    error.plot(epochs, [100 * (1 - r["test_accuracy"]) for r in records], color=ORANGE, marker=marker and "s",
+    error.plot(epochs, [100 * (1 - r.test_accuracy) for r in records], color=ORANGE, marker=marker and "s",
                markersize=4, linestyle="--")
     error.set(ylabel="test error (%)")
-    measured = [(r["epoch"], r["samples_per_second"]) for r in records if r["samples_per_second"]]
+    measured = [(r.epoch, r.samples_per_second) for r in records if r.samples_per_second]
     rate.plot([e for e, _ in measured], [s for _, s in measured], color=BLUE, marker=marker, markersize=4)
     rate.set(ylabel="training throughput (samples/s)")
     for axes in (error, rate):

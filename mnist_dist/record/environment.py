@@ -1,0 +1,52 @@
+"""Where a run ran: hardware, versions, commit. Asking for the processor or the commit needs no torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What `result.json` says of where a run ran."""
+
+    device: str
+    device_name: str
+    num_processes: int
+    num_machines: int
+    num_threads: int
+    mixed_precision: str
+    step: str
+    torch: str
+    accelerate: str
+    python: str
+    mnist_dist: str
+    git_commit: str | None
+
+
+def processor_name() -> str:
+    """The processor's name, or its architecture if the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that holds this code, with -dirty after local changes; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,93 @@
+"""The figures that a run records, each once: name, group, unit, meaning (as `TrainConfig` has the options).
+
+`EpochRecord` is a line of `metrics.jsonl` and an entry of `result.json`; its groups are those that W&B shows. Importing
+this needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from mnist_dist.errors import UserError
+
+R = TypeVar("R")
+
+
+def figure(group: str, meaning: str, *, unit: str = "") -> Any:
+    """A field of a record: the group under which W&B shows it, what it means, and its unit ("" is a plain number)."""
+    return field(metadata={"group": group, "meaning": meaning, "unit": unit})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """One epoch of training and its evaluation, over all processes. None stands for what was not measured."""
+
+    epoch: int = figure("train", "counted from 0")
+    step: int = figure("train", "optimizer steps since the start of the run", unit="steps")
+    train_loss: float = figure("train", "mean loss per sample over the epoch's steps", unit="nats")
+    test_nll: float = figure("test", "mean negative log-likelihood per test image", unit="nats")
+    test_nll_sum: float = figure("test", "the same, summed over the test images", unit="nats")
+    test_accuracy: float = figure("test", "share of the test images whose best guess is right")
+    test_count: int = figure("test", "test images evaluated", unit="images")
+    train_seconds: float = figure("time", "all training steps, on the slowest process", unit="s")
+    warmup_seconds: float = figure("time", "the part of train_seconds that the rates leave out", unit="s")
+    measured_seconds: float = figure("time", "the part of train_seconds that the rates are made of", unit="s")
+    eval_seconds: float = figure("time", "the evaluation, on the slowest process", unit="s")
+    epoch_seconds: float = figure("time", "train_seconds + eval_seconds", unit="s")
+    step_ms_p50: float | None = figure("time", "median time of a measured step", unit="ms")
+    step_ms_p95: float | None = figure("time", "95th percentile of the time of a measured step", unit="ms")
+    measured_samples: int = figure("throughput", "samples of the measured steps, over all processes", unit="samples")
+    samples_per_second: float | None = figure("throughput", "measured_samples / measured_seconds", unit="samples/s")
+    samples_per_second_per_process: float | None = figure("throughput", "the same for one process", unit="samples/s")
+    data_wait_fraction: float | None = figure("throughput", "share of measured_seconds that the main process waits "
+                                              "for data")
+    peak_memory_bytes: int = figure("memory", "largest use of memory by a process: of the GPU if there is one",
+                                    unit="bytes")
+
+
+GROUP_OF = {option.name: option.metadata["group"] for option in fields(EpochRecord)}
+
+
+def grouped(record: EpochRecord) -> dict[str, Any]:
+    """The record under W&B's names: `test_nll` is `test/test_nll`. Values that are None are left out."""
+    return {f"{GROUP_OF[name]}/{name}": value for name, value in asdict(record).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """The figures of a run over all its epochs."""
+
+    global_batch_size: int = figure("summary", "samples that one optimizer step averages over", unit="samples")
+    per_device_batch_size: int = figure("summary", "of these, at most so many on one process", unit="samples")
+    learning_rate: float = figure("summary", "the rate in force, after --lr-rule")
+    compile_seconds: float = figure("summary", "compiling the step, outside all other times", unit="s")
+    samples_per_second: float | None = figure("summary", "measured samples / measured seconds", unit="samples/s")
+    best_test_nll: float | None = figure("summary", "the lowest test_nll of an epoch", unit="nats")
+    final_test_nll: float | None = figure("summary", "test_nll of the last epoch", unit="nats")
+    seconds_to_target: float | None = figure("summary", "train_seconds until --target-nll is reached", unit="s")
+    steps_to_target: int | None = figure("summary", "optimizer steps until then", unit="steps")
+
+
+def summarise(records: Sequence[EpochRecord], target_nll: float | None) -> dict[str, float | int | None]:
+    """The part of `RunSummary` that follows from the epochs. Rates are not averaged: samples are divided by seconds."""
+    reached = [i for i, record in enumerate(records) if target_nll is not None and record.test_nll <= target_nll]
+    until = records[: reached[0] + 1] if reached else []
+    seconds = sum(record.measured_seconds for record in records if record.measured_samples)
+    return {
+        "samples_per_second": sum(record.measured_samples for record in records) / seconds if seconds else None,
+        "best_test_nll": min((record.test_nll for record in records), default=None),
+        "final_test_nll": records[-1].test_nll if records else None,
+        "seconds_to_target": sum(record.train_seconds for record in until) if until else None,
+        "steps_to_target": until[-1].step if until else None,
+    }
+
+
+def record_from(kind: type[R], values: Mapping[str, Any], source: object) -> R:
+    """A record from JSON. Unknown names are ignored. Raises `UserError` if one is missing: another version wrote it."""
+    known = fields(kind)  # type: ignore[arg-type]
+    missing = [option.name for option in known if option.name not in values and option.default is MISSING]
+    if missing:
+        raise UserError(f"{source} has no {', '.join(missing)}: another version of mnist_dist wrote it; train again")
+    return kind(**{option.name: values[option.name] for option in known if option.name in values})

@@ -1,0 +1,49 @@
+"""`result.json`: what a run writes last, and how others read it. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.errors import UserError
+from mnist_dist.record.environment import Environment
+from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
+from mnist_dist.record.files import replace_synced
+from mnist_dist.record.folder import RESULT
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """A run that ended: `status` is "completed" or "diverged"; `config` has all options of training."""
+
+    status: str
+    config: Mapping[str, Any]
+    dataset: Mapping[str, Any]  # name, and the numbers of train and test images
+    environment: Environment
+    epochs: tuple[EpochRecord, ...]
+    summary: RunSummary
+
+
+def write_result(folder: Path, result: RunResult) -> None:
+    """Write the run's `result.json`, atomically."""
+    replace_synced(folder / RESULT, (json.dumps(asdict(result), indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_result(folder: Path) -> RunResult:
+    """The run's result. Raises `UserError` if there is none, or it cannot be read."""
+    path = folder / RESULT
+    try:
+        values = json.loads(path.read_bytes())
+        return RunResult(
+            status=values["status"], config=values["config"], dataset=values["dataset"],
+            environment=record_from(Environment, values["environment"], path),
+            epochs=tuple(record_from(EpochRecord, epoch, path) for epoch in values["epochs"]),
+            summary=record_from(RunSummary, values["summary"], path),
+        )
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {RESULT}: name the folder of a run that ended") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): train again") from None

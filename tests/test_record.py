@@ -1,0 +1,98 @@
+"""The record of a run: every figure explained, written and read back, without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, fields
+
+import pytest
+from support import ROOT, epoch_record, run, run_result
+
+from mnist_dist.config import TrainConfig
+from mnist_dist.errors import UserError
+from mnist_dist.record import EpochRecord, RunSummary, read_result
+from mnist_dist.record.figures import GROUP_OF, grouped, record_from, summarise
+from mnist_dist.record.folder import append_metrics, open_folder, write_metrics
+from mnist_dist.record.result import write_result
+
+
+def test_rates_are_summed_and_divided_and_not_averaged():
+    records = [
+        epoch_record(step=10, test_nll=0.5, train_seconds=3.0, measured_seconds=2.0, measured_samples=200),
+        epoch_record(step=20, test_nll=0.3, train_seconds=8.0, measured_seconds=8.0, measured_samples=400),
+        epoch_record(step=30, test_nll=0.4, train_seconds=1.0, measured_seconds=0.0, measured_samples=0),
+    ]
+    summary = summarise(records, 0.3)
+    assert summary["samples_per_second"] == pytest.approx((100 * 2 + 50 * 8) / 10)
+    assert (summary["best_test_nll"], summary["final_test_nll"]) == (0.3, 0.4)
+    assert summary["seconds_to_target"] == pytest.approx(11.0) and summary["steps_to_target"] == 20
+
+
+def test_what_was_not_reached_or_measured_is_none():
+    summary = summarise([epoch_record(test_nll=0.5, measured_seconds=0.0, measured_samples=0)], 0.3)
+    assert summary["seconds_to_target"] is None and summary["steps_to_target"] is None
+    assert summary["samples_per_second"] is None
+    assert summarise([], None)["best_test_nll"] is None
+
+
+def test_every_figure_has_a_group_a_unit_and_a_meaning():
+    for kind in (EpochRecord, RunSummary):
+        for option in fields(kind):
+            assert option.metadata["group"] and option.metadata["meaning"] and "unit" in option.metadata, option.name
+    assert set(GROUP_OF.values()) == {"train", "test", "throughput", "time", "memory"}
+    units = {"nats", "samples", "samples/s", "s", "ms", "steps", "images", "bytes", ""}
+    assert {option.metadata["unit"] for kind in (EpochRecord, RunSummary) for option in fields(kind)} <= units
+
+
+def test_wandb_has_the_groups_and_no_gaps():
+    values = grouped(epoch_record(step_ms_p50=None))
+    assert values["test/test_nll"] == 0.25 and values["throughput/measured_samples"] == 60_000
+    assert "time/step_ms_p50" not in values and len(values) == len(fields(EpochRecord)) - 1
+
+
+def test_what_is_written_is_read(tmp_path):
+    result = run_result([epoch_record(), epoch_record(epoch=1, step_ms_p50=None)])
+    write_result(tmp_path, result)
+    assert read_result(tmp_path) == result
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(asdict(result)))
+
+
+def test_a_result_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"has no result\.json"):
+        read_result(tmp_path)
+    write_result(tmp_path, run_result([epoch_record()]))
+    path = tmp_path / "result.json"
+    values = json.loads(path.read_text())
+    del values["epochs"][0]["measured_samples"]
+    for content, message in ((json.dumps(values), "has no measured_samples: another version"),
+                             ("{", "cannot be read"), ("[]", "cannot be read")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_result(tmp_path)
+
+
+def test_every_line_of_metrics_has_the_same_shape(tmp_path):
+    """A run that is continued writes the lines of its checkpoint again, with nothing added or dropped."""
+    records = [epoch_record(samples_per_second=None), epoch_record(epoch=1)]
+    write_metrics(tmp_path, [])
+    for record in records:
+        append_metrics(tmp_path, record)
+    content = (tmp_path / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert [set(line) for line in lines] == 2 * [{option.name for option in fields(EpochRecord)}]
+    write_metrics(tmp_path, [record_from(EpochRecord, line, tmp_path) for line in lines])
+    assert (tmp_path / "metrics.jsonl").read_text() == content
+
+
+def test_a_folder_of_an_earlier_run_is_refused(tmp_path):
+    write_metrics(tmp_path, [])
+    with pytest.raises(UserError, match="already holds a run"):
+        open_folder(TrainConfig(output_dir=str(tmp_path)))
+    assert open_folder(TrainConfig(output_dir=str(tmp_path), resume=True))[0] == tmp_path
+
+
+def test_reading_needs_no_torch():
+    code = "import sys, mnist_dist.record, mnist_dist.runner; print(sorted({'torch', 'accelerate'} & set(sys.modules)))"
+    done = run([sys.executable, "-c", code], cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
