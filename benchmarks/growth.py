@@ -17,8 +17,8 @@ import numpy as np
 
 from mnist_dist import runner
 from mnist_dist.data import STEMS
-from mnist_dist.idx import IDX_MAGIC
-from mnist_dist.synthetic import load_digits
+from mnist_dist.data.idx import IDX_MAGIC
+from mnist_dist.data.synthetic import load_digits
 from mnist_dist.tables import cell, spread, table
 
 COPIES = 10

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.common import line, pick_device, start
-from mnist_dist.model import num_parameters
+from mnist_dist.training.model import num_parameters
 
 INPUTS, HIDDEN, OUTPUTS = 784, 256, 10
 BLOCKS, BLOCK_SECONDS = 15, 0.02  # the median is over blocks of calls, each long enough for the clock

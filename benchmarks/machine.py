@@ -8,7 +8,8 @@ import platform
 import re
 from typing import Any
 
-from mnist_dist.record.environment import git_commit, num_cores, processor_name
+from mnist_dist.processes.launch import num_cores
+from mnist_dist.record.environment import git_commit, processor_name
 
 LIBRARIES = ("torch", "torchvision", "accelerate", "lightning", "scikit-learn", "jax", "jaxlib", "numpy")
 
@@ -17,9 +18,11 @@ def describe() -> dict[str, Any]:
     """Hardware and versions, for the record."""
     import torch
 
-    from mnist_dist.launching import cpu_wanted
+    from mnist_dist.processes.launch import read_launch
+    from mnist_dist.processes.spawn import runs_on_cpu
 
-    gpus = [] if cpu_wanted() else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    number = 0 if runs_on_cpu(read_launch()) else torch.cuda.device_count()
+    gpus = [torch.cuda.get_device_name(i) for i in range(number)]
     return {
         "processor": processor_name(), "cores": num_cores(), "gpus": gpus, "system": platform.platform(),
         "load_before": os.getloadavg()[0], "commit": git_commit(),

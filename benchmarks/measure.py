@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.rows import Row
 from mnist_dist import runner
-from mnist_dist.record.environment import num_cores
+from mnist_dist.processes.launch import child_environment, num_cores
 
 TIMEOUT_SECONDS = 1800  # of one measurement
 MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
@@ -46,7 +46,7 @@ def torchvision_root(data_dir: str, scratch: Path) -> str:
 
 def measure(row: Row, data_dir: str, batch_size: int, num_samples: int, compile: str, scratch: Path) -> dict[str, Any]:
     """Run the row once, in a fresh process, and return its outcome. `scratch` is kept between calls."""
-    environment = runner.child_environment()
+    environment = child_environment()
     # a compiler's cache per cell: the first measurement of a cell compiles for real, the later ones find it
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "compiled" / f"{row.name}-{batch_size}")
     environment["HF_HOME"] = str(scratch / "no-accelerate-config")

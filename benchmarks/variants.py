@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from benchmarks.limit import adam, products
-from mnist_dist import compiled
-from mnist_dist.compiled import CompiledStep, compile_once
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import ImageSets, load
-from mnist_dist.loop import Trainer
-from mnist_dist.processes import Team
-from mnist_dist.steps import loss_sum
+from mnist_dist.processes.team import Team
 from mnist_dist.tables import Spread, cell, spread, table
+from mnist_dist.training.steps import compiled
+from mnist_dist.training.steps.compiled import CompiledStep, compile_once
+from mnist_dist.training.steps.plain import loss_sum
+from mnist_dist.training.trainer import Trainer
 
 TURNS = 7
 Way = Callable[[list[Tensor]], None]  # takes a step on each of these rows of indices

@@ -12,14 +12,16 @@ import gc
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mnist_dist import __version__, launching
+from mnist_dist import __version__
 from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.errors import LostProcess, MnistDistError, UserError
+from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.record.config_file import merged, read_config
 from mnist_dist.record.worker import any_left
 
@@ -118,45 +120,52 @@ def training_config(given: argparse.Namespace) -> TrainConfig:
     return merged(from_file, flags)
 
 
-def _train(given: argparse.Namespace, argv: Sequence[str]) -> int:
-    # what is imported stays: looking for garbage among it, again and again, takes a tenth of the start-up
+def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+    # imported modules stay: searching them for garbage, again and again, takes a tenth of the start-up
     gc.set_threshold(100_000, 50, 100)
     config = training_config(given)
     asked = given.processes
     if asked is not None and (not asked.isdecimal() or int(asked) < 1):
         raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
-    if launching.is_launched():
-        if asked is not None and int(asked) != launching.launched_size():
-            raise UserError(f"--processes {asked} under a launcher that started {launching.launched_size()}: drop "
-                            "--processes, or tell the launcher")
+    if launch.is_launched:
+        if asked is not None and int(asked) != launch.size:
+            raise UserError(f"--processes {asked} conflicts with the launcher, which started {launch.size}: remove "
+                            f"--processes, or launch {asked}")
     else:
-        number = launching.local_number(int(asked) if asked else launching.asked_of_accelerate())
-        if number > 1:
-            config.global_batch_size(number)
-            return launching.spawn(number, argv)
-    from mnist_dist.run import train
+        number = int(asked) if asked else number_asked_of_accelerate()
+        if number != 1 and number is not None:
+            from mnist_dist.processes.spawn import local_number, spawn
 
-    train(config)
+            number = local_number(launch, number)
+            if number > 1:
+                config.global_batch_size(number)  # before any process is started
+                return spawn(launch, number, argv)
+    from mnist_dist.training.run import train
+
+    train(config, launch)
     return 0
 
 
-def run(argv: Sequence[str]) -> int:
-    """Carry out a command; returns the exit status. Raises `MnistDistError`."""
+def run(argv: Sequence[str], launch: Launch | None = None) -> int:
+    """Carry out a command; returns the exit status. `launch` is read from the environment unless it is given.
+
+    Raises `MnistDistError`.
+    """
     given = parse(argv)
     if given.command == "train":
-        return _train(given, argv)
+        return _train(given, argv, launch or read_launch())
     options = {name: value for name, value in vars(given).items() if name in {*SHARED, "wandb"}}
     config = training_config(argparse.Namespace(config=None, **options))
     if given.command == "predict":
-        from mnist_dist.predict import predict
+        from mnist_dist.commands.predict import predict
 
         predict(config, Path(given.run_dir), [Path(image) for image in given.images], given.output)
     elif given.command == "show":
-        from mnist_dist.show import show
+        from mnist_dist.commands.show import show
 
         show(config, Path(given.output_dir))
     else:
-        from mnist_dist.reproduce import reproduce
+        from mnist_dist.commands.reproduce import reproduce
 
         reproduce(options, quick=given.quick, output_dir=given.output_dir)
     return 0
@@ -173,16 +182,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(argv: Sequence[str]) -> tuple[int, bool]:
     """(exit status, whether a process of the run was lost) of a command; a failure is told in one line."""
+    launch = Launch()
     try:
-        return run(argv), False
+        launch = read_launch()
+        return run(argv, launch), False
     except MnistDistError as error:
         lost = isinstance(error, LostProcess)
-        if lost or launching.launched_rank() == 0:
+        if lost or launch.rank == 0:
             print(f"mnist-dist: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1.0)  # a launcher ends rank 0 when this one ends, and rank 0 has a line to print
         return error.exit_status, lost
     except KeyboardInterrupt:
         return 130, False
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read our output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left, as head does
         return 1, False
-

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from mnist_dist.config import TrainConfig
+from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord
+from mnist_dist.record.folder import CURVES, METRICS, MODEL, PREDICTIONS, RESULT
 
 COLUMNS = (  # heading, width, how the epoch's record fills it
     ("epoch", 5, lambda r: f"{r.epoch}"),
@@ -44,6 +49,22 @@ class Console:
         if self.speaks:
             self.hide_bar()
             print(f"mnist-dist: warning: {line}", file=sys.stderr, flush=True)
+
+    def introduce(self, place: Environment, config: TrainConfig, dataset: Mapping[str, Any], global_batch_size: int,
+                  per_device_batch_size: int, num_batches: int, learning_rate: float) -> None:
+        """What runs, where, and into which folder."""
+        size = place.num_processes
+        self.say(f"{size} {'process' if size == 1 else 'processes'} on {place.device_name} ({place.device}), "
+                 f"{place.num_threads} threads each; {dataset['name']}: {dataset['train']:,} training and "
+                 f"{dataset['test']:,} test images")
+        at_most = "at most " if global_batch_size % size else ""
+        self.say(f"global batch {global_batch_size} = {at_most}{per_device_batch_size} per process, {num_batches:,} "
+                 f"steps per epoch, Adam at {learning_rate:g}, {config.dtype}, mixed precision {place.mixed_precision}")
+        self.say(f"writing to {config.output_dir}")
+
+    def say_where(self, folder: Path) -> None:
+        """What a completed run has left."""
+        self.say(f"everything is in {folder}: {RESULT}, {METRICS}, {MODEL}, {PREDICTIONS}, {CURVES}")
 
     def table_head(self) -> None:
         """The headings of the table of epochs."""

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import psutil
 
 from mnist_dist.errors import Diverged, UserError
+from mnist_dist.processes.launch import child_environment
 from mnist_dist.record.result import RunResult, read_result
 
 MARK = "MNIST_DIST_PROCESS_TREES"  # environment variable: the marks of all trees that a process belongs to
@@ -109,12 +110,6 @@ def _marks(process: psutil.Process) -> list[str]:
         return process.environ().get(MARK, "").split(":")
     except (psutil.Error, OSError):
         return []
-
-
-def child_environment() -> dict[str, str]:
-    """The environment for `python -m mnist_dist` in another process: it runs this code, installed or not."""
-    parent = str(Path(__file__).resolve().parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [parent, os.environ.get("PYTHONPATH")]))}
 
 
 def last_error(stderr: str) -> str:

@@ -11,28 +11,31 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from mnist_dist import processes
-from mnist_dist.config import TrainConfig
+from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import Images, ImageSets, load
-from mnist_dist.loop import Trainer
-from mnist_dist.metrics import Stopwatch
+from mnist_dist.processes.launch import read_launch
+from mnist_dist.processes.team import join
+from mnist_dist.training.metrics import Stopwatch
+from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.trainer import Trainer
 
 EPOCHS = 2
 
 
 def main(data_dir: str, output_dir: str, cases: str) -> None:
     """Each case: options of training, and "images": how many of the training images there are."""
-    team = processes.start(timeout_s=60, mixed_precision="no", dynamo_backend="no")
+    team = join(read_launch(), timeout_s=60, mixed_precision="no", dynamo_backend="no")
     sets = load("mnist", data_dir)
     for name, options in json.loads(cases).items():
         count = options.pop("images")
         some = ImageSets("small", Images(sets.train.images[:count], sets.train.labels[:count]), sets.test)
         trainer = Trainer(TrainConfig(lr=1e-3, **{"compile": "off", **options}), team, some)
         trainer.make_step()
+        pacer = Pacer(Every(0, "epochs"), trainer.batches.num_batches, team)
         steps = range(trainer.batches.num_batches)
         figures = []
         for epoch in range(EPOCHS):
-            trainer.train_epoch(epoch, steps, Stopwatch(trainer.synchronize), lambda step: None)
+            list(trainer.steps(epoch, steps, Stopwatch(team.synchronize), pacer))
             figures.append({"train_loss": trainer.train_loss(epoch, len(steps)), **trainer.evaluate()})
             trainer.losses.zero_()
         if team.is_main:
@@ -41,7 +44,7 @@ def main(data_dir: str, output_dir: str, cases: str) -> None:
                 "steps": EPOCHS * len(steps), "processes": team.size, "epochs": figures,
             }))
         team.accelerator.free_memory()
-    team.part()
+    team.end()
 
 
 if __name__ == "__main__":

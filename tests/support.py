@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mnist_dist import runner
+from mnist_dist.processes.launch import child_environment
 from mnist_dist.record import EpochRecord, RunResult, RunSummary
 from mnist_dist.record.environment import Environment
 
@@ -54,7 +55,7 @@ def mnist_dist(*words: object, cwd: Path, timeout: float = 120, **environment: s
                ) -> subprocess.CompletedProcess[str]:
     """Run `mnist-dist WORDS`."""
     return run([sys.executable, "-m", "mnist_dist", *words], cwd=cwd, timeout=timeout,
-               **{**runner.child_environment(), **environment})
+               **{**child_environment(), **environment})
 
 
 def epoch_record(**figures: Any) -> EpochRecord:

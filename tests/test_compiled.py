@@ -13,17 +13,18 @@ import torch
 from safetensors.torch import load_file
 from support import ROOT, assert_one_line_error, mnist_dist, result_of, run
 
-from mnist_dist.compiled import WORTH_COMPILING_STEPS, is_wanted
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
+from mnist_dist.training.steps import WORTH_COMPILING_STEPS, wants_compiling
 
 LINEAR = "layers.1.weight"
 
 
 def wanted(num_batches, *, device="cpu", precision="no", resident=True, before=None, **options):
-    return is_wanted(TrainConfig(**options), SimpleNamespace(is_resident=resident),
-                     SimpleNamespace(num_batches=num_batches),
-                     SimpleNamespace(device=torch.device(device), mixed_precision=precision), before)
+    team = SimpleNamespace(device=torch.device(device), accelerator=SimpleNamespace(mixed_precision=precision))
+    parts = SimpleNamespace(team=team, images=SimpleNamespace(is_resident=resident),
+                            batches=SimpleNamespace(num_batches=num_batches))
+    return wants_compiling(TrainConfig(**options), parts, before)
 
 
 def test_auto_compiles_where_the_run_has_steps_enough():
@@ -104,19 +105,20 @@ def test_an_empty_batch_moves_nothing(small_dir, tmp_path):
     script = tmp_path / "empty.py"
     script.write_text(f"""
 import torch
-from mnist_dist import processes
+from mnist_dist.processes.launch import read_launch
+from mnist_dist.processes.team import join
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import load
-from mnist_dist.loop import Trainer
+from mnist_dist.training.trainer import Trainer
 sets = load("mnist", {str(small_dir)!r})
-trainer = Trainer(TrainConfig(batch_size=97, compile="on"), processes.start(timeout_s=60), sets)
+trainer = Trainer(TrainConfig(batch_size=97, compile="on"), join(read_launch(), timeout_s=60), sets)
 trainer.make_step()
 before = {{name: tensor.clone() for name, tensor in trainer.tensors().items()}}
 step = trainer.step
 step.begin(0, range(11))
 step.rows = [torch.full_like(row, -1) for row in step.rows]
 step.take(0)
-step.finish(1)
+step.flush(1)
 for name, tensor in trainer.tensors().items():
     moved = 1.0 if name.endswith(".step") else 0.0
     assert torch.equal(tensor, before[name] + moved), name

@@ -17,8 +17,8 @@ from torchvision import datasets, transforms
 
 from mnist_dist import data
 from mnist_dist.data import Images, load, obtain, scale
+from mnist_dist.data.idx import read_idx
 from mnist_dist.errors import UserError
-from mnist_dist.idx import read_idx
 
 NAMES = list(data.STEMS.values())
 ROW_7 = [-1] * 8 + [-0.7647, -0.7176, -0.2627, 0.2078, 0.3333] + [0.9843] * 5 + [
@@ -158,7 +158,7 @@ def test_torchvisions_own_mirrors_are_tried_after_ours(mirror, monkeypatch, tmp_
 
 @pytest.mark.parametrize("fault", ["truncated", "other content", "404", "closes", "hangs"])
 def test_a_bad_mirror_leaves_nothing(fault, mirror, no_other_mirror, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr("mnist_dist.data.download.STALL_SECONDS", 0.5)
     mirror.fault = fault
     with pytest.raises(UserError, match=mirror.url) as caught:
         obtain("mnist", str(tmp_path), mirror.url, never)

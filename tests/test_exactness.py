@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DistributedSampler
 
 from mnist_dist.data import load, scale
-from mnist_dist.model import MLP
+from mnist_dist.training.model import MLP
 
 BATCHES = (1, 7, 96, 200, 1009, 5000)
 CASES = {

@@ -105,7 +105,7 @@ def test_an_error_in_the_processes_is_one_line_and_their_exit_status(small_dir, 
 def test_number_that_differs_from_the_launchers_is_refused(small_dir, tmp_path):
     done = run([*TORCHRUN, "--nproc-per-node=2", TRAIN, "--processes", 3, "--data-dir", small_dir], cwd=tmp_path)
     assert done.returncode != 0 and not (tmp_path / "runs").exists()
-    assert done.stderr.count("mnist-dist: error: --processes 3 under a launcher that started 2") == 1
+    assert done.stderr.count("mnist-dist: error: --processes 3 conflicts with the launcher, which started 2") == 1
 
 
 def test_a_world_of_another_size_is_refused(small_dir, tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_dist import metrics
-from mnist_dist.metrics import Stopwatch, batch_sums, percentile
+from mnist_dist.training import metrics
+from mnist_dist.training.metrics import Stopwatch, batch_sums, percentile
 
 
 class FakeClock:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_dist.model import MLP, flop_per_sample, num_parameters
+from mnist_dist.training.model import MLP, flop_per_sample, num_parameters
 
 
 @pytest.mark.parametrize(("hidden", "parameters", "flop"), [

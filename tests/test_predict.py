@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from support import assert_one_line_error, epoch_record, mnist_dist, run_result
 
-from mnist_dist import reproduce
+from mnist_dist.commands import reproduce
+from mnist_dist.commands.predict import read_image
 from mnist_dist.data import load, scale
 from mnist_dist.errors import UserError
-from mnist_dist.predict import read_image
 from mnist_dist.record.result import read_result, write_result
-from mnist_dist.results import load_model
+from mnist_dist.training.results import load_model
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import sys
 import pytest
 from support import TRAIN, mnist_dist, result_of, run
 
-from mnist_dist.reproduce import PROTOCOLS
+from mnist_dist.commands.reproduce import PROTOCOLS
 
 REFERENCE = PROTOCOLS[1].reference  # epoch to (mean, deviation) of the test NLL sum
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_dist import synthetic
-from mnist_dist.synthetic import DEFAULT_SHA256, digest, load_digits, make_digits
+from mnist_dist.data import synthetic
+from mnist_dist.data.synthetic import DEFAULT_SHA256, digest, load_digits, make_digits
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from mnist_dist.data import load
-from mnist_dist.launching import cpu_wanted
+from mnist_dist.processes.launch import read_launch
+from mnist_dist.processes.spawn import runs_on_cpu
 
 
 def start(main: Callable[..., dict[str, Any]]) -> None:
@@ -28,7 +29,7 @@ def start(main: Callable[..., dict[str, Any]]) -> None:
 
 def pick_device() -> torch.device:
     """The GPU where there is one and ACCELERATE_USE_CPU does not say otherwise."""
-    return torch.device("cpu" if cpu_wanted() else "cuda")
+    return torch.device("cpu" if runs_on_cpu(read_launch()) else "cuda")
 
 
 def bytes_in_memory(data_dir: str, num_samples: int) -> tuple[Tensor, Tensor]:

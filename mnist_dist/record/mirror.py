@@ -17,6 +17,7 @@ from typing import Any
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.record.figures import EpochRecord, RunSummary, grouped
+from mnist_dist.record.folder import CONFIG, CURVES, MODEL, PREDICTIONS
 from mnist_dist.record.worker import Worker
 
 ANSWER_SECONDS = 4.0  # for the W&B server's first answer
@@ -119,20 +120,19 @@ class Mirror:
             self._late = True
             self.warn(f"W&B took more than {LOG_SECONDS:g} s for an epoch: the run goes on without waiting for it")
 
-    def log_results(self, summary: RunSummary, labels: Sequence[int], guesses: Sequence[int], model: Path,
-                    pictures: Sequence[Path]) -> None:
-        """The run's summary, pictures, confusion matrix and model; `finish` waits for them."""
+    def log_results(self, summary: RunSummary, labels: Sequence[int], guesses: Sequence[int]) -> None:
+        """The run's summary, pictures, model, and the confusion matrix of the test images; `finish` waits for them."""
         def task() -> None:
             import wandb
 
             self.run.summary.update({"batch_size": summary.global_batch_size, **asdict(summary)})
             last = self.run.step
-            images = {path.stem: wandb.Image(str(path)) for path in pictures}
+            images = {Path(name).stem: wandb.Image(str(self.folder / name)) for name in (PREDICTIONS, CURVES)}
             matrix = wandb.plot.confusion_matrix(y_true=labels, preds=guesses, class_names=[str(i) for i in range(10)])
             self.run.log({**images, "confusion_matrix": matrix}, step=last)
             artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
-            for path in (model, self.folder / "config.yaml"):
-                artifact.add_file(str(path))
+            for name in (MODEL, CONFIG):
+                artifact.add_file(str(self.folder / name))
             self.run.log_artifact(artifact)
 
         self._call(task, 0)

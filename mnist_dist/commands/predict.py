@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
+from mnist_dist.data.idx import SIDE
 from mnist_dist.errors import UserError
-from mnist_dist.idx import SIDE
-from mnist_dist.results import load_model, random_indices
-from mnist_dist.results import predict as probabilities_of
-from mnist_dist.show import open_images
+from mnist_dist.training.results import load_model, random_indices
+from mnist_dist.training.results import predict as probabilities_of
 
 MAX_PIXELS = 50_000_000  # of an image file: beyond that it is no picture of one digit
 

@@ -17,27 +17,27 @@ from torch import Tensor
 import mnist_dist
 from mnist_dist.data import Images, scale
 from mnist_dist.errors import UserError
-from mnist_dist.launching import environment_number
-from mnist_dist.loop import Trainer
-from mnist_dist.model import MLP
-from mnist_dist.processes import Team
+from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import tensor_bytes
 from mnist_dist.record.environment import Environment, git_commit, processor_name
 from mnist_dist.record.figures import EpochRecord
 from mnist_dist.record.files import replace_synced
 from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS
+from mnist_dist.training.model import MLP
+from mnist_dist.training.trainer import Trainer
 
 GRID_IMAGES = 16  # the tutorial's 4 x 4 test images
 
 
-def describe_environment(team: Team, step: str) -> Environment:
+def describe_environment(launch: Launch, team: Team, step: str) -> Environment:
     """What `result.json` says of where a run runs; `step` is the kind of its optimizer step."""
     device = team.accelerator.device
     return Environment(
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         num_processes=team.size,
-        num_machines=team.size // environment_number(("LOCAL_WORLD_SIZE",), team.size),
+        num_machines=launch.num_machines,
         num_threads=torch.get_num_threads(),
         mixed_precision=team.accelerator.mixed_precision,
         step=step,
@@ -69,11 +69,11 @@ def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[E
     replace_synced(folder / MODEL, tensor_bytes(trainer.module.state_dict()))
     trainer.module.eval()
     test = trainer.sets.test
-    probabilities = predict(trainer.module, test.images, trainer.accelerator.device, trainer.dtype)
+    probabilities = predict(trainer.module, test.images, trainer.team.device, trainer.dtype)
     picked = random_indices(test, seed)
     draw_predictions(test.images[picked], test.labels[picked], probabilities[picked], folder / PREDICTIONS,
                      f"{trainer.sets.name}: 16 random test images")
-    draw_curves(records, folder / CURVES, f"{trainer.sets.name}, global batch {trainer.batch_size}, "
+    draw_curves(records, folder / CURVES, f"{trainer.sets.name}, global batch {trainer.global_batch_size}, "
                 f"{trainer.team.size} process{'es' if trainer.team.size > 1 else ''}")
     return test.labels.tolist(), probabilities.argmax(dim=1).tolist()
 

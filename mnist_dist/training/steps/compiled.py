@@ -8,51 +8,37 @@ processes or passes it is two functions, with one flat gradient between them. do
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad_and_value
 from torch.optim.adam import adam
 
-from mnist_dist.config import TrainConfig
-from mnist_dist.data import Images
 from mnist_dist.errors import UserError
-from mnist_dist.sampling import NO_INDEX, GlobalBatchSampler
-from mnist_dist.steps import NO_SAMPLE, loss_sum
+from mnist_dist.training.sampling import NO_INDEX
+from mnist_dist.training.steps import StepParts
+from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 
-# On two cores a step saves 0.7 to 0.9 ms at any batch size, and compiling costs 2 s where its cache is warm, 6 s where
-# it is not, 12 s on a machine's first time: 2,000 to 17,000 steps pay for it (docs/performance.md).
-WORTH_COMPILING_STEPS = 5000
 # Adam's bias corrections are scalars, which inductor would otherwise compute again for every vector of 16 weights: this
 # makes it keep them, and halves a step at batch 1 (its default is 30).
 INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
 
 
-def is_wanted(config: TrainConfig, images: Images, batches: GlobalBatchSampler, accelerator: Accelerator,
-              before: str | None = None) -> bool:
-    """Whether this run's step is to be compiled: as asked, and with `auto` where it pays for itself within the run.
+def compiler_failure(error: BaseException) -> str | None:
+    """What a user can do about an exception of torch.compile; None if it is a bug, here or in torch."""
+    from torch._inductor import exc
 
-    A run that is continued takes the kind of step that it took `before`: its bits depend on it. Until it has been
-    measured on a GPU, `auto` is for the CPU. Raises `UserError`.
-    """
-    if accelerator.mixed_precision == "fp16" and config.compile == "on":  # also where the launcher says so
-        raise UserError("--compile on and mixed precision fp16 exclude each other: drop one")
-    if config.compile == "on" and not images.is_resident:
-        raise UserError("--compile on needs the images in the GPU's memory, and they are more than half of what is "
-                        "free: give --compile off")
-    if config.compile != "auto":
-        return config.compile == "on"
-    if accelerator.device.type != "cpu" or accelerator.mixed_precision == "fp16" or config.clashes_with_compile:
-        return False
-    if before is not None:
-        return before == "compiled"
-    return min(config.epochs * batches.num_batches, config.max_steps or math.inf) >= WORTH_COMPILING_STEPS
+    missing = tuple(getattr(exc, name) for name in ("CppCompileError", "InvalidCxxCompiler", "TritonMissing",
+                                                    "GPUTooOldForTriton") if hasattr(exc, name))
+    while error is not None:  # torch wraps what it catches
+        if isinstance(error, missing) or type(error).__name__ in ("TritonMissing", "GPUTooOldForTriton"):
+            return "install a C++ compiler such as g++ (on a GPU: triton), or give --compile off"
+        if isinstance(error, OSError):  # of the compiler's process or its cache
+            return "check that the compiler runs and that its cache can be written, or give --compile off"
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return None
 
 
 def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Callable[..., Sequence[Tensor]]:
@@ -90,46 +76,52 @@ def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Ca
 
 
 class CompiledStep:
-    """The interface of `steps.PlainStep`. Images must be in the device's memory; the epoch's order is copied there."""
+    """The interface of `Step`. Images must be in the device's memory; the epoch's order is copied there.
+
+    Raises `UserError` if there is no compiler, or it fails.
+    """
 
     kind = "compiled"
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: AcceleratedOptimizer, images: Images,
-                 batches: GlobalBatchSampler, losses: Tensor, dtype: torch.dtype) -> None:
-        self.module, self.images, self.batches = module, images, batches
-        self.losses, self.dtype = losses, dtype
-        self.num_processes, self.device = accelerator.num_processes, accelerator.device
+    def __init__(self, parts: StepParts) -> None:
+        self.team, self.images, self.batches = parts.team, parts.images, parts.batches
+        self.losses, self.dtype, self.device = parts.losses, parts.dtype, parts.team.device
+        # without DistributedDataParallel: its hooks need a backward pass that autograd runs
+        self.module = parts.team.accelerator.prepare_model(parts.module, evaluation_mode=True)
         # without autograd's bookkeeping, on the same memory
-        self.weights = {name: weight.detach() for name, weight in module.named_parameters()}
-        self.options = optimizer.optimizer.param_groups[0]
-        state = [optimizer.optimizer.state[weight] for weight in module.parameters()]
+        self.weights = {name: weight.detach() for name, weight in parts.module.named_parameters()}
+        adam_of = parts.optimizer.optimizer
+        self.options = adam_of.param_groups[0]
+        state = [adam_of.state[weight] for weight in parts.module.parameters()]
         self.state = {name: [kept[name] for kept in state] for name in ("step", "exp_avg", "exp_avg_sq")}
-        self.recorded: list[Tensor] = []  # the loss sums of steps taken since `finish`
-        numbers = (batches.count(0), batches.count(batches.num_batches - 1))  # of samples in a global batch
-        self.full, self.last = (torch.tensor(float(number), dtype=dtype, device=self.device) for number in numbers)
-        self._in_two = self.num_processes > 1 or batches.passes > 1
-        self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=dtype,
-                                device=self.device) if self._in_two else None
+        self.recorded: list[Tensor] = []  # the loss sums of steps taken since `flush`
+        numbers = (self.batches.count(0), self.batches.count(self.batches.num_batches - 1))  # of a global batch
+        self.full, self.last = (torch.tensor(float(n), dtype=self.dtype, device=self.device) for n in numbers)
+        self.flat: Tensor | None = None  # the gradient, if several ranks or passes make it
+        if self.team.size > 1 or self.batches.passes > 1:
+            self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
+                                    device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._compile()
+        begin = time.perf_counter()
+        try:
+            self._compile()
+        except Exception as error:
+            remedy = compiler_failure(error)
+            if remedy is None:
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"the step could not be compiled ({reason[0]}): {remedy}") from error
+        self.compile_seconds = time.perf_counter() - begin
 
     def _compile(self) -> None:
-        """Raises `UserError` where there is no compiler, or it fails."""
-        begin = time.perf_counter()
         rows = self.batches.rows()[0].to(self.device)
-        try:
-            if self._in_two:
-                self._accumulate = compile_once(self._accumulate_gradient, rows, self.full)
-                self._apply = compile_once(self._apply_gradient)
-            else:
-                self._whole = compile_once(self._whole_step, rows, self.full)
-            if self.device.type == "cuda":
-                self._record()
-        except Exception as error:  # whatever stands in the compiler's way, the plain step is there
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"the step could not be compiled ({reason[0]}): install a C++ compiler such as g++, or "
-                            "give --compile off") from error
-        self.compile_seconds = time.perf_counter() - begin
+        if self.flat is None:
+            self._whole = compile_once(self._whole_step, rows, self.full)
+        else:
+            self._accumulate = compile_once(self._accumulate_gradient, rows, self.full)
+            self._apply = compile_once(self._apply_gradient)
+        if self.device.type == "cuda":
+            self._record()
 
     def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gradients of these samples' part of the mean over `count` samples, and their loss sum."""
@@ -201,18 +193,17 @@ class CompiledStep:
 
     def _one(self, rows: Sequence[Tensor], count: Tensor) -> list[Tensor]:
         """A step on the passes' `rows`; their loss sums. Collective."""
-        if not self._in_two:
+        if self.flat is None:
             return [self._whole(rows[0], count)[0]]
         totals = [self._accumulate(own, count)[0] for own in rows]
-        if self.num_processes > 1:
-            dist.all_reduce(self.flat)
+        self.team.sum(self.flat)
         self._apply()
         return totals
 
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch: its order is copied to the device."""
         begin = time.perf_counter()
-        self.batches.sampler.set_epoch(epoch)
+        self.batches.go_to(epoch, steps)
         rows = self.batches.rows()
         if self.graph:
             self.order.copy_(rows.view_as(self.order), non_blocking=True)
@@ -233,12 +224,12 @@ class CompiledStep:
         waited, self.waited = self.waited, 0.0
         return waited
 
-    def finish(self, step: int) -> None:
-        """End a stretch before step `step`: the recorded losses go to where they are summed up."""
+    def flush(self, step: int) -> None:
+        """The losses recorded before step `step` go to their place."""
         if self.recorded:
             sums = torch.stack(self.recorded).view(-1, self.batches.passes).sum(dim=1, dtype=torch.float64)
             self.losses[step - len(sums) : step] += sums
             self.recorded.clear()
 
     def pause(self) -> None:
-        """Somebody is to look at the weights: they are as they should be."""
+        """The weights are in their place."""

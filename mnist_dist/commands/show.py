@@ -11,7 +11,7 @@ from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain, scale
 from mnist_dist.errors import UserError
-from mnist_dist.model import MLP, flop_per_sample, num_parameters
+from mnist_dist.training.model import MLP, flop_per_sample, num_parameters
 
 ROW = 7  # counted from 1, as a person does
 GRID = 25

@@ -24,17 +24,22 @@ class GlobalBatchSampler:
     """Yields this rank's indices of each global batch, `passes` lists per batch (gradient accumulation).
 
     The padding that `DistributedSampler` adds to even out the ranks is dropped; a rank's list may then be shorter than
-    the others', or empty in a small last batch, but every rank yields the same number of lists. `first_step` and
-    `end_step` bound the batches of the epoch that are yielded.
+    the others', or empty in a small last batch, but every rank yields the same number of lists. `go_to` chooses the
+    epoch and its steps.
     """
 
     def __init__(self, sampler: DistributedSampler, global_batch_size: int, passes: int = 1) -> None:
-        self.sampler = sampler  # Accelerate calls its set_epoch
+        self.sampler = sampler
         self.batch_size = global_batch_size
         self.passes = passes
         self.num_samples = len(sampler.dataset)
         self.num_batches = -(-self.num_samples // global_batch_size)
         self.first_step, self.end_step = 0, self.num_batches
+
+    def go_to(self, epoch: int, steps: range) -> None:
+        """Yield these steps of the epoch from now on; the order is the epoch's."""
+        self.sampler.set_epoch(epoch)
+        self.first_step, self.end_step = steps.start, steps.stop
 
     def count(self, step: int) -> int:
         """Samples that are really in global batch `step`, over all ranks."""
@@ -45,6 +50,17 @@ class GlobalBatchSampler:
         rank, size = self.sampler.rank, self.sampler.num_replicas
         start = step * self.batch_size
         return range(start + (rank - start) % size, start + self.count(step), size)
+
+    def shards(self, step: int, num_shards: int) -> list[slice]:
+        """Slices of this rank's part of global batch `step`, one for each logical shard that it computes.
+
+        Position p of the epoch's order belongs to shard p mod S. Rank r has the positions r mod P, and P divides S, so
+        it computes the shards r, r+P, r+2P …, and each is every (S / P)-th of its samples.
+        """
+        rank, size = self.sampler.rank, self.sampler.num_replicas
+        start = self.own_positions(step).start
+        return [slice((shard - start) % num_shards // size, None, num_shards // size)
+                for shard in range(rank, num_shards, size)]
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(self.sampler)  # this rank's share: position p of the epoch is order[p // size]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_dist.data import NUM_CLASSES
-from mnist_dist.idx import SIDE
+from mnist_dist.data.idx import SIDE
 
 IMAGE_PIXELS = SIDE * SIDE
 NEGATIVE_SLOPE = 0.1

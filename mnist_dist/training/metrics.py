@@ -32,6 +32,18 @@ def test_figures(sums_3: Sequence[float]) -> dict[str, float | int]:
     }
 
 
+def add_in_order(rows_PKX: Tensor) -> Tensor:
+    """The sum [X] of K rows from each of P ranks, added one after the other in the order of the logical shards.
+
+    Rank r's row k is shard r + kP (`GlobalBatchSampler.shards`), so the order does not depend on the number of ranks.
+    """
+    rows_SX = rows_PKX.transpose(0, 1).flatten(0, 1)
+    total_X = rows_SX[0].clone()
+    for row_X in rows_SX[1:]:
+        total_X += row_X
+    return total_X
+
+
 def percentile(values: Sequence[float], q: float) -> float | None:
     """The q-th percentile (0 to 100) by linear interpolation; None of nothing."""
     if not values:

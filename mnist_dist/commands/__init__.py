@@ -1,0 +1,1 @@
+"""The commands beside `train`, each in one module."""

@@ -1,0 +1,165 @@
+"""The processes of a run: who this one is, and the only place where they meet.
+
+Two kinds of meeting: `sum`, `gather` and `average` exchange tensors on the device; `max`, `run_on` and `barrier` agree
+on the host, over gloo, without waiting for a GPU's queue. All are collective: every rank makes the same calls in the
+same order. It knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mnist_dist.errors import LostProcess, MnistDistError, UserError
+from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+T = TypeVar("T")
+# For tasks with a time limit of their own, such as a download. A process that dies is noticed at once all the same.
+PATIENT_TIMEOUT = timedelta(hours=1)
+ALIVE_SECONDS = 3.0  # after a failure, how long the survivors wait for each other's sign of life
+
+
+class Team:
+    """This process among the `size` ranks of a run."""
+
+    def __init__(self, accelerator: Accelerator, timeout_s: float) -> None:
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.size: int = accelerator.num_processes
+        self.rank: int = accelerator.process_index
+        self.is_main: bool = accelerator.is_main_process
+        self._patient = self._host = None
+        if self.size > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
+            self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """All-reduce in place: `tensor` becomes the sum over ranks, on every rank, and is returned. Collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All-gather: [P, *shape], the tensor of each rank, in the order of the ranks, on every rank. Collective."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        return gathered
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes its mean over ranks, in place. Collective."""
+        for tensor in tensors:
+            self.sum(tensor).mul_(1 / self.size)
+
+    def max(self, *values: float) -> list[float]:
+        """The largest of each value over ranks, on the host. Collective."""
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._host)
+        return numbers.tolist()
+
+    def run_on(self, where: str, task: Callable[[], T], *, patient: bool = False) -> T:
+        """Run `task` on the "main" rank, on one rank per "machine", or on "every" rank; share results and errors.
+
+        Returns the main rank's result, or with "every" this rank's own. If a task raises a `MnistDistError`, every
+        rank raises the first one, so that none waits for a rank that has left. `patient` waits longer than --timeout,
+        for tasks with a time limit of their own. Collective.
+        """
+        here = {"main": self.is_main, "machine": self.accelerator.is_local_main_process, "every": True}[where]
+        result = error = None
+        if here:
+            try:
+                result = task()
+            except MnistDistError as raised:
+                error = raised
+        outcomes: list[Any] = [(result, error)]
+        if self.size > 1:
+            outcomes *= self.size
+            shared = None if where == "every" else result
+            dist.all_gather_object(outcomes, (shared, error), group=self._patient if patient else self._host)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return result if where == "every" else outcomes[0][0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Collective."""
+        self.accelerator.wait_for_everyone()
+
+    def synchronize(self) -> None:
+        """Wait until the device has worked off its queue and every rank is here. Collective."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.barrier()
+
+    def end(self) -> None:
+        """Final barrier, then end Accelerate. Without the barrier one run in ten crashes at exit. Collective."""
+        self.barrier()
+        self.accelerator.end_training()
+
+    def lost_process(self, step: int, error: BaseException) -> LostProcess | None:
+        """After a failed collective: the error that names the lost ranks; None if all are alive. Not collective."""
+        missing = [rank for rank in self._silent_ranks() if rank != self.rank] if self.size > 1 else []
+        if not missing:
+            return None
+        who = f"process {', '.join(map(str, missing))} of {self.size}"
+        return LostProcess(f"process {self.rank} lost {who} after step {step}: {str(error).strip().splitlines()[0]}")
+
+    def _silent_ranks(self) -> list[int]:
+        """The ranks that give no sign of life within a few seconds."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"mnist_dist/alive/{self.rank}", "1")
+            deadline = time.monotonic() + ALIVE_SECONDS
+            missing = set(range(self.size))
+            while missing and time.monotonic() < deadline:
+                missing = {rank for rank in missing if not store.check([f"mnist_dist/alive/{rank}"])}
+                time.sleep(0.1)
+            return sorted(missing)
+        except (RuntimeError, OSError):  # without a launcher's agent, rank 0 keeps the store
+            return [0]
+
+
+def ddp_options(compression: str) -> DistributedDataParallelKwargs:
+    """How DistributedDataParallel exchanges gradients: in which precision, by Accelerate's own hooks."""
+    from accelerate.utils import DDPCommunicationHookType as Hook
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    hooks = {"none": Hook.NO, "fp16": Hook.FP16, "bf16": Hook.BF16, "powersgd": Hook.POWER_SGD}
+    return DistributedDataParallelKwargs(comm_hook=hooks[compression])
+
+
+def join(launch: Launch, *, timeout_s: float, kwargs_handlers: Sequence[Any] = (), **accelerator_options: Any) -> Team:
+    """Join the processes of this launch. Raises `UserError` if they cannot be joined as asked. Collective."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    check_gpus(launch, launch.local_size)
+    try:
+        accelerator = Accelerator(
+            cpu=runs_on_cpu(launch),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)), *kwargs_handlers],
+            **accelerator_options,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the {launch.size} processes of this launch could not be joined: {reason}") from error
+    if accelerator.num_processes != launch.size:
+        raise UserError(
+            f"{launch.size} processes were asked for, but this one finds {accelerator.num_processes}: start with "
+            f"`mnist-dist train --processes {launch.size}`, or set ACCELERATE_USE_CPU=true for CPU processes"
+        )
+    return Team(accelerator, timeout_s)

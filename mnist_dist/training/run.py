@@ -1,0 +1,276 @@
+"""One training run, from a config to the folder that it leaves. Every rank runs all of this; the main one writes.
+
+Read `train`, then `Run.go`: start or resume, then for each epoch train, evaluate, record and save; leave the results.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import torch
+
+from mnist_dist.config import TrainConfig, flag_of
+from mnist_dist.console import Console
+from mnist_dist.data import ImageSets, load, obtain
+from mnist_dist.errors import Diverged, LostProcess, MnistDistError, Stopped, UserError
+from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.spawn import runs_on_cpu
+from mnist_dist.processes.team import Team, ddp_options, join
+from mnist_dist.record.checkpoint import Checkpoint, load_newest, save_checkpoint
+from mnist_dist.record.figures import EpochRecord, RunSummary, record_from, summarise
+from mnist_dist.record.folder import (
+    CHECKPOINTS,
+    append_metrics,
+    open_folder,
+    write_config,
+    write_metrics,
+)
+from mnist_dist.record.mirror import Mirror
+from mnist_dist.record.result import RunResult, write_result
+from mnist_dist.training.metrics import Stopwatch
+from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.results import describe_environment, leave_results, peak_memory_bytes
+from mnist_dist.training.trainer import Trainer
+
+
+def train(config: TrainConfig, launch: Launch) -> None:
+    """Run `config` with the processes of this launch. Raises `MnistDistError` if the run ends early."""
+    if config.reproducible:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS needs it
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
+    if config.compile == "auto" and launch.compiles:
+        config = replace(config, compile="on")
+    team = join(
+        launch, timeout_s=config.timeout, mixed_precision=mixed_precision(config, launch),
+        dynamo_backend="no",  # it would compile the model alone: we compile the whole step
+        kwargs_handlers=[ddp_options(config.gradient_compression)],
+    )
+    console = Console(team.is_main)
+    run = None
+    try:
+        config.global_batch_size(team.size)  # before data is downloaded
+        name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
+                           patient=True)
+        run = Run(config, launch, team, console, team.run_on("every", lambda: load(name, config.data_dir)))
+        run.go()
+    except LostProcess:
+        raise  # a barrier would wait for it
+    except MnistDistError as error:
+        team.end()
+        if run:
+            run.mirror.finish(error.exit_status)
+        raise
+    except RuntimeError as error:
+        lost = team.lost_process(run.global_step if run else 0, error)
+        if lost is None:
+            raise
+        raise lost from error
+    finally:
+        console.hide_bar()
+    team.end()  # the other ranks need not wait for W&B
+    run.mirror.finish()
+    if hint := run.mirror.sync_hint():
+        console.say(f"W&B was offline: to bring this run there, {hint}")
+
+
+def mixed_precision(config: TrainConfig, launch: Launch) -> str:
+    """The mixed precision in force: what was asked for, else the launcher's. Raises `UserError` if it cannot be."""
+    wanted = "no" if config.dtype == "float64" else config.mixed_precision or launch.mixed_precision
+    if wanted == "fp16" and runs_on_cpu(launch):
+        raise UserError("--mixed-precision fp16 needs a GPU, and this run is on the CPU: give bf16 or no")
+    return wanted
+
+
+class Run:
+    """A run in its folder: where it is in its epochs, and what it has recorded."""
+
+    def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets) -> None:
+        self.team, self.console, self.sets = team, console, sets
+        self.folder, self.run_id = team.run_on("main", lambda: open_folder(config))
+        self.config = replace(config, output_dir=str(self.folder))
+        self.mirror = Mirror(self.folder, console.warn)
+        kept: Checkpoint | None = None
+        if config.resume:
+            kept = team.run_on("main", lambda: load_newest(self.folder / CHECKPOINTS, console.warn))
+        self.trainer = Trainer(config, team, sets, kept and kept.state.get("kind"))
+        self.num_batches = self.trainer.batches.num_batches
+        self.pacer = Pacer(config.checkpoint_interval, self.num_batches, team)
+        self.epoch = self.step = 0  # the next step to take
+        self.records: list[EpochRecord] = []
+        self.watch: dict[str, float] = {}  # the stopwatch's state, of an epoch that was interrupted
+        if kept:
+            self._take_up(kept)
+        self.environment = describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain")
+        console.introduce(self.environment, self.config, sets.summary, self.trainer.global_batch_size,
+                          self.trainer.per_device_batch_size, self.num_batches, self.trainer.learning_rate)
+        if config.resume:
+            console.say(f"continuing after step {self.global_step}" if kept else "nothing to continue: starting afresh")
+        self._make_step()
+        if kept:
+            self.trainer.load_tensors(kept.tensors)
+            if kept.state["scaler"] and team.accelerator.scaler:
+                team.accelerator.scaler.load_state_dict(kept.state["scaler"])
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done since the start of the run."""
+        return self.epoch * self.num_batches + self.step
+
+    def go(self) -> None:
+        """Train to the end, and leave the results. Raises `Diverged` or `Stopped`, with what there is written."""
+        self._open_record()
+        with self.pacer.signals:
+            try:
+                while not self._is_finished():
+                    self._run_epoch()
+            except Diverged:
+                self._leave("diverged")
+                raise
+        self._leave("completed")
+
+    def _run_epoch(self) -> None:
+        """Train and evaluate one epoch, or the part of it that --max-steps leaves; record it, save a checkpoint."""
+        trainer, pacer, epoch = self.trainer, self.pacer, self.epoch
+        end = min(self.num_batches, (self.config.max_steps or float("inf")) - epoch * self.num_batches)
+        watch = Stopwatch(self.team.synchronize, **self.watch)
+        for done in trainer.steps(epoch, range(self.step, end), watch, pacer, self._show_progress):
+            self.step, self.watch = done, watch.state()
+            trainer.train_loss(epoch, done)  # no checkpoint of a run that has diverged
+            self._save()
+            self._stop_if_asked()
+        self.step, self.watch = end, watch.state()
+        record = self._evaluate(watch)
+        if end < self.num_batches:  # kept as an epoch in progress, so that it can be continued with more steps
+            self._save()
+            self.records.append(record)
+            return
+        self.epoch, self.step, self.watch = epoch + 1, 0, {}
+        trainer.losses.zero_()
+        self.records.append(record)
+        pacer.poll()
+        if pacer.wants_checkpoint_after(epoch):
+            self._save()
+        if not self._is_finished():
+            self._stop_if_asked()
+
+    def _is_finished(self) -> bool:
+        config = self.config
+        return (
+            self.epoch >= config.epochs
+            or (config.max_steps is not None and self.global_step >= config.max_steps and bool(self.records))
+            or (config.target_nll is not None and any(r.test_nll <= config.target_nll for r in self.records))
+        )
+
+    def _evaluate(self, watch: Stopwatch) -> EpochRecord:
+        """The record of the epoch whose steps are done, shown and written. Collective."""
+        team = self.team
+        loss = self.trainer.train_loss(self.epoch, self.step)
+        begin = time.perf_counter()
+        test = self.trainer.evaluate()
+        team.synchronize()
+        seconds, warmup, evaluation, memory = team.max(watch.seconds, watch.warmup_seconds,
+                                                       time.perf_counter() - begin, peak_memory_bytes(team))
+        times = watch.figures(seconds, warmup, team.size)
+        record = EpochRecord(
+            epoch=self.epoch, step=self.global_step, train_loss=loss, **test, **times, eval_seconds=evaluation,
+            epoch_seconds=times["train_seconds"] + evaluation, peak_memory_bytes=int(memory),
+        )
+        if team.is_main:
+            append_metrics(self.folder, record)
+            self.mirror.log(record)
+        self.console.table_row(record)
+        return record
+
+    def _show_progress(self, done: int) -> None:
+        self.console.progress(self.epoch, done, self.num_batches)
+
+    def _stop_if_asked(self) -> None:
+        if self.pacer.stop_signal:
+            what_next = (f"continue with --resume --output-dir {self.folder}" if self.pacer.is_on
+                         else "no checkpoint was wanted")
+            raise Stopped(self.pacer.stop_signal, self.global_step, what_next)
+
+    def _make_step(self) -> None:
+        trainer, say = self.trainer, self.console.say
+        if trainer.compiles:
+            say("compiling the step: some 3 s, and up to 20 s the first time on a machine")
+        trainer.make_step(self.console.warn)
+        if trainer.step.compile_seconds:
+            say(f"compiled in {trainer.step.compile_seconds:.1f} s")
+        self.environment = replace(self.environment, step=trainer.step.kind)
+
+    def _open_record(self) -> None:
+        """Write what the folder holds from the start, and begin the run in W&B. Not earlier: a --resume that is refused
+        changes nothing. Collective.
+        """
+        def task() -> None:
+            write_config(self.folder, self.config)
+            write_metrics(self.folder, self.records)
+            self.mirror.start(self.config, self.run_id, {
+                **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
+                "environment": asdict(self.environment),
+            })
+
+        self.team.run_on("main", task, patient=True)
+        self.console.table_head()
+        for record in self.records:
+            self.console.table_row(record)
+
+    def _save(self) -> None:
+        """Write a checkpoint, if any are wanted. Collective."""
+        if not self.pacer.is_on:
+            return
+        scaler = self.team.accelerator.scaler
+        state = {
+            "epoch": self.epoch, "step": self.step, "watch": self.watch, "run_id": self.run_id,
+            "records": [asdict(record) for record in self.records],
+            "scaler": scaler.state_dict() if scaler else None,
+            "fixed": self._fixed(), "kind": self.trainer.step.kind,
+        }
+        self.team.run_on("main", lambda: save_checkpoint(self.folder / CHECKPOINTS, self.global_step,
+                                                         self.trainer.tensors(), state, self.config.keep_checkpoints))
+        self.pacer.saved()
+
+    def _fixed(self) -> dict[str, Any]:
+        """What a run that continues this one may not change, by its name in an error message."""
+        config = self.config
+        values = {flag_of(option.name): getattr(config, option.name) for option in fields(config)
+                  if option.metadata.get("fixed")}
+        values["--mixed-precision"] = self.team.accelerator.mixed_precision  # also if a launcher says it
+        if not config.reproducible:
+            del values["--logical-shards"]
+        return {**values, "global batch size": self.trainer.global_batch_size, "data set": self.sets.summary}
+
+    def _take_up(self, kept: Checkpoint) -> None:
+        """Continue where the checkpoint ends. Raises `UserError` if it belongs to another run."""
+        for name, value in self._fixed().items():
+            before = kept.state["fixed"].get(name)
+            if before != value:
+                raise UserError(f"{kept.folder} was written with {name} {before}, this run has {value}: continue with "
+                                "the same, or give another --output-dir")
+        self.epoch, self.step = kept.state["epoch"], kept.state["step"]
+        self.records = [record_from(EpochRecord, record, kept.folder) for record in kept.state["records"]]
+        self.watch, self.run_id = kept.state["watch"], kept.state["run_id"]
+
+    def _leave(self, status: str) -> None:
+        """Write `result.json`, and before it, of a completed run, the model and the pictures."""
+        if not self.team.is_main:
+            return
+        trainer, done = self.trainer, status == "completed"
+        predictions = leave_results(self.folder, trainer, self.config.seed, self.records) if done else None
+        summary = RunSummary(
+            global_batch_size=trainer.global_batch_size, per_device_batch_size=trainer.per_device_batch_size,
+            learning_rate=trainer.learning_rate, compile_seconds=trainer.step.compile_seconds,
+            **summarise(self.records, self.config.target_nll),
+        )
+        write_result(self.folder, RunResult(
+            status=status, config=asdict(self.config), dataset=self.sets.summary, environment=self.environment,
+            epochs=tuple(self.records), summary=summary,
+        ))
+        if predictions:
+            self.console.say_where(self.folder)
+            self.mirror.log_results(summary, *predictions)

@@ -1,0 +1,97 @@
+"""The kinds of optimizer step, and the choice between them. Each kind must agree with `plain`, the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+from mnist_dist.config import TrainConfig
+from mnist_dist.data import Images
+from mnist_dist.errors import UserError
+from mnist_dist.processes.team import Team
+from mnist_dist.training.model import MLP
+from mnist_dist.training.sampling import GlobalBatchSampler
+
+# On two cores a step saves 0.7 to 0.9 ms at any batch size, and compiling costs 2 s with a warm cache, 6 s without,
+# 12 s on a machine's first time: 2,000 to 17,000 steps pay for it (docs/performance.md).
+WORTH_COMPILING_STEPS = 5000
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What a step works on. `losses` [steps of an epoch], float64, gets this rank's loss sum of each step."""
+
+    team: Team
+    module: MLP
+    optimizer: AcceleratedOptimizer
+    images: Images
+    batches: GlobalBatchSampler
+    losses: Tensor
+    dtype: torch.dtype
+
+
+class Step(Protocol):
+    """A kind of step. The trainer calls `begin`, then `take` for each step; `flush` and `pause` now and then."""
+
+    kind: str
+    compile_seconds: float
+
+    def begin(self, epoch: int, steps: range) -> None:
+        """Go to these steps of the epoch."""
+
+    def take(self, step: int) -> float:
+        """One optimizer step; returns the seconds waited for data. Collective."""
+
+    def flush(self, step: int) -> None:
+        """Called before step `step`, now and then: losses that are kept elsewhere go to `losses`."""
+
+    def pause(self) -> None:
+        """Called before the weights are read (checkpoint, evaluation). Collective."""
+
+
+def wants_compiling(config: TrainConfig, parts: StepParts, before: str | None = None) -> bool:
+    """Whether this run's step is to be compiled: as asked, and with `auto` if that pays within the run.
+
+    A run that is continued keeps the kind of step that it had `before`, because its bits depend on it. Until it has
+    been measured on a GPU, `auto` is for the CPU. Raises `UserError`.
+    """
+    precision = parts.team.accelerator.mixed_precision
+    if precision == "fp16" and config.compile == "on":  # also if the launcher says so
+        raise UserError("--compile on and mixed precision fp16 exclude each other: drop one")
+    if config.compile == "on" and not parts.images.is_resident:
+        raise UserError("--compile on needs the images in the GPU's memory, and they are more than half of what is "
+                        "free: give --compile off")
+    if config.compile != "auto":
+        return config.compile == "on"
+    if parts.team.device.type != "cpu" or precision == "fp16" or config.clashes_with_compile:
+        return False
+    if before is not None:
+        return before == "compiled"
+    return min(config.epochs * parts.batches.num_batches, config.max_steps or math.inf) >= WORTH_COMPILING_STEPS
+
+
+def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None], *, compiles: bool) -> Step:
+    """The step of this run. If compiling fails and was not asked for, that is a warning. Collective."""
+    from mnist_dist.training.steps.compiled import CompiledStep
+    from mnist_dist.training.steps.plain import PlainStep
+    from mnist_dist.training.steps.sharded import ShardedStep
+
+    if compiles:
+        steps: list[CompiledStep] = []
+        try:
+            for where in ("machine", "every"):  # the other ranks find the first one's code in the compiler's cache
+                parts.team.run_on(where, lambda: steps or steps.append(CompiledStep(parts)), patient=True)
+            return steps[0]
+        except UserError as error:
+            if config.compile == "on":
+                raise
+            warn(f"{error}; going on with the plain step")
+    if config.reproducible:
+        return ShardedStep(parts, config.logical_shards)
+    return PlainStep(parts, config.local_sgd_steps)

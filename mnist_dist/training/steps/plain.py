@@ -1,0 +1,86 @@
+"""An optimizer step in plain PyTorch and Accelerate: the reference that every faster kind of step must agree with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.functional import nll_loss
+
+from mnist_dist.data import scale
+from mnist_dist.training.sampling import make_loader
+from mnist_dist.training.steps import StepParts
+
+NO_SAMPLE = -100  # the label of what fills up a batch: `nll_loss` ignores it, and so does the gradient
+
+
+def loss_sum(model: Callable[[Tensor], Tensor], images_B1HW: Tensor, labels_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """The summed NLL, in nats, of uint8 images [B, 1, 28, 28] under `model`."""
+    return nll_loss(model(scale(images_B1HW, dtype)), labels_B, reduction="sum", ignore_index=NO_SAMPLE)
+
+
+class PlainStep:
+    """Forward, loss, backward and Adam as people write them, with a batch from the DataLoader.
+
+    `local_steps` above 1 is Local SGD (Stich 2019, arXiv 1805.09767): so many steps of its own on each rank, then the
+    weights are averaged.
+    """
+
+    kind = "plain"
+    exchanges_gradients = True  # through DistributedDataParallel
+    compile_seconds = 0.0
+
+    def __init__(self, parts: StepParts, local_steps: int = 1) -> None:
+        self.team, self.batches, self.losses, self.dtype = parts.team, parts.batches, parts.losses, parts.dtype
+        self.accelerator, self.optimizer = parts.team.accelerator, parts.optimizer
+        self.model = self.accelerator.prepare_model(parts.module, evaluation_mode=not self.exchanges_gradients)
+        self.parameters = list(parts.module.parameters())
+        self.loader = make_loader(parts.images, parts.batches)
+        self.loaded: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self.local_steps = local_steps if self.team.size > 1 else 1
+        self.apart = 0  # steps since the ranks' weights were last the same
+
+    def begin(self, epoch: int, steps: range) -> None:
+        """Go to these steps of the epoch."""
+        self.batches.go_to(epoch, steps)
+        self.loader.set_epoch(epoch)  # Accelerate's loader sets the sampler's epoch again when it starts
+        self.loaded = iter(self.loader)
+
+    def take(self, step: int) -> float:
+        """One optimizer step; returns the seconds waited for data. Collective.
+
+        DistributedDataParallel averages over P ranks and Accelerate over the passes; the ranks' shares of the batch
+        differ, so the sum of the local losses is scaled to make both a mean over the batch's samples.
+        """
+        accelerator, passes, waited = self.accelerator, self.batches.passes, 0.0
+        factor = self.team.size * passes / self.batches.count(step)
+        with accelerator.no_sync(self.model) if self.local_steps > 1 else nullcontext():
+            for _ in range(passes):
+                asked = time.perf_counter()
+                images, labels = next(self.loaded)
+                waited += time.perf_counter() - asked
+                with accelerator.accumulate(self.model):
+                    loss = loss_sum(self.model, images, labels, self.dtype)
+                    accelerator.backward(loss * factor)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                self.losses[step] += loss.detach()
+        self.apart += 1
+        if self.apart == self.local_steps:
+            self._average()
+        return waited
+
+    def _average(self) -> None:
+        if self.local_steps > 1 and self.apart:
+            self.team.average(parameter.data for parameter in self.parameters)
+        self.apart = 0
+
+    def flush(self, step: int) -> None:
+        """The losses are in their place."""
+
+    def pause(self) -> None:
+        """Under Local SGD, average the weights. Collective."""
+        self._average()

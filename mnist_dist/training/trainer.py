@@ -1,0 +1,159 @@
+"""The model, its optimizer and its data on this rank: the step loop and the evaluation.
+
+The k-th step averages the gradient over the k-th global batch, whatever the number of ranks and passes. Nothing in the
+loop waits for the device: losses stay there until an epoch ends or a checkpoint is due. It knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from mnist_dist.config import TrainConfig
+from mnist_dist.data import ImageSets, scale
+from mnist_dist.errors import Diverged
+from mnist_dist.processes.team import Team
+from mnist_dist.training.metrics import Stopwatch, add_in_order, batch_sums, test_figures
+from mnist_dist.training.model import MLP
+from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.sampling import make_loader, share_out
+from mnist_dist.training.steps import StepParts, make_step, wants_compiling
+
+WARMUP_STEPS = 5  # the first steps of a process allocate and tune: timed apart
+EVALUATION_BATCH = 1000  # images per rank, or per logical shard: bounds memory, changes no result
+
+
+class Trainer:
+    """Everything that a step needs, the step itself after `make_step`, and the loop over steps."""
+
+    def __init__(self, config: TrainConfig, team: Team, sets: ImageSets, kind_before: str | None = None) -> None:
+        accelerator = team.accelerator
+        self.config, self.team, self.sets = config, team, sets
+        accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+        self.global_batch_size = config.global_batch_size(team.size)
+        self.learning_rate = config.learning_rate(self.global_batch_size)
+        self.dtype = getattr(torch, config.dtype)
+        self.num_shards = config.logical_shards if config.reproducible else team.size
+        train, test = sets.train.to(team.device), sets.test.to(team.device)
+        self.batches = share_out(train, self.global_batch_size, rank=team.rank, size=team.size, shuffle=config.shuffle,
+                                 seed=config.seed, passes=config.gradient_accumulation_steps)
+        self.test_loader = make_loader(test, share_out(test, EVALUATION_BATCH * self.num_shards, rank=team.rank,
+                                                       size=team.size))
+        torch.manual_seed(config.seed)
+        # drawn in float32 and then widened: float32 and float64 runs start from the same weights
+        self.module = MLP().to(team.device, self.dtype)
+        self.losses = torch.zeros(self.batches.num_batches, dtype=torch.float64, device=team.device)
+        # fused also if the step is compiled: it decides where Adam's step counts are, and compiled code may not care
+        self.optimizer = accelerator.prepare_optimizer(
+            torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
+        )
+        self._start_adam()
+        self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.losses, self.dtype)
+        self.compiles = wants_compiling(config, self.parts, kind_before)
+        self._warm = 0  # warm-up steps done
+
+    @property
+    def per_device_batch_size(self) -> int:
+        """Samples of a global batch on one rank, at most."""
+        return -(-self.global_batch_size // self.team.size)
+
+    def _start_adam(self) -> None:
+        """Adam's state as PyTorch makes it at the first step, so that it can be compiled with and loaded into."""
+        zeros = {index: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight),
+                         "exp_avg_sq": torch.zeros_like(weight)}
+                 for index, weight in enumerate(self.module.parameters())}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": zeros})
+
+    def make_step(self, warn: Callable[[str], None] = lambda message: None) -> None:
+        """Make this run's kind of step; compiling it may take many seconds. Collective."""
+        self.step = make_step(self.config, self.parts, warn, compiles=self.compiles)
+
+    def steps(self, epoch: int, steps: range, watch: Stopwatch, pacer: Pacer,
+              progress: Callable[[int], None] = lambda done: None) -> Iterator[int]:
+        """Run these steps of the epoch, on the clock of `watch`. Collective.
+
+        Yields the number of steps done in the epoch in each pause, off the clock, for a checkpoint or a stop; calls
+        `progress` with that number whenever the ranks have agreed whether to pause.
+        """
+        if not steps:
+            return
+        self.module.train()
+        # of an epoch with few steps, at most a quarter is warm-up, so that something is left to measure
+        warm_up = min(WARMUP_STEPS, self.batches.num_batches // 4)
+        looked_up = steps.start
+        stop = self._next_stop(epoch, looked_up, warm_up, steps, pacer)
+        with ExitStack() as clock:  # holds the open window
+            window = clock.enter_context(watch.window(warmup=self._warm < warm_up))
+            self.step.begin(epoch, steps)
+            for step in steps:
+                waited = self.step.take(step)
+                window.lap(self.batches.count(step), waited)
+                done = step + 1
+                if done < stop:
+                    continue
+                self.step.flush(done)
+                pacer.poll(done - looked_up)
+                progress(done)
+                was_warm, self._warm = self._warm >= warm_up, self._warm + done - looked_up
+                pauses, ends = pacer.wants_pause(epoch, done), done == steps.stop
+                if pauses or ends or was_warm != (self._warm >= warm_up):
+                    self.step.pause()
+                    clock.close()
+                    if pauses and not ends:
+                        yield done
+                    if not ends:
+                        window = clock.enter_context(watch.window(warmup=self._warm < warm_up))
+                looked_up, stop = done, self._next_stop(epoch, done, warm_up, steps, pacer)
+
+    def _next_stop(self, epoch: int, step: int, warm_up: int, steps: range, pacer: Pacer) -> int:
+        """The step before which the loop looks up next: for the pacer, the end of the warm-up or of the steps."""
+        stop = min(steps.stop, pacer.next_stop(epoch, step))
+        return min(stop, step + warm_up - self._warm) if self._warm < warm_up else stop
+
+    def train_loss(self, epoch: int, num_steps: int) -> float:
+        """Mean loss per sample of the epoch's steps so far. Raises `Diverged` with the first step whose loss is not
+        finite. The losses are then whole on the main rank and zero elsewhere. Collective.
+        """
+        total = self.team.sum(self.losses.clone())
+        losses = total[:num_steps].tolist()
+        for step, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                at = epoch * self.batches.num_batches + step + 1
+                raise Diverged(f"training diverged: the loss is {loss} at step {at} (epoch {epoch}); try a smaller "
+                               f"--lr than {self.learning_rate:g}")
+        self.losses.copy_(total) if self.team.is_main else self.losses.zero_()
+        return sum(losses) / sum(self.batches.count(step) for step in range(num_steps))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float | int]:
+        """The figures of the test: float64 sums over every test image once, gathered, added in order, then divided.
+
+        Collective.
+        """
+        self.module.eval()
+        sums_K3 = torch.zeros(self.num_shards // self.team.size, 3, dtype=torch.float64, device=self.team.device)
+        for step, (images, labels) in enumerate(self.test_loader):
+            for k, shard in enumerate(self.test_loader.batch_sampler.shards(step, self.num_shards)):
+                sums_K3[k] += batch_sums(self.module(scale(images[shard], self.dtype)), labels[shard])
+        figures = test_figures(add_in_order(self.team.gather(sums_K3)).tolist())
+        if figures["test_count"] != len(self.sets.test):
+            raise AssertionError(f"evaluated {figures['test_count']} of {len(self.sets.test)} test images")
+        return figures
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the training: weights, Adam's moments and step counts, losses of the epoch."""
+        kept = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            kept |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        return kept | {"losses": self.losses}
+
+    def load_tensors(self, kept: dict[str, Tensor]) -> None:
+        """Continue from what `tensors` gave, on this or another number of ranks. Tensors stay in their memory."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(kept[name])
+        if not self.team.is_main:
+            self.losses.zero_()

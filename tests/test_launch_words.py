@@ -1,0 +1,93 @@
+"""What launchers say of a process: torchrun, MPI and SLURM, each read once into a `Launch`."""
+
+from __future__ import annotations
+
+import pytest
+
+from mnist_dist.errors import UserError
+from mnist_dist.processes.launch import Launch, first_host, read_launch, tasks_per_node
+
+ALONE = Launch()
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, ALONE),
+    ({"WORLD_SIZE": "1", "RANK": "0"}, ALONE),
+    ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, Launch(is_launched=True)),
+    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+     Launch(rank=5, size=8, local_rank=1, local_size=4, is_launched=True)),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, Launch(rank=1, size=2, local_size=2, is_launched=True)),
+    ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+      "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Launch(rank=3, size=4, local_rank=1, local_size=2, is_launched=True)),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+     Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True)),
+    ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+     Launch(use_cpu=True, mixed_precision="bf16", compiles=True)),
+    ({"ACCELERATE_USE_CPU": "false", "ACCELERATE_DYNAMO_BACKEND": "NO"}, ALONE),
+])
+def test_launchers(environment, expected):
+    assert read_launch(dict(environment)) == expected
+
+
+def slurm(rank, **more):
+    """A task of `srun -N 3 -n 5 python train.py` in job 4711."""
+    local, node = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)][rank]
+    return {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local),
+            "SLURM_NODEID": str(node), "SLURM_STEP_NUM_TASKS": "5", "SLURM_NTASKS": "5",
+            "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NODELIST": "gpu[07-08,12]", **more}
+
+
+def test_srun_starts_the_ranks_of_a_run():
+    for rank, (local, local_size) in enumerate([(0, 2), (1, 2), (0, 2), (1, 2), (0, 1)]):
+        environment = slurm(rank)
+        launch = read_launch(environment)
+        assert launch == Launch(rank=rank, size=5, local_rank=local, local_size=local_size, is_launched=True)
+        assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+            "RANK": str(rank), "WORLD_SIZE": "5", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(local_size)}
+        assert environment["MASTER_ADDR"] == "gpu07"
+        assert int(environment["OMP_NUM_THREADS"]) >= 1
+    ports = {read_launch(words) and words["MASTER_PORT"] for words in map(slurm, range(5))}
+    assert len(ports) == 1 and 20_000 <= int(ports.pop()) < 30_000, "the same for all tasks of a step"
+    other = slurm(0, SLURM_STEP_ID="3")
+    read_launch(other)
+    assert other["MASTER_PORT"] != environment["MASTER_PORT"], "another for the next step"
+
+
+def test_what_is_set_wins_over_slurm():
+    environment = slurm(1, MASTER_ADDR="10.0.0.1", MASTER_PORT="29500", OMP_NUM_THREADS="3", SLURM_CPUS_PER_TASK="7")
+    read_launch(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "29500")
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert read_launch(slurm(1, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")) == Launch(
+        size=2, is_launched=True), "torchrun under srun, one task per node"
+    cores = slurm(1, SLURM_CPUS_PER_TASK="7")
+    read_launch(cores)
+    assert cores["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_batch_script_and_a_step_of_one_task_are_one_process():
+    script = slurm(0)
+    del script["SLURM_STEP_NUM_TASKS"]
+    assert read_launch(script) == ALONE and "RANK" not in script
+    assert read_launch(slurm(0, SLURM_STEP_NUM_TASKS="1")) == ALONE
+
+
+@pytest.mark.parametrize(("text", "tasks"), [
+    ("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("1,2", [1, 2]), ("", [1]), ("8(x2)", [8, 8]),
+])
+def test_tasks_per_node(text, tasks):
+    assert tasks_per_node(text) == tasks
+
+
+@pytest.mark.parametrize(("nodes", "host"), [
+    ("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-09,12],login", "gpu07"), ("a[3,5]-ib,b", "a3-ib"), ("r1c[2-4]", "r1c2"),
+    ("node-1.example.org", "node-1.example.org"),
+])
+def test_the_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_machines_and_words_that_are_not_allowed():
+    assert Launch(size=8, local_size=4).num_machines == 2 and ALONE.num_machines == 1
+    with pytest.raises(UserError, match="mixed precision must be no, fp16 or bf16; got 'fp8'"):
+        read_launch({"ACCELERATE_MIXED_PRECISION": "fp8"})
