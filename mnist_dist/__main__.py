@@ -1,4 +1,4 @@
-"""`python -m mnist_dist`: the command line, for where the `mnist-dist` script is not installed."""
+"""`python -m mnist_dist`: the command line, also if the `mnist-dist` script is not installed."""
 
 import sys
 

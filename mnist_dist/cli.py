@@ -100,8 +100,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             words.append(word)
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        actions = next(a for a in parser._actions if a.dest == "command").choices[given.command]._actions
-        known = [flag for action in actions for flag in action.option_strings]
+        commands: Any = next(action.choices for action in parser._actions if action.dest == "command")
+        known = [flag for action in commands[given.command]._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"mnist-dist {given.command} --help lists the options"
         raise UserError(f"unknown option {unknown[0]}: {hint}")
@@ -172,7 +172,7 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point: returns the exit status, or ends the process where an orderly exit could wait for ever."""
+    """The entry point: returns the exit status, or ends the process if a normal exit could wait for ever."""
     status, lost = _status(sys.argv[1:] if argv is None else argv)
     if lost or any_left():  # Python's exit would wait for the lost process, or for a W&B that does not answer
         sys.stdout.flush()
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(argv: Sequence[str]) -> tuple[int, bool]:
-    """(exit status, whether a process of the run was lost) of a command; a failure is told in one line."""
+    """(exit status, whether a process of the run was lost) of a command; a failure is one line on standard error."""
     launch = Launch()
     try:
         launch = read_launch()

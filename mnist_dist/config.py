@@ -15,7 +15,7 @@ from mnist_dist.errors import UserError
 
 REFERENCE_BATCH_SIZE = 200  # the tutorial's mini-batch: the default, and what --lr-rule scales from
 DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "synthetic")
-# Where a run is written and whether it continues is not part of what it does: left out of its config.yaml.
+# These do not change what a run computes, so its config.yaml leaves them out.
 NOT_IN_FILE = ("output_dir", "resume")
 
 
@@ -35,7 +35,7 @@ def knob(default: Any, kind: type, help: str, *, metavar: str | None = None, **r
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The options of `mnist-dist train`. Raises `UserError` where a value or a combination is not allowed."""
+    """The options of `mnist-dist train`. Raises `UserError` if a value or a combination is not allowed."""
 
     dataset: str = knob("auto", str, "auto = MNIST from --data-dir or its mirrors, else the embedded digits, with a "
                         "warning; synthetic = the embedded digits", choices=DATASETS)
@@ -45,46 +45,46 @@ class TrainConfig:
                               "variable MNIST_DIST_MIRROR)", metavar="URL")
     batch_size: int | None = knob(None, int, "global batch: samples that one optimizer step averages over, whatever "
                                   f"the number of processes (default {REFERENCE_BATCH_SIZE})", minimum=1)
-    per_device_batch_size: int | None = knob(None, int, "the other way to say it: samples per process and step",
-                                             minimum=1)
+    per_device_batch_size: int | None = knob(None, int, "samples per process in one optimizer step; alternative to "
+                                             "--batch-size", minimum=1)
     epochs: int = knob(20, int, "passes over the training images", minimum=1)
     max_steps: int | None = knob(None, int, "end after this many optimizer steps, if that comes first", minimum=1)
     target_nll: float | None = knob(None, float, "end after the epoch whose test NLL (mean per image, nats) is at or "
                                     "below this", above=0.0)
     lr: float = knob(1e-4, float, "Adam's learning rate", above=0.0, fixed=True)
-    seed: int = knob(0, int, "of the initial weights and of the order of the samples", minimum=0, maximum=2**32 - 1,
-                     fixed=True)
+    seed: int = knob(0, int, "seed of the initial weights and of the order of the samples", minimum=0,
+                     maximum=2**32 - 1, fixed=True)
     shuffle: bool = knob(True, bool, "a new order each epoch; --no-shuffle is file order", fixed=True)
     lr_rule: str = knob("none", str, f"scale --lr from a batch of {REFERENCE_BATCH_SIZE} to the global batch: by the "
                         "square root of the ratio, or by the ratio", choices=("none", "sqrt", "linear"), fixed=True)
     gradient_accumulation_steps: int = knob(1, int, "cut each process's share of a batch into this many passes; the "
-                                            "result is the same, the memory less", minimum=1)
-    mixed_precision: str | None = knob(None, str, "default: what the launcher says; fp16 needs a GPU",
+                                            "result is the same and needs less memory", minimum=1)
+    mixed_precision: str | None = knob(None, str, "default: the launcher's choice, else no; fp16 needs a GPU",
                                        choices=("no", "fp16", "bf16"), fixed=True)
-    dtype: str = knob("float32", str, "float64 is for proving exactness: 1 and N processes then agree to 1e-12, where "
-                      "float32 rounding, amplified by Adam, grows to 1e-4 in three epochs",
+    dtype: str = knob("float32", str, "float64 is for proving exactness: 1 and N processes agree to 1e-12; in float32 "
+                      "the rounding, amplified by Adam, grows to 1e-4 in three epochs",
                       choices=("float32", "float64"), fixed=True)
-    compile: str = knob("auto", str, "compile the whole step; auto = on the CPU, from 5,000 steps in the run: fewer do "
-                        "not pay for compiling", choices=("auto", "on", "off"))
+    compile: str = knob("auto", str, "compile the whole step; auto = on the CPU if the run has 5,000 steps or more, "
+                        "which save more time than compiling takes", choices=("auto", "on", "off"))
     gradient_compression: str = knob("none", str, "send gradients between processes as fp16 or bf16, or as PowerSGD's "
                                      "rank-1 factors: approximate, so the number of processes changes the result",
                                      choices=("none", "fp16", "bf16", "powersgd"), fixed=True)
-    local_sgd_steps: int = knob(1, int, "Local SGD: each process takes this many steps of its own before the weights "
-                                "are averaged; Adam's moments are not: another training than on one process", minimum=1,
-                                fixed=True)
+    local_sgd_steps: int = knob(1, int, "Local SGD: each process takes this many steps alone, then the weights (not "
+                                "Adam's moments) are averaged; approximate, so the number of processes changes the "
+                                "result", minimum=1, fixed=True)
     output_dir: str | None = knob(None, str, "folder for everything a run leaves (default runs/<time>-<id>)",
                                   metavar="DIR")
     checkpoint_every: str = knob("1epoch", str, "a number with its unit: 2epochs, 100steps, 30s; or never",
                                  metavar="N[epochs|steps|s]")
     keep_checkpoints: int = knob(2, int, "newest checkpoints to keep", minimum=1)
-    resume: bool = knob(False, bool, "continue the newest whole checkpoint of --output-dir; start afresh where there "
-                        "is none")
-    timeout: float = knob(300.0, float, "seconds that a process waits for another before it ends with an error",
+    resume: bool = knob(False, bool, "continue from the newest whole checkpoint in --output-dir; without one, start "
+                        "from the beginning")
+    timeout: float = knob(300.0, float, "seconds that a process waits for another one before it ends with an error",
                           above=0.0, metavar="SECONDS")
     reproducible: bool = knob(False, bool, "the same bits on any number of processes that divides --logical-shards: "
                               "one thread per process, gradients added in a fixed order; slower", fixed=True)
-    logical_shards: int = knob(8, int, "parts that --reproducible cuts each batch into", minimum=1, fixed=True)
-    wandb: str = knob("auto", str, "auto = online where an API key is configured, else offline; never asks, never "
+    logical_shards: int = knob(8, int, "parts into which --reproducible cuts each batch", minimum=1, fixed=True)
+    wandb: str = knob("auto", str, "auto = online if an API key is configured, else offline; never asks, never "
                       "stops a run", choices=("auto", "online", "offline", "disabled"))
     wandb_project: str = knob("mnist_dist", str, "W&B project", metavar="NAME")
     wandb_group: str | None = knob(None, str, "W&B group, for runs that belong together", metavar="NAME")
@@ -93,12 +93,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            # frozen: the one place where values are set is here, once, as they are checked
+            # the class is frozen; values are set once, here, as they are checked
             object.__setattr__(self, option.name, checked(option, getattr(self, option.name)))
         if self.batch_size is not None and self.per_device_batch_size is not None:
             raise UserError(
                 f"--batch-size {self.batch_size} and --per-device-batch-size {self.per_device_batch_size} say the same "
-                "thing twice: give the global one or the per-process one"
+                "thing twice: give one of the two"
             )
         if self.batch_size is None and self.per_device_batch_size is None:
             object.__setattr__(self, "batch_size", REFERENCE_BATCH_SIZE)
@@ -127,7 +127,7 @@ class TrainConfig:
 
     @property
     def clashes_with_compile(self) -> str | None:
-        """The option that needs the plain step, or None: what changes how processes meet is an affair of DDP."""
+        """The option that needs the plain step, or None."""
         needs_plain = {
             "--reproducible": self.reproducible,
             "--mixed-precision fp16": self.mixed_precision == "fp16",  # its loss scaling reads each step's gradients
@@ -151,8 +151,8 @@ class TrainConfig:
         return Every(int(match[1]), {"e": "epochs", "s": "steps"}[match[2][0]] if match[2] != "s" else "seconds")
 
     def global_batch_size(self, num_processes: int) -> int:
-        """Samples that one optimizer step averages over. Raises `UserError` where the processes outnumber them."""
-        size = self.batch_size or self.per_device_batch_size * num_processes
+        """Samples that one optimizer step averages over. Raises `UserError` if there are fewer than processes."""
+        size = self.batch_size or (self.per_device_batch_size or 0) * num_processes
         if size < num_processes:
             raise UserError(
                 f"--batch-size {size} is smaller than the {num_processes} processes, and each needs a sample in every "

@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a header, a table of epochs, a progress bar on a terminal.
+"""What a person sees during a run: an introduction, a table of epochs, a progress bar on a terminal.
 
-One process of a run speaks; the others have a console that is silent.
+Only the main process prints; the others have a console that prints nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOG_SECONDS = 30.0  # between two lines on a long epoch, where there is no termi
 
 
 class Console:
-    """Speaks if `speaks`, and is silent on every other process."""
+    """Prints if `speaks`; on every rank but the main one it prints nothing."""
 
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
@@ -39,7 +39,7 @@ class Console:
         self._last_line = time.monotonic()
 
     def say(self, line: str = "") -> None:
-        """One line on standard output, clear of the bar."""
+        """One line on standard output; takes the progress bar away first."""
         if self.speaks:
             self.hide_bar()
             print(line, flush=True)
@@ -91,7 +91,7 @@ class Console:
                   file=sys.stderr, flush=True)
 
     def hide_bar(self) -> None:
-        """Take the bar off the terminal; the next `progress` draws another."""
+        """Remove the bar from the terminal; the next `progress` draws another."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -12,7 +12,7 @@ class MnistDistError(Exception):
 
 
 class UserError(MnistDistError):
-    """The command line, a file or the launch is wrong: says what was got, what is allowed, what to do."""
+    """The command line, a file or the launch is wrong. The message names the value, what is allowed, and what to do."""
 
     exit_status = 2
 

@@ -17,10 +17,15 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "MNIST_DIST_MIRROR
     os.environ.pop(name, None)
 
 
+# The files that take longest, in this order; the others follow as they are collected.
+LONGEST = ("test_ways_to_launch.py", "test_exactness.py", "test_launch.py", "test_compiled.py", "test_checkpoint.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; run all else on the CPU, also where there is one."""
+    """Longest files first, so that two workers end together; skip what needs a GPU on a machine without one."""
     import torch
 
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
@@ -33,13 +38,24 @@ def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
+@pytest.fixture
+def no_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says that the CPU is meant, as on a machine without a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the launchers would use it")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+
+
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:
-    """The original MNIST files, where they are: beside the checkout, or where MNIST_DIST_TEST_DATA says."""
-    folder = Path(os.environ.get("MNIST_DIST_TEST_DATA", ROOT.parent / "shared" / "data" / "mnist"))
-    if not (folder / "train-images-idx3-ubyte.gz").exists():
-        pytest.skip(f"the original MNIST files are not in {folder}")
-    return folder
+    """The original MNIST files, packed: in the folder that MNIST_DIST_TEST_DATA names, or in data/."""
+    for folder in (os.environ.get("MNIST_DIST_TEST_DATA"), ROOT / "data", ROOT / "data" / "MNIST" / "raw"):
+        if folder and Path(folder, "train-images-idx3-ubyte.gz").exists():
+            return Path(folder)
+    pytest.skip("the original MNIST files are not here: name a folder that has the four .gz files in "
+                "MNIST_DIST_TEST_DATA, or put them into data/ (python train.py downloads them there)")
 
 
 @pytest.fixture(scope="session")

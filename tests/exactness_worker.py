@@ -1,12 +1,12 @@
-"""Trains many small configurations in one launch and saves what each came to; run by test_exactness.py, not by pytest.
+"""Trains many small configurations in one launch and saves what each came to; run by test_exactness.py.
 
-    python exactness_worker.py DATA_DIR OUTPUT_DIR CASES_JSON, or the same under a launcher
+    run_forked([DATA_DIR, OUTPUT_DIR, CASES_JSON], size=SIZE, target="exactness_worker:main", …)
 """
 
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -22,8 +22,9 @@ from mnist_dist.training.trainer import Trainer
 EPOCHS = 2
 
 
-def main(data_dir: str, output_dir: str, cases: str) -> None:
+def main(argv: Sequence[str]) -> None:
     """Each case: options of training, and "images": how many of the training images there are."""
+    data_dir, output_dir, cases = argv
     team = join(read_launch(), timeout_s=60, mixed_precision="no", dynamo_backend="no")
     sets = load("mnist", data_dir)
     for name, options in json.loads(cases).items():
@@ -45,7 +46,3 @@ def main(data_dir: str, output_dir: str, cases: str) -> None:
             }))
         team.accelerator.free_memory()
     team.end()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forked import run_forked
 
 from mnist_dist import runner
 from mnist_dist.processes.launch import child_environment
@@ -20,6 +21,7 @@ from mnist_dist.record.environment import Environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "train.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -53,7 +55,18 @@ def run(command: Sequence[object], *, cwd: Path, timeout: float = 120, **environ
 
 def mnist_dist(*words: object, cwd: Path, timeout: float = 120, **environment: str
                ) -> subprocess.CompletedProcess[str]:
-    """Run `mnist-dist WORDS`."""
+    """Run `mnist-dist WORDS`, with `--processes N` on so many ranks. The processes are forked: see forked.py."""
+    size, rest = 1, list(words)
+    if "--processes" in rest and str(rest[rest.index("--processes") + 1]).isdecimal():
+        at = rest.index("--processes")
+        size = int(rest.pop(at + 1))
+        rest.pop(at)
+    return run_forked(rest, cwd=cwd, size=size, timeout=timeout, environment=environment)
+
+
+def mnist_dist_launched(*words: object, cwd: Path, timeout: float = 120, **environment: str
+                        ) -> subprocess.CompletedProcess[str]:
+    """Run `python -m mnist_dist WORDS` as a person does, with nothing imported before."""
     return run([sys.executable, "-m", "mnist_dist", *words], cwd=cwd, timeout=timeout,
                **{**child_environment(), **environment})
 
@@ -89,6 +102,18 @@ def run_result(epochs: Sequence[EpochRecord], dataset: str = "mnist", **summary:
 def result_of(folder: Path) -> dict[str, Any]:
     """A run's `result.json`."""
     return json.loads((folder / "result.json").read_text())
+
+
+def check_one_run(folder: Path, size: int) -> dict[str, Any]:
+    """The result of the one run below `folder`/runs: on `size` CPU processes, with one run in W&B, offline."""
+    (only,) = (folder / "runs").iterdir()
+    result = result_of(only)
+    assert result["environment"]["num_processes"] == size
+    assert result["environment"]["device"] == "cpu"
+    assert result["epochs"][-1]["test_count"] == 211
+    assert len(list((only / "wandb").glob("offline-run-*"))) == 1
+    assert len((only / "metrics.jsonl").read_text().splitlines()) == 1
+    return result
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *needles: str, status: int = 2) -> None:

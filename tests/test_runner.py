@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -40,23 +41,21 @@ def test_divergence_has_a_result_and_a_note(small_dir, tmp_path):
 
 TREE = """
 import subprocess, sys, time
-child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], " \\
-        "start_new_session=True); print('child', flush=True); time.sleep({child})"
+child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', " \\
+        "{path!r}], start_new_session=True); print('child', flush=True); time.sleep({child})"
 subprocess.Popen([sys.executable, "-c", child], start_new_session=True, stdout=open({path!r}, "w"))
 while not open({path!r}).read(): time.sleep(0.01)
 time.sleep({parent})
 """
 
 
-def sleepers():
-    """Processes of TREE that are alive."""
+def alive(path):
+    """Processes whose command line names the path."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if "time.sleep(600)" in process.cmdline()[-1:] or any("sleep(600)" in word for word in process.cmdline()):
+        with contextlib.suppress(psutil.Error):
+            if any(str(path) in word for word in process.cmdline()):
                 found.append(process)
-        except (psutil.Error, IndexError):
-            continue
     return found
 
 
@@ -68,22 +67,20 @@ def test_a_tree_is_ended_whole(orphaned, tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         runner.run([sys.executable, "-c", code], timeout=2)
     assert time.monotonic() - begin < 30 and (tmp_path / "started").read_text()
-    assert not sleepers()
+    assert not alive(tmp_path / "started")
 
 
 def test_what_a_command_leaves_behind_is_ended(tmp_path):
     code = TREE.format(child=600, path=str(tmp_path / "started"), parent=0)
     assert runner.run([sys.executable, "-c", code], timeout=60).returncode == 0
-    assert not sleepers()
+    assert not alive(tmp_path / "started")
 
 
 def test_a_training_beyond_its_time_is_ended(small_dir, tmp_path):
     outcome = runner.train(["--data-dir", small_dir, "--epochs", 10**6, *WORDS], tmp_path / "run", processes=2,
                            timeout=6)
     assert outcome.result is None and outcome.note == "no result after 6 s: ended" and outcome.status < 0
-    left = [process for process in psutil.process_iter(["cmdline"])
-            if str(tmp_path / "run") in (process.info["cmdline"] or [])]
-    assert not left
+    assert not alive(tmp_path / "run")
 
 
 def test_the_error_is_found_above_what_a_launcher_writes():

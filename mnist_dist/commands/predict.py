@@ -22,8 +22,8 @@ MAX_PIXELS = 50_000_000  # of an image file: beyond that it is no picture of one
 def read_image(path: Path) -> tuple[Tensor, bool]:
     """An image file as uint8 [1, 28, 28], light on dark as in MNIST, and whether it was inverted for that.
 
-    Colours become grey, other sizes are fitted into 28 x 28, keeping their proportions. A light border tells a dark
-    digit on light paper. Raises `UserError` where the file is no image.
+    Colours become grey, other sizes are fitted into 28 x 28, keeping their proportions. A light border means a dark
+    digit on light paper. Raises `UserError` if the file is not an image.
     """
     from PIL import Image, ImageOps
 
@@ -32,8 +32,10 @@ def read_image(path: Path) -> tuple[Tensor, bool]:
             if opened.width * opened.height > MAX_PIXELS:
                 raise UserError(f"{path} has {opened.width} x {opened.height} pixels: cut the digit out")
             if "A" in opened.getbands():  # what is transparent is paper
-                opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened.convert("RGBA"))
-            grey = opened.convert("L")
+                paper = Image.new("RGBA", opened.size, "white")
+                grey = Image.alpha_composite(paper, opened.convert("RGBA")).convert("L")
+            else:
+                grey = opened.convert("L")
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG of one digit") from None
     pixels = np.asarray(grey)

@@ -90,7 +90,7 @@ def report_lines(results: Sequence[RunResult], quick: bool) -> list[str]:
         lines += [*protocol_lines(protocol, result), ""]
     ours = [result.summary.samples_per_second for result in results]
     theirs = PROTOCOLS[0].tutorial_seconds / PROTOCOLS[1].tutorial_seconds
-    if all(ours):
+    if ours[0] and ours[1]:
         lines.append(f"An epoch in mini-batches of 200 trains {ours[1] / ours[0]:.0f} times as fast as one sample at a "
                      f"time ({ours[1]:,.0f} against {ours[0]:,.0f} samples/s); in the tutorial {theirs:.0f} times.")
     return lines

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -36,12 +36,12 @@ def read_idx(path: Path, what: str) -> np.ndarray:
             header = np.frombuffer(head if len(head) == header_bytes else b"", dtype=">u4")
             if len(header) and header[0] != IDX_MAGIC[what]:
                 raise UserError(
-                    f"{path} begins with 0x{header[0]:08x} where IDX {what} have 0x{IDX_MAGIC[what]:08x}: {remedy}"
+                    f"{path} begins with 0x{header[0]:08x}, but IDX {what} begin with 0x{IDX_MAGIC[what]:08x}: {remedy}"
                 )
             shape = tuple(int(size) for size in header[1:])
             # read into its place: the images may be most of what the memory holds
             array = np.empty(shape if shape else 0, dtype=np.uint8)
-            found = len(head) + _fill(file, memoryview(array.reshape(-1)))
+            found = len(head) + _fill(file, memoryview(array.reshape(-1)))  # type: ignore[arg-type]
     except FileNotFoundError:
         raise UserError(f"{path} is missing, while other files of its data set are there: {remedy}") from None
     except (OSError, EOFError, zlib.error, MemoryError, ValueError) as error:
@@ -50,12 +50,12 @@ def read_idx(path: Path, what: str) -> np.ndarray:
         said = f"says {header_bytes + array.size} in its header" if shape else "needs a header"
         raise UserError(f"{path} has {found} bytes and {said}: it is truncated or damaged; {remedy}")
     if shape[0] == 0 or (what == "images" and shape[1:] != (SIDE, SIDE)):
-        raise UserError(f"{path} holds {' x '.join(map(str, shape))} where N x {SIDE} x {SIDE} are needed: {remedy}")
+        raise UserError(f"{path} holds {' x '.join(map(str, shape))}, but N x {SIDE} x {SIDE} is needed: {remedy}")
     return array
 
 
-def _fill(file: IO[bytes], place: memoryview) -> int:
-    """Read the file's rest into `place`; the number of bytes that there were, also where they are fewer or more."""
+def _fill(file: gzip.GzipFile | io.BufferedReader, place: memoryview) -> int:
+    """Read the rest of the file into `place`; returns the number of bytes read, which may be fewer or more."""
     filled = 0
     while filled < len(place) and (count := file.readinto(place[filled:])):
         filled += count
@@ -72,7 +72,7 @@ def existing(path: Path) -> Path:
 
 
 def folder_on_disk(data_dir: Path, torchvision_name: str) -> Path | None:
-    """The folder that holds any of the four files: torchvision's layout, else `data_dir` itself; None where neither."""
+    """The folder that holds any of the four files: torchvision's layout, else `data_dir` itself; None if neither does."""
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder: give a folder that contains the IDX files, or an empty one to download into")
     for folder in (data_dir / torchvision_name / "raw", data_dir):

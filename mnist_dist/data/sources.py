@@ -1,4 +1,4 @@
-"""Where a data set comes from: IDX files on disk, torchvision's mirrors, or the embedded digits.
+"""The source of a data set: IDX files on disk, torchvision's mirrors, or the embedded digits.
 
 One process per machine fetches it (`obtain`), then every process loads it (`load`). It knows nothing of processes.
 """
@@ -19,10 +19,10 @@ from mnist_dist.errors import UserError
 
 
 def obtain(dataset: str, data_dir: str, mirror: str | None, warn: Callable[[str], None]) -> str:
-    """Make sure that the data set is on disk, and say its name. To be called by one process per machine.
+    """Make sure that the data set is on disk; returns its name. One process per machine calls it.
 
-    `mirror` is a base URL to try first. Raises `UserError` where nothing is to be had; with "auto" that is a warning,
-    and "synthetic" is returned.
+    `mirror` is a base URL to try first. Raises `UserError` if there is no copy and no download; with "auto" that
+    is a warning, and "synthetic" is returned.
     """
     if dataset == "synthetic":
         _embedded(data_dir)
@@ -34,14 +34,14 @@ def obtain(dataset: str, data_dir: str, mirror: str | None, warn: Callable[[str]
         except UserError as error:
             if dataset != "auto":
                 raise
-            warn(f"{error}; going on with the embedded digits, which are NOT MNIST")
+            warn(f"{error}; continuing with the embedded digits, which are NOT MNIST")
             _embedded(data_dir)
             return "synthetic"
     return name
 
 
 def load(name: str, data_dir: str) -> ImageSets:
-    """The data set that `obtain` named. Raises `UserError` where a file is missing, damaged or holds other things."""
+    """The data set that `obtain` named. Raises `UserError` if a file is missing, damaged or holds other data."""
     if name == "synthetic":
         digits = _embedded(data_dir)
         arrays = dict(zip(STEMS, (digits.train_images, digits.train_labels, digits.test_images, digits.test_labels),
@@ -49,7 +49,7 @@ def load(name: str, data_dir: str) -> ImageSets:
     else:
         folder = folder_on_disk(Path(data_dir), TORCHVISION_CLASS[name])
         if folder is None:
-            raise UserError(f"no {name} files in {data_dir}: name another --data-dir, or let them be downloaded")
+            raise UserError(f"no {name} files in {data_dir}: give another --data-dir, or start a run that downloads them")
         arrays = {key: read_idx(existing(folder / stem), key[1]) for key, stem in STEMS.items()}
         for split in ("train", "test"):
             _check_pair(arrays[split, "images"], arrays[split, "labels"], folder, split)

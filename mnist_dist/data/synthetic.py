@@ -1,9 +1,9 @@
-"""Digits drawn by a simulated pen, a stand-in for MNIST where no copy of it can be had.
+"""Digits drawn by a simulated pen, used if no copy of MNIST is found.
 
 A digit is one of several pen paths for its class, shaken, bent, slanted, turned, scaled to MNIST's 20-pixel
 box and inked with a pen of varying width. Every step is IEEE-exact arithmetic on raw PCG64 bits, in a fixed
 order, so the images are the same, bit for bit, on every machine and for any number of threads. The module
-does not know how real writers differ: no figure measured on its digits says what MNIST would have given.
+does not know how real writers differ: figures measured on its digits are not figures of MNIST.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from filelock import FileLock
 from numpy.random import PCG64, SeedSequence
 from numpy.typing import NDArray
 
-F32, U8 = NDArray[np.float32], NDArray[np.uint8]
-Styles = tuple[F32, NDArray[np.intp], F32]
+F32: TypeAlias = NDArray[np.float32]
+U8: TypeAlias = NDArray[np.uint8]
+Styles: TypeAlias = tuple[F32, NDArray[np.intp], F32]
 VERSION = 1  # part of the cache's name: raise it, and renew the hash, whenever an image changes
 DEFAULT_SHA256 = "d22540fca0a8b5ca3c6920f49b473a273449b4aba0a127b53e7ecf8c3d20dd15"
 SIDE = 28
@@ -92,7 +93,7 @@ def make_digits(num_train: int = 60_000, num_test: int = 10_000, seed: int = 0, 
 
 
 def load_digits(cache_dir: Path, num_train: int = 60_000, num_test: int = 10_000, seed: int = 0) -> Digits:
-    """Return make_digits(num_train, num_test, seed), from its cache file under cache_dir where that is sound.
+    """Return make_digits(num_train, num_test, seed), from its cache file under cache_dir if that is undamaged.
 
     Otherwise one of the processes that ask at the same time makes and caches it; if the folder is read-only,
     each makes it. Warns (RuntimeWarning) if the default set is not the pinned one. Raises as make_digits.
@@ -201,7 +202,7 @@ def _make_block(bits: PCG64, styles: Styles) -> tuple[U8, U8]:
 
 def _draw(bits: PCG64, style: NDArray[np.intp], styles: Styles) -> tuple[F32, ...]:
     """Shake the points of the styles [n]; returns x, y in half heights and the pressure, each [DABS, n]."""
-    points, knots, weights = (table[style] for table in styles)
+    points, knots, weights = styles[0][style], styles[1][style], styles[2][style]
     untidy = _uniform(bits, len(style), 1)
     size = 0.06 + 0.09 * untidy * untidy
     own = _bell(bits, len(style), points.shape[1] + 2, 3)

@@ -1,4 +1,4 @@
-"""What the launcher of this process says in the environment, read once. No other module reads these variables.
+"""The launcher's variables in the environment, read once. No other module reads them.
 
 Launchers: torchrun, `accelerate launch` and `mnist-dist train --processes` set RANK and its like, `mpirun` and
 `srun` have variables of their own. Needs no torch.
@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mnist_dist.errors import UserError
 
@@ -43,7 +44,7 @@ class Launch:
 
 
 def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
-    """The launch that the environment tells of. Raises `UserError` for a word that is not allowed.
+    """The launch that the environment describes. Raises `UserError` for a value that is not allowed.
 
     Under `srun` and `mpirun` the variables that torch and Accelerate read are set too: those of torchrun, and under
     `srun` the address of rank 0 and this process's share of the cores. Variables that are set already win.
@@ -51,7 +52,7 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "fp16", "bf16"):
         raise UserError(f"the launcher's mixed precision must be no, fp16 or bf16; got {precision!r}")
-    common = {
+    common: dict[str, Any] = {
         "use_cpu": environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"),
         "mixed_precision": precision,
         "compiles": environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
@@ -64,7 +65,7 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
         rank, size, local_rank, local_size = _slurm(environment)
     if size is None or (size == 1 and local_rank is None):
         return Launch(**common)
-    # a launcher that does not tell how many are on this machine has them all here
+    # without a local size, all processes are taken to be on this machine
     launch = Launch(rank=rank or 0, size=size, local_rank=local_rank or 0, local_size=local_size or size,
                     is_launched=True, **common)
     for name, value in zip(TORCH, (launch.rank, launch.size, launch.local_rank, launch.local_size), strict=True):
@@ -115,8 +116,8 @@ def first_host(nodes: str) -> str:
 def number_asked_of_accelerate(environment: Mapping[str, str] = os.environ) -> int | None:
     """Processes that a parent `accelerate launch` was asked for but did not start; None if there is no such parent.
 
-    Without several GPUs `accelerate launch --num_processes 2` starts one process and says nothing. It leaves no
-    variable that tells, so its command line is read, with its own parser. 0 means one for each GPU.
+    Without several GPUs `accelerate launch --num_processes 2` starts one process without a warning. No
+    variable holds the number, so its command line is read, with its own parser. 0 means one for each GPU.
     """
     if "ACCELERATE_MIXED_PRECISION" not in environment:
         return None

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. They are noted, and obeyed where the run can leave a checkpoint."""
+"""Signals that ask a run to stop. They are noted; the run obeys them when it can leave a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class StopSignals:
-    """While open, SIGTERM, SIGINT and SIGUSR1 are noted in `number` and not obeyed; a second one acts at once."""
+    """While open, SIGTERM, SIGINT and SIGUSR1 are noted in `number`; a second signal acts at once."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

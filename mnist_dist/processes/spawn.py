@@ -54,7 +54,7 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     os.environ["ACCELERATE_USE_CPU"] = str(runs_on_cpu(launch)).lower()
     os.environ.update(child_environment())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what went wrong
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print what went wrong
     elastic = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and the only place where they meet.
+"""The ranks of a run: this rank, the world size, and every collective that the package uses.
 
 Two kinds of meeting: `sum`, `gather` and `average` exchange tensors on the device; `max`, `run_on` and `barrier` agree
 on the host, over gloo, without waiting for a GPU's queue. All are collective: every rank makes the same calls in the
@@ -39,10 +39,9 @@ class Team:
         self.size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
-        self._patient = self._host = None
         if self.size > 1:
-            self._patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
-            self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
+            self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduce in place: `tensor` becomes the sum over ranks, on every rank, and is returned. Collective."""
@@ -79,7 +78,8 @@ class Team:
         for tasks with a time limit of their own. Collective.
         """
         here = {"main": self.is_main, "machine": self.accelerator.is_local_main_process, "every": True}[where]
-        result = error = None
+        result: Any = None
+        error: MnistDistError | None = None
         if here:
             try:
                 result = task()

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: tensors as safetensors, the rest as JSON, a manifest of checksums last.
+"""Checkpoints that are whole or absent: tensors as safetensors, the rest as JSON, a manifest of checksums last.
 
-A checkpoint is written to a temporary folder, synced, and renamed; one that does not match its manifest is named and
-passed over for the one before. Nothing is unpickled. It knows nothing of processes: one of them writes, all may read.
+A checkpoint is written to a temporary folder, synced, and renamed. If one does not match its manifest, a warning names
+it and the one before it is read. Nothing is unpickled. One process writes; it knows nothing of the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
 class Checkpoint(NamedTuple):
-    """What was read back: where from, the tensors, and the rest of the state."""
+    """A checkpoint that was read: its folder, the tensors, and the rest of the state."""
 
     folder: Path
     tensors: dict[str, Tensor]
@@ -38,8 +38,8 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Write `root`/step-<step>, then drop all but the newest `keep`. Raises `MnistDistError` where the disk is full or
-    cannot be written; the older checkpoints are then as they were.
+    """Write `root`/step-<step>, then drop all but the newest `keep`. Raises `MnistDistError` if the disk is full or
+    cannot be written; the older checkpoints are then unchanged.
     """
     final, temporary = root / f"step-{step:09d}", root / f".step-{step:09d}.{os.getpid()}"
     files = {TENSORS: tensor_bytes(tensors), STATE: json.dumps(state, allow_nan=False).encode()}
@@ -58,7 +58,7 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], state:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise MnistDistError(f"the checkpoint of step {step} could not be written to {root} ({error}); the ones before "
-                             "it are whole: make room and continue with --resume") from None
+                             "it are whole: free some space and continue with --resume") from None
     for old in _newest_first(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -69,7 +69,7 @@ def _newest_first(root: Path) -> list[Path]:
 
 
 def load_newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint below `root`, or None. Each damaged one on the way is named to `warn`."""
+    """The newest whole checkpoint below `root`, or None. `warn` gets a line for each damaged one."""
     from safetensors.torch import load
 
     for folder in _newest_first(root):
@@ -81,5 +81,5 @@ def load_newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
                     raise ValueError(f"{name} does not match its checksum")
             return Checkpoint(folder, load(files[TENSORS]), json.loads(files[STATE]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            warn(f"checkpoint {folder} is damaged ({error}): passed over")
+            warn(f"checkpoint {folder} is damaged ({error}): skipped")
     return None

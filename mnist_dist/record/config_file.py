@@ -21,7 +21,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> TrainConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a run's `config.yaml`. Raises `UserError` where it cannot be read or has unknown keys."""
+    """The values of a run's `config.yaml`. Raises `UserError` if it cannot be read or has unknown keys."""
     import yaml
 
     try:
@@ -29,7 +29,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read ({error}): name a run's config.yaml") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML ({' '.join(str(error).split())}): mend or replace it") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not YAML ({reason}): correct or replace it") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -47,9 +48,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def config_text(config: TrainConfig) -> str:
-    """`config` as the YAML that `--config` reads back, less where the run was written."""
+    """`config` as the YAML that `--config` reads, without `NOT_IN_FILE`."""
     import yaml
 
     values = {key: value for key, value in asdict(config).items() if key not in NOT_IN_FILE}
     return yaml.safe_dump(values, sort_keys=False)
-

@@ -1,4 +1,4 @@
-"""Where a run ran: hardware, versions, commit. Asking for the processor or the commit needs no torch."""
+"""The environment of a run: hardware, versions, commit. Asking for the processor or the commit needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What `result.json` says of where a run ran."""
+    """The environment in `result.json`."""
 
     device: str
     device_name: str

@@ -70,7 +70,7 @@ class RunSummary:
     steps_to_target: int | None = figure("summary", "optimizer steps until then", unit="steps")
 
 
-def summarise(records: Sequence[EpochRecord], target_nll: float | None) -> dict[str, float | int | None]:
+def summarise(records: Sequence[EpochRecord], target_nll: float | None) -> dict[str, Any]:
     """The part of `RunSummary` that follows from the epochs. Rates are not averaged: samples are divided by seconds."""
     reached = [i for i, record in enumerate(records) if target_nll is not None and record.test_nll <= target_nll]
     until = records[: reached[0] + 1] if reached else []

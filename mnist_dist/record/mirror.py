@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one from Python 3.11 on
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.record.figures import EpochRecord, RunSummary, grouped
 from mnist_dist.record.folder import CONFIG, CURVES, MODEL, PREDICTIONS
 from mnist_dist.record.worker import Worker
 
+Mode = Literal["online", "offline", "disabled"]
 ANSWER_SECONDS = 4.0  # for the W&B server's first answer
 INIT_SECONDS = 6.0  # for wandb.init after it; wandb itself would wait for 90
 START_SECONDS = 20.0  # for importing and starting wandb, both attempts (online, offline) together
@@ -27,7 +28,7 @@ LOG_SECONDS = 2.0  # for one epoch's record
 END_SECONDS = 10.0  # for everything that is left to do after the run's last result
 
 
-def wandb_mode(asked: str, warn: Callable[[str], None]) -> str:
+def wandb_mode(asked: str, warn: Callable[[str], None]) -> Mode:
     """"online", "offline" or "disabled", from `--wandb` and what can be reached: a key, and a server that answers."""
     if asked == "disabled" or (asked == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
         return "disabled"
@@ -43,7 +44,7 @@ def wandb_mode(asked: str, warn: Callable[[str], None]) -> str:
     if asked == "offline" or (asked == "auto" and (not has_key or os.environ.get("WANDB_MODE") == "offline")):
         return "offline"
     if not has_key:
-        warn("W&B: no API key is configured (wandb login); going on offline")
+        warn("W&B: no API key is configured (wandb login); continuing offline")
         return "offline"
     question = urllib.request.Request(f"{settings.base_url}/graphql", data=b'{"query": "{ __typename }"}',
                                       headers={"Content-Type": "application/json"})
@@ -52,7 +53,7 @@ def wandb_mode(asked: str, warn: Callable[[str], None]) -> str:
     except urllib.error.HTTPError:
         pass  # an answer, of whatever kind
     except (OSError, ValueError) as error:
-        warn(f"W&B: {settings.base_url} does not answer ({error}); going on offline")
+        warn(f"W&B: {settings.base_url} does not answer ({error}); continuing offline")
         return "offline"
     return "online"
 
@@ -72,7 +73,7 @@ class Mirror:
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         self.folder, self.warn = folder, warn
-        self.mode = "disabled"
+        self.mode: Mode = "disabled"
         self.run: Any = None  # wandb's
         self._worker: Worker | None = None
         self._late = False  # a call has exceeded its limit: it is waited for at the end only
@@ -88,7 +89,7 @@ class Mirror:
         try:
             self.run, self.mode = future.result(START_SECONDS)
         except FutureTimeout:
-            warnings.append(f"W&B did not start within {START_SECONDS:g} s; going on without")
+            warnings.append(f"W&B did not start within {START_SECONDS:g} s; continuing without W&B")
         for line in warnings:
             self.warn(line)
         if self.run is None:
@@ -96,14 +97,14 @@ class Mirror:
             self._worker = None
 
     def _call(self, task: Callable[[], None], seconds: float) -> bool:
-        """Run `task` in the thread; whether it ended within `seconds`. Its exception is kept for `finish` to tell."""
+        """Run `task` in the thread; whether it ended within `seconds`. `finish` prints its exception."""
         if self._worker is None:
             return True
 
         def guarded() -> None:
             try:
                 task()
-            except Exception as error:  # whatever W&B raises, the run goes on
+            except Exception as error:  # whatever W&B raises, the run continues
                 self._errors.append(" ".join(str(error).split()) or type(error).__name__)
 
         future = self._worker.submit(guarded)
@@ -118,7 +119,7 @@ class Mirror:
         done = self._call(lambda: self.run.log(grouped(record), step=record.step), LOG_SECONDS)
         if not done and not self._late:
             self._late = True
-            self.warn(f"W&B took more than {LOG_SECONDS:g} s for an epoch: the run goes on without waiting for it")
+            self.warn(f"W&B took more than {LOG_SECONDS:g} s for an epoch: the run continues without waiting for it")
 
     def log_results(self, summary: RunSummary, labels: Sequence[int], guesses: Sequence[int]) -> None:
         """The run's summary, pictures, model, and the confusion matrix of the test images; `finish` waits for them."""
@@ -157,7 +158,7 @@ class Mirror:
 
 
 def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[str, Any],
-             warn: Callable[[str], None]) -> tuple[Any, str]:
+             warn: Callable[[str], None]) -> tuple[Any, Mode]:
     """(wandb's run, its mode); (None, "disabled") if it cannot start."""
     mode = wandb_mode(config.wandb, warn)
     while mode != "disabled":
@@ -173,8 +174,8 @@ def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[s
             )
             run.config.update(dict(settings), allow_val_change=True)
             return run, mode
-        except Exception as error:  # whatever W&B raises, training goes on
+        except Exception as error:  # whatever W&B raises, training continues
             reason = " ".join(str(error).split())
-            mode, after = ("offline", "going on offline") if mode == "online" else ("disabled", "going on without")
-            warn(f"W&B could not start ({reason}); {after}")
+            mode = "offline" if mode == "online" else "disabled"
+            warn(f"W&B could not start ({reason}); continuing {'offline' if mode == 'offline' else 'without W&B'}")
     return None, "disabled"

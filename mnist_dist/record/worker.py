@@ -1,4 +1,4 @@
-"""A thread for calls that may never return. The caller waits for a limited time and then goes on."""
+"""A thread for calls that may never return. The caller waits for a limited time and then continues."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:
     return torch.stack([nll_B.sum(dtype=torch.float64), correct_B.sum(dtype=torch.float64), count])
 
 
-def test_figures(sums_3: Sequence[float]) -> dict[str, float | int]:
+def test_figures(sums_3: Sequence[float]) -> dict[str, Any]:
     """The test figures from the sums over every test image once: divided here, and nowhere before."""
     nll_sum, correct, count = sums_3
     return {
@@ -45,7 +46,7 @@ def add_in_order(rows_PKX: Tensor) -> Tensor:
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:
-    """The q-th percentile (0 to 100) by linear interpolation; None of nothing."""
+    """The q-th percentile (0 to 100) by linear interpolation; None if there are no values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -60,7 +61,7 @@ class Stopwatch:
     """Times an epoch's training steps in windows; what is done between windows does not count.
 
     `synchronize` is called at a window's two ends, to wait for the device and the other processes, and never within.
-    Warm-up windows (first steps, compilation) are told apart: their time and samples are not in the rate.
+    Warm-up windows (the first steps) are counted separately: their time and samples are not in the rate.
     Step times are the host's, from one lap to the next within a window: on a GPU the host runs ahead of the device by a
     bounded queue, so that their median is the device's over a window that is longer than the queue.
     """
@@ -92,12 +93,12 @@ class Stopwatch:
         marks = [opened.start, *opened.laps]
         self.step_seconds += [after - before for before, after in pairwise(marks)]
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint in the middle of an epoch keeps, to go on from; the single step times are not kept."""
         names = ("seconds", "samples", "warmup_seconds", "warmup_samples", "waited")
         return {name: getattr(self, name) for name in names}
 
-    def figures(self, slowest_seconds: float, slowest_warmup: float, num_processes: int) -> dict[str, float | None]:
+    def figures(self, slowest_seconds: float, slowest_warmup: float, num_processes: int) -> dict[str, Any]:
         """The epoch's times and rates, given the times of the slowest process. A rate that was not measured is None.
 
         `train_seconds` is all training steps; `warmup_seconds` is the part of it that the rates leave out.

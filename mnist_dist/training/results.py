@@ -1,4 +1,4 @@
-"""What the end of a run leaves beside its figures: the model, the pictures, and where it ran.
+"""What a run leaves at its end beside its figures: the model and the pictures.
 
 Called by the main process alone; `load_model` reads a run's model back, executing nothing from it.
 """
@@ -31,7 +31,7 @@ GRID_IMAGES = 16  # the tutorial's 4 x 4 test images
 
 
 def describe_environment(launch: Launch, team: Team, step: str) -> Environment:
-    """What `result.json` says of where a run runs; `step` is the kind of its optimizer step."""
+    """Hardware and versions of this run; `step` is the kind of its optimizer step."""
     device = team.accelerator.device
     return Environment(
         device=device.type,
@@ -50,7 +50,7 @@ def describe_environment(launch: Launch, team: Team, step: str) -> Environment:
 
 
 def peak_memory_bytes(team: Team) -> int:
-    """The most memory that this process has held: of the GPU where it has one, else of the machine."""
+    """The largest memory use of this process so far, in bytes: of the GPU if it has one, else of the machine."""
     if team.accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -85,7 +85,7 @@ def predict(module: MLP, images_N1HW: Tensor, device: torch.device, dtype: torch
 
 
 def load_model(folder: Path) -> MLP:
-    """The model of a run's folder, in float32 on the CPU. Raises `UserError` where there is none, or not this model."""
+    """The model of a run's folder, in float32 on the CPU. Raises `UserError` if it is missing or another model's."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -86,7 +86,7 @@ def mixed_precision(config: TrainConfig, launch: Launch) -> str:
 
 
 class Run:
-    """A run in its folder: where it is in its epochs, and what it has recorded."""
+    """A run in its folder: the next step to take, and what is recorded so far."""
 
     def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets) -> None:
         self.team, self.console, self.sets = team, console, sets
@@ -101,7 +101,7 @@ class Run:
         self.pacer = Pacer(config.checkpoint_interval, self.num_batches, team)
         self.epoch = self.step = 0  # the next step to take
         self.records: list[EpochRecord] = []
-        self.watch: dict[str, float] = {}  # the stopwatch's state, of an epoch that was interrupted
+        self.watch: dict[str, Any] = {}  # the stopwatch's state, of an epoch that was interrupted
         if kept:
             self._take_up(kept)
         self.environment = describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain")
@@ -135,7 +135,9 @@ class Run:
     def _run_epoch(self) -> None:
         """Train and evaluate one epoch, or the part of it that --max-steps leaves; record it, save a checkpoint."""
         trainer, pacer, epoch = self.trainer, self.pacer, self.epoch
-        end = min(self.num_batches, (self.config.max_steps or float("inf")) - epoch * self.num_batches)
+        end = self.num_batches
+        if self.config.max_steps is not None:
+            end = min(end, self.config.max_steps - epoch * self.num_batches)
         watch = Stopwatch(self.team.synchronize, **self.watch)
         for done in trainer.steps(epoch, range(self.step, end), watch, pacer, self._show_progress):
             self.step, self.watch = done, watch.state()
@@ -240,7 +242,7 @@ class Run:
         config = self.config
         values = {flag_of(option.name): getattr(config, option.name) for option in fields(config)
                   if option.metadata.get("fixed")}
-        values["--mixed-precision"] = self.team.accelerator.mixed_precision  # also if a launcher says it
+        values["--mixed-precision"] = self.team.accelerator.mixed_precision  # the launcher may have set it
         if not config.reproducible:
             del values["--logical-shards"]
         return {**values, "global batch size": self.trainer.global_batch_size, "data set": self.sets.summary}

@@ -32,7 +32,7 @@ class GlobalBatchSampler:
         self.sampler = sampler
         self.batch_size = global_batch_size
         self.passes = passes
-        self.num_samples = len(sampler.dataset)
+        self.num_samples = len(sampler.dataset)  # type: ignore[arg-type]
         self.num_batches = -(-self.num_samples // global_batch_size)
         self.first_step, self.end_step = 0, self.num_batches
 
@@ -77,7 +77,7 @@ class GlobalBatchSampler:
         The arithmetic of `__iter__`, on tensors: at batch 1 a loop over the steps takes as long as training them.
         """
         rank, size = self.sampler.rank, self.sampler.num_replicas
-        # by way of numpy: torch.tensor takes five times as long over a list
+        # through numpy: torch.tensor takes five times as long for a list
         order = torch.from_numpy(np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler)))
         start = torch.arange(self.num_batches) * self.batch_size
         stop = (start + self.batch_size).clamp(max=self.num_samples)
@@ -95,7 +95,7 @@ class GlobalBatchSampler:
 def share_out(images: Images, global_batch_size: int, *, rank: int, size: int, shuffle: bool = False, seed: int = 0,
               passes: int = 1) -> GlobalBatchSampler:
     """The batches of this rank's share of `images`."""
-    sampler = DistributedSampler(images, num_replicas=size, rank=rank, shuffle=shuffle, seed=seed)
+    sampler: DistributedSampler = DistributedSampler(images, num_replicas=size, rank=rank, shuffle=shuffle, seed=seed)
     return GlobalBatchSampler(sampler, global_batch_size, passes)
 
 
@@ -105,7 +105,7 @@ def make_loader(images: Images, batches: GlobalBatchSampler) -> DataLoader:
     `accelerator.prepare` would shard once more: on 8 processes 1,600 of 10,000 images are then seen. The images are
     on their device already, so the loader moves nothing.
     """
-    loader = DataLoader(images, batch_sampler=batches, collate_fn=_as_it_is)
+    loader = DataLoader(images, batch_sampler=batches, collate_fn=_as_it_is)  # type: ignore[arg-type]
     return prepare_data_loader(loader, num_processes=1, process_index=0)
 
 

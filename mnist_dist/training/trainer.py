@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +42,13 @@ class Trainer:
         train, test = sets.train.to(team.device), sets.test.to(team.device)
         self.batches = share_out(train, self.global_batch_size, rank=team.rank, size=team.size, shuffle=config.shuffle,
                                  seed=config.seed, passes=config.gradient_accumulation_steps)
-        self.test_loader = make_loader(test, share_out(test, EVALUATION_BATCH * self.num_shards, rank=team.rank,
-                                                       size=team.size))
+        self.test_batches = share_out(test, EVALUATION_BATCH * self.num_shards, rank=team.rank, size=team.size)
+        self.test_loader = make_loader(test, self.test_batches)
         torch.manual_seed(config.seed)
         # drawn in float32 and then widened: float32 and float64 runs start from the same weights
         self.module = MLP().to(team.device, self.dtype)
         self.losses = torch.zeros(self.batches.num_batches, dtype=torch.float64, device=team.device)
-        # fused also if the step is compiled: it decides where Adam's step counts are, and compiled code may not care
+        # fused also if the step is compiled: it decides on which device Adam's step counts are
         self.optimizer = accelerator.prepare_optimizer(
             torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
@@ -129,7 +130,7 @@ class Trainer:
         return sum(losses) / sum(self.batches.count(step) for step in range(num_steps))
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float | int]:
+    def evaluate(self) -> dict[str, Any]:
         """The figures of the test: float64 sums over every test image once, gathered, added in order, then divided.
 
         Collective.
@@ -137,7 +138,7 @@ class Trainer:
         self.module.eval()
         sums_K3 = torch.zeros(self.num_shards // self.team.size, 3, dtype=torch.float64, device=self.team.device)
         for step, (images, labels) in enumerate(self.test_loader):
-            for k, shard in enumerate(self.test_loader.batch_sampler.shards(step, self.num_shards)):
+            for k, shard in enumerate(self.test_batches.shards(step, self.num_shards)):
                 sums_K3[k] += batch_sums(self.module(scale(images[shard], self.dtype)), labels[shard])
         figures = test_figures(add_in_order(self.team.gather(sums_K3)).tolist())
         if figures["test_count"] != len(self.sets.test):

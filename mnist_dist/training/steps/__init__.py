@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def wants_compiling(config: TrainConfig, parts: StepParts, before: str | None = 
     been measured on a GPU, `auto` is for the CPU. Raises `UserError`.
     """
     precision = parts.team.accelerator.mixed_precision
-    if precision == "fp16" and config.compile == "on":  # also if the launcher says so
+    if precision == "fp16" and config.compile == "on":  # the launcher may have set it
         raise UserError("--compile on and mixed precision fp16 exclude each other: drop one")
     if config.compile == "on" and not parts.images.is_resident:
         raise UserError("--compile on needs the images in the GPU's memory, and they are more than half of what is "
@@ -83,15 +84,15 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
     from mnist_dist.training.steps.sharded import ShardedStep
 
     if compiles:
-        steps: list[CompiledStep] = []
+        build = functools.cache(lambda: CompiledStep(parts))
         try:
-            for where in ("machine", "every"):  # the other ranks find the first one's code in the compiler's cache
-                parts.team.run_on(where, lambda: steps or steps.append(CompiledStep(parts)), patient=True)
-            return steps[0]
+            # once per machine first: the other ranks find its code in the compiler's cache
+            parts.team.run_on("machine", lambda: build() and None, patient=True)
+            return parts.team.run_on("every", build, patient=True)
         except UserError as error:
             if config.compile == "on":
                 raise
-            warn(f"{error}; going on with the plain step")
+            warn(f"{error}; continuing with the plain step")
     if config.reproducible:
         return ShardedStep(parts, config.logical_shards)
     return PlainStep(parts, config.local_sgd_steps)

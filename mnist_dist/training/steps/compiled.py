@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,12 @@ def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Ca
     more than the step itself. What it refers to are tensors that stay, so the compiled graph is called directly, with
     the tensors that it was compiled for and, in their places, the arguments that vary.
     """
-    # on a machine without a GPU it would tell everyone that there is none
+    # on a machine without a GPU it logs a warning about that
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    captured: dict[str, object] = {}
+    captured: dict[str, Any] = {}
     torch.compiler.reset()  # of what was compiled in this process before: it would count as this function again
 
-    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., list[Tensor]]:
+    def backend(graph: Any, examples: Any) -> Callable[..., list[Tensor]]:
         captured["graph"] = torch._inductor.compile(graph, examples, options=INDUCTOR_OPTIONS)
 
         def remember(*inputs: Tensor) -> list[Tensor]:
@@ -97,7 +98,7 @@ class CompiledStep:
         self.recorded: list[Tensor] = []  # the loss sums of steps taken since `flush`
         numbers = (self.batches.count(0), self.batches.count(self.batches.num_batches - 1))  # of a global batch
         self.full, self.last = (torch.tensor(float(n), dtype=self.dtype, device=self.device) for n in numbers)
-        self.flat: Tensor | None = None  # the gradient, if several ranks or passes make it
+        self.flat: Any = None  # the gradient, a tensor, if several ranks or passes make it
         if self.team.size > 1 or self.batches.passes > 1:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
                                     device=self.device)

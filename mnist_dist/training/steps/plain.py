@@ -46,7 +46,7 @@ class PlainStep:
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch."""
         self.batches.go_to(epoch, steps)
-        self.loader.set_epoch(epoch)  # Accelerate's loader sets the sampler's epoch again when it starts
+        self.loader.set_epoch(epoch)  # type: ignore[attr-defined]  # Accelerate's loader sets the sampler's epoch again when it starts
         self.loaded = iter(self.loader)
 
     def take(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""Every way to launch, each with 1, 2 and 3 CPU processes: the asked number runs, in one folder, with one W&B run."""
+"""What a launch promises: its files, its option, its errors, and how it ends after a signal or a killed process."""
 
 from __future__ import annotations
 
@@ -12,54 +12,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from support import ROOT, TRAIN, assert_one_line_error, mnist_dist, result_of, run
-
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-CONFIG = ["--config_file", ROOT / "accelerate_config.yaml"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-WAYS = {
-    "python": ([sys.executable], 1),
-    "accelerate": (ACCELERATE, 1),
-    "accelerate --cpu -n 1": ([*ACCELERATE, "--cpu", "--num_processes", "1"], 1),
-    "accelerate -n 2": ([*ACCELERATE, "--num_processes", "2"], 2),
-    "accelerate --cpu -n 3": ([*ACCELERATE, "--cpu", "--num_processes=3"], 3),
-    "accelerate --multi_gpu -n 2": ([*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0"], 2),
-    "config": ([*ACCELERATE, *CONFIG], 1),
-    "config -n 2": ([*ACCELERATE, *CONFIG, "--num_processes", "2"], 2),
-    "config -n 3": ([*ACCELERATE, *CONFIG, "--num_processes", "3"], 3),
-    "torchrun 1": ([*TORCHRUN, "--nproc-per-node=1"], 1),
-    "torchrun 2": ([*TORCHRUN, "--nproc-per-node=2"], 2),
-    "torchrun 3": ([*TORCHRUN, "--nproc-per-node=3"], 3),
-}
-
-
-@pytest.fixture
-def no_hint(monkeypatch):
-    """Nothing says that the CPU is meant, as on a machine without a GPU."""
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU: the launchers would use it")
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-
-
-def check_one_run(folder, size):
-    (only,) = (folder / "runs").iterdir()
-    result = result_of(only)
-    assert result["environment"]["num_processes"] == size
-    assert result["environment"]["device"] == "cpu"
-    assert result["epochs"][-1]["test_count"] == 211
-    assert len(list((only / "wandb").glob("offline-run-*"))) == 1
-    assert len((only / "metrics.jsonl").read_text().splitlines()) == 1
-    return result
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_asked_number_of_processes(way, no_hint, small_dir, tmp_path):
-    command, size = WAYS[way]
-    done = run([*command, TRAIN, "--data-dir", small_dir, "--max-steps", 3, "--batch-size", 50], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    check_one_run(tmp_path, size)
-    assert done.stdout.count("writing to") == 1, "one process speaks"
+from support import (
+    ROOT,
+    TORCHRUN,
+    TRAIN,
+    assert_one_line_error,
+    check_one_run,
+    mnist_dist,
+    mnist_dist_launched,
+    result_of,
+    run,
+)
 
 
 @pytest.mark.parametrize(("file", "words", "size"), [
@@ -83,7 +46,7 @@ def distribution_is_installed():
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_processes_option(size, no_hint, small_dir, tmp_path):
-    done = mnist_dist("train", "--processes", size, "--data-dir", small_dir, "--max-steps", 3,
+    done = mnist_dist_launched("train", "--processes", size, "--data-dir", small_dir, "--max-steps", 3,
                       "--per-device-batch-size", 17, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = check_one_run(tmp_path, size)["summary"]
@@ -97,7 +60,7 @@ def test_an_error_in_the_processes_is_one_line_and_their_exit_status(small_dir, 
         (damaged / path.name).write_bytes(path.read_bytes())
     labels = damaged / "t10k-labels-idx1-ubyte"
     labels.write_bytes(labels.read_bytes()[:-1])
-    done = mnist_dist("train", "--processes", 2, "--data-dir", damaged, "--output-dir", "out", cwd=tmp_path)
+    done = mnist_dist_launched("train", "--processes", 2, "--data-dir", damaged, "--output-dir", "out", cwd=tmp_path)
     assert_one_line_error(done, "t10k-labels-idx1-ubyte", "truncated")
     assert not (tmp_path / "out").exists()
 
@@ -110,14 +73,17 @@ def test_number_that_differs_from_the_launchers_is_refused(small_dir, tmp_path):
 
 def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
     """A launcher that says there are two, of which one came, is not trained alone."""
-    done = mnist_dist("train", "--data-dir", small_dir, "--timeout", 3, cwd=tmp_path, WORLD_SIZE="2", RANK="0",
+    done = mnist_dist_launched("train", "--data-dir", small_dir, "--timeout", 3, cwd=tmp_path, WORLD_SIZE="2", RANK="0",
                       LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     assert_one_line_error(done, "2 processes of this launch could not be joined")
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("number", "status", "size"), [
+    (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1),
+    pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.long),
+    pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.long),
+])
 def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, small_dir, tmp_path):
     words = ["--data-dir", small_dir, "--batch-size", 10, "--wandb", "disabled", "--dtype", "float64", "--processes",
              size]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
+from forked import run_forked
 from safetensors.torch import load_file
-from support import ROOT, mnist_dist, result_of, run
+from support import mnist_dist, result_of
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DistributedSampler
 
@@ -43,9 +43,8 @@ def outcomes(small_dir, tmp_path_factory):
         cases = {name: options for name, options in CASES.items() if options["batch_size"] >= size}
         if size != 3:  # 3 does not divide the 8 logical shards
             cases |= SHARDED
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        done = run([*(launcher if size > 1 else [sys.executable]), ROOT / "tests" / "exactness_worker.py", small_dir,
-                    folder, json.dumps(cases)], cwd=folder, PYTHONPATH=str(ROOT))
+        done = run_forked([small_dir, folder, json.dumps(cases)], cwd=folder, size=size,
+                          target="exactness_worker:main", environment={"ACCELERATE_USE_CPU": "true"})
         assert done.returncode == 0, done.stderr
         found[size] = folder, {name: json.loads((folder / f"{name}.json").read_text()) for name in cases}
         assert {figures["processes"] for figures in found[size][1].values()} == {size}

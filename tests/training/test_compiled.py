@@ -95,7 +95,7 @@ def test_without_a_compiler_auto_goes_on_and_on_says_so(small_dir, tmp_path):
     assert_one_line_error(done, "could not be compiled", "--compile off")
     # steps enough for auto, and a target that ends the run after its first epoch
     done = trained(tmp_path, small_dir, "auto", "--epochs", 1000, "--target-nll", 20, **broken)
-    assert "going on with the plain step" in done.stderr
+    assert "continuing with the plain step" in done.stderr
     result = result_of(tmp_path / "auto")
     assert result["environment"]["step"] == "plain" and len(result["epochs"]) == 1
 

@@ -1,0 +1,7 @@
+"""Images: read from files, downloaded or drawn, and held in memory. Knows no processes."""
+
+from mnist_dist.data.idx import STEMS
+from mnist_dist.data.images import NUM_CLASSES, Images, ImageSets, scale
+from mnist_dist.data.sources import load, obtain
+
+__all__ = ["NUM_CLASSES", "STEMS", "ImageSets", "Images", "load", "obtain", "scale"]

@@ -1,0 +1,82 @@
+"""Downloads a data set of torchvision's: all of it, or nothing at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+
+from mnist_dist.data.idx import folder_on_disk
+from mnist_dist.errors import UserError
+
+TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+STALL_SECONDS = 10.0  # a mirror that sends nothing for so long is given up
+
+
+def download(name: str, data_dir: Path, mirror: str | None) -> None:
+    """Fetch the data set into torchvision's layout below `data_dir`: all of it, or nothing at all.
+
+    The mirrors and MD5 sums are torchvision's, and it unpacks. The transfer is ours: torchvision's requests each file
+    twice, waits for ever for a silent server, and takes what an interrupted run left for whole. Files appear in their
+    place, by rename, once all are there; a lock keeps other runs from fetching the same. Raises `UserError`.
+    """
+    from filelock import FileLock
+    from torchvision import datasets
+
+    kind = getattr(datasets, TORCHVISION_CLASS[name])
+    mirrors = [*([mirror.rstrip("/") + "/"] if mirror else []), *kind.mirrors]
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / f".{name}.lock"):
+            if folder_on_disk(data_dir, TORCHVISION_CLASS[name]) is not None:
+                return
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as root:
+                raw = Path(root, TORCHVISION_CLASS[name], "raw")
+                raw.mkdir(parents=True)
+                for file_name, md5 in kind.resources:
+                    _fetch_from_any(mirrors, file_name, md5, raw)
+                kind(root, download=True)  # finds the archives whole: checks them, unpacks them
+                for path in raw.iterdir():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+                target = data_dir / TORCHVISION_CLASS[name]
+                target.mkdir(exist_ok=True)
+                os.replace(raw, target / "raw")  # fails if a folder of other files is in its place
+    except OSError as error:
+        raise UserError(f"{name} cannot be stored in --data-dir {data_dir} ({error}): name another") from None
+
+
+def _fetch_from_any(mirrors: Sequence[str], file_name: str, md5: str, folder: Path) -> None:
+    failures = []
+    for mirror in mirrors:
+        try:
+            _fetch(mirror + file_name, md5, folder / file_name)
+            return
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL, or damaged in transfer
+            failures.append(f"{mirror}: {str(error) or type(error).__name__}")
+            (folder / file_name).unlink(missing_ok=True)
+    raise UserError(f"{file_name} could not be downloaded ({'; '.join(failures)}): check --mirror, or put the four "
+                    "files into --data-dir")
+
+
+def _fetch(url: str, md5: str, path: Path) -> None:
+    from tqdm import tqdm
+
+    digest = hashlib.md5(usedforsecurity=False)
+    with (
+        urllib.request.urlopen(url, timeout=STALL_SECONDS) as response,
+        open(path, "wb") as file,
+        tqdm(total=response.length, desc=path.name, unit="B", unit_scale=True, file=sys.stderr, leave=False,
+             disable=not sys.stderr.isatty()) as progress,
+    ):
+        while chunk := response.read(1 << 16):
+            file.write(chunk)
+            digest.update(chunk)
+            progress.update(len(chunk))
+    if digest.hexdigest() != md5:
+        raise ValueError(f"sent {path.stat().st_size} bytes whose MD5 is not {md5}")
