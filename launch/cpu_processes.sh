@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./launch/cpu_processes.sh N [OPTIONS]: N processes on this machine's CPU, also where there are GPUs.
+# ./launch/cpu_processes.sh N [OPTIONS]: N processes on this machine's CPU, even if there are GPUs.
 # When: to see distributed training work without a GPU, or to measure how the CPU scales. Each process gets cores / N
 # threads; OMP_NUM_THREADS=M sets another number.
 set -euo pipefail

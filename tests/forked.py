@@ -18,7 +18,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-PRELOADED = ["torch", "accelerate", "mnist_dist.cli", "mnist_dist.training.run", "mnist_dist.record.pictures"]
+# torch._dynamo because every optimizer imports it, which takes a second; with it the compiler's settings are read, so
+# that a test which sets CXX needs `mnist_dist_launched`
+PRELOADED = ["torch", "torch._dynamo", "accelerate", "mnist_dist.cli", "mnist_dist.training.run",
+             "mnist_dist.training.steps.compiled", "mnist_dist.record.pictures"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
 

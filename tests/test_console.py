@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from support import epoch_record, mnist_dist, run
+from support import epoch_record, mnist_dist_launched, run
 
 from mnist_dist import console
 from mnist_dist.console import Console
@@ -54,7 +54,7 @@ def test_the_introduction_comes_before_the_compiler(compiled_run):
 
 
 def test_an_introduction_is_there_also_if_the_compiler_fails(small_dir, tmp_path):
-    done = mnist_dist("train", "--data-dir", small_dir, "--compile", "on", "--wandb", "disabled", cwd=tmp_path,
+    done = mnist_dist_launched("train", "--data-dir", small_dir, "--compile", "on", "--wandb", "disabled", cwd=tmp_path,
                       CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 2 and "could not be compiled" in done.stderr
     assert done.stdout.startswith("1 process on") and "compiled in" not in done.stdout

@@ -26,7 +26,8 @@ from support import (
 
 
 @pytest.mark.parametrize(("file", "words", "size"), [
-    ("train.sh", [], 1), ("cpu_processes.sh", [2], 2), ("one_gpu.sh", [], 1), ("all_gpus.sh", [], 1),
+    ("train.sh", [], 1), ("cpu_processes.sh", [2], 2), pytest.param("one_gpu.sh", [], 1, marks=pytest.mark.long),
+    ("all_gpus.sh", [], 1),
 ])
 def test_the_files_in_launch(file, words, size, no_hint, small_dir, tmp_path):
     if not distribution_is_installed():
@@ -44,7 +45,7 @@ def distribution_is_installed():
         return False
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_processes_option(size, no_hint, small_dir, tmp_path):
     done = mnist_dist_launched("train", "--processes", size, "--data-dir", small_dir, "--max-steps", 3,
                       "--per-device-batch-size", 17, cwd=tmp_path)
@@ -87,7 +88,8 @@ def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
 def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, small_dir, tmp_path):
     words = ["--data-dir", small_dir, "--batch-size", 10, "--wandb", "disabled", "--dtype", "float64", "--processes",
              size]
-    if size > 1:
+    is_compiled = size == 1 and number == signal.SIGTERM
+    if not is_compiled:
         words += ["--compile", "off"]
     command = [sys.executable, "-m", "mnist_dist", "train", *words, "--epochs", 100_000, "--output-dir", "cut"]
     process = subprocess.Popen([str(word) for word in command], cwd=tmp_path,
@@ -101,8 +103,8 @@ def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, s
     assert f"stopped by {number.name}" in errors and "--resume" in errors
     assert not (tmp_path / "cut" / "result.json").exists()
     epochs = len(metrics.read_text().splitlines()) + 2
-    # on one process so many steps are compiled; what is continued stays so, and fewer in one go must be told to
-    for folder, more in (("cut", ["--resume"]), ("whole", ["--compile", "on"] if size == 1 else [])):
+    # so many steps are compiled on one process; what is continued stays so, and fewer in one go must be told to
+    for folder, more in (("cut", ["--resume"]), ("whole", ["--compile", "on"] if is_compiled else [])):
         done = mnist_dist("train", *words, "--epochs", epochs, "--output-dir", folder, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     cut, whole = result_of(tmp_path / "cut"), result_of(tmp_path / "whole")

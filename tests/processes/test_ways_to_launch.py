@@ -25,7 +25,8 @@ WAYS = {
 }
 
 
-LONG = ("accelerate --cpu -n 3", "config -n 3", "accelerate --multi_gpu -n 2")
+LONG = ("accelerate --cpu -n 1", "accelerate --cpu -n 3", "accelerate --multi_gpu -n 2", "config", "config -n 3",
+        "torchrun 1")
 
 
 @pytest.mark.parametrize("way", [

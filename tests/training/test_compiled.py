@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT, assert_one_line_error, mnist_dist, result_of, run
+from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched, result_of, run
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
@@ -58,8 +58,9 @@ def test_on_and_off_are_obeyed_or_refused():
 
 
 def trained(folder, data_dir, name, *words, status=0, **environment):
-    done = mnist_dist("train", "--data-dir", data_dir, "--batch-size", 97, "--lr", "1e-3", "--wandb", "disabled",
-                      "--output-dir", name, *words, cwd=folder, **environment)
+    run_it = mnist_dist_launched if environment else mnist_dist
+    done = run_it("train", "--data-dir", data_dir, "--batch-size", 97, "--lr", "1e-3", "--wandb", "disabled",
+                  "--output-dir", name, *words, cwd=folder, **environment)
     assert done.returncode == status, done.stderr
     return done
 
