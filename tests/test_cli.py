@@ -61,7 +61,7 @@ def test_what_only_the_run_itself_finds(small_dir, tmp_path):
         (["--output-dir", tmp_path / "file" / "run"], "cannot be written"),
         (["--data-dir", tmp_path / "file"], "is not a folder"),
     ):
-        done = run([sys.executable, TRAIN, "--data-dir", small_dir, *words], cwd=tmp_path)
+        done = mnist_dist("train", "--data-dir", small_dir, *words, cwd=tmp_path)
         assert_one_line_error(done, needle)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

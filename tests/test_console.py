@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from support import epoch_record, mnist_dist_launched, run
+from support import epoch_record, mnist_dist, mnist_dist_launched
 
 from mnist_dist import console
 from mnist_dist.console import Console
@@ -41,8 +39,8 @@ def test_a_silent_console_prints_nothing(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def compiled_run(small_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
-    done = run([sys.executable, "-u", "-m", "mnist_dist", "train", "--data-dir", small_dir, "--max-steps", 3,
-                "--compile", "on", "--wandb", "disabled", "--output-dir", "run"], cwd=folder, ACCELERATE_USE_CPU="true")
+    done = mnist_dist("train", "--data-dir", small_dir, "--max-steps", 3, "--compile", "on", "--wandb", "disabled",
+                      "--output-dir", "run", cwd=folder, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

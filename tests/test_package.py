@@ -36,7 +36,7 @@ def test_every_module_is_in_the_wheel(wheel):
 
 
 def test_the_wheel_trains(wheel, small_dir, tmp_path):
-    done = run([sys.executable, "-m", "mnist_dist", "train", "--processes", 2, "--data-dir", small_dir, "--max-steps",
+    done = run([sys.executable, "-m", "mnist_dist", "train", "--data-dir", small_dir, "--max-steps",
                 2, "--wandb", "disabled", "--output-dir", "run"], cwd=tmp_path, PYTHONPATH=str(wheel))
     assert done.returncode == 0, done.stderr
     assert result_of(tmp_path / "run")["environment"]["git_commit"] is None, "it is the wheel that ran"

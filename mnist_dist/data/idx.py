@@ -72,9 +72,10 @@ def existing(path: Path) -> Path:
 
 
 def folder_on_disk(data_dir: Path, torchvision_name: str) -> Path | None:
-    """The folder that holds any of the four files: torchvision's layout, else `data_dir` itself; None if neither does."""
+    """The folder that holds any of the four files: torchvision's layout, else `data_dir` itself; else None."""
     if data_dir.exists() and not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir} is not a folder: give a folder that contains the IDX files, or an empty one to download into")
+        raise UserError(f"--data-dir {data_dir} is not a folder: give a folder that contains the IDX files, or an "
+                        "empty one to download into")
     for folder in (data_dir / torchvision_name / "raw", data_dir):
         if any(existing(folder / stem).is_file() for stem in STEMS.values()):
             return folder

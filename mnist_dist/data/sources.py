@@ -49,7 +49,8 @@ def load(name: str, data_dir: str) -> ImageSets:
     else:
         folder = folder_on_disk(Path(data_dir), TORCHVISION_CLASS[name])
         if folder is None:
-            raise UserError(f"no {name} files in {data_dir}: give another --data-dir, or start a run that downloads them")
+            raise UserError(f"no {name} files in {data_dir}: give another --data-dir, or start a run that downloads "
+                            "them")
         arrays = {key: read_idx(existing(folder / stem), key[1]) for key, stem in STEMS.items()}
         for split in ("train", "test"):
             _check_pair(arrays[split, "images"], arrays[split, "labels"], folder, split)

@@ -25,8 +25,8 @@ WAYS = {
 }
 
 
-LONG = ("accelerate --cpu -n 1", "accelerate --cpu -n 3", "accelerate --multi_gpu -n 2", "config", "config -n 3",
-        "torchrun 1")
+LONG = ("accelerate -n 2", "accelerate --cpu -n 1", "accelerate --cpu -n 3", "accelerate --multi_gpu -n 2", "config",
+        "config -n 3", "torchrun 1", "torchrun 2")
 
 
 @pytest.mark.parametrize("way", [
