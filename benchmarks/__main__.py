@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data-dir", default="data", metavar="DIR", help="where MNIST is, or is to be downloaded to "
+    made.add_argument("--data-dir", default="data", metavar="DIR", help="folder with MNIST, or to download it into "
                       "(default: data)")
     made.add_argument("--quick", action="store_true", help="two repeats of fewer images at batches 1 and 200: minutes, "
                       "for a first look")
@@ -81,7 +81,7 @@ def write_report(record: dict[str, Any], stem: Path) -> None:
 
 
 def run(given: argparse.Namespace, words: Sequence[str], scratch: Path) -> tuple[dict[str, Any], Path]:
-    """Measure everything that was asked for; the record, and where it was written."""
+    """Measure everything that was asked for; the record, and the stem of its files."""
     from benchmarks.machine import describe, slug
     from benchmarks.measure import measure, run_all, torchvision_root
 

@@ -1,4 +1,4 @@
-"""Measurements, each in a fresh process, told as plain dictionaries: a row that cannot run says why, and is no error.
+"""Measurements, each in a fresh process, as plain dictionaries. A row that cannot run gets a note with the reason.
 
 An outcome has `status` "ok" with the row's own line (samples, seconds, warmup_seconds, version, device), or "missing"
 (a library that is not installed) or "failed", with a `note`.
@@ -55,10 +55,10 @@ def measure(row: Row, data_dir: str, batch_size: int, num_samples: int, compile:
     begin = time.perf_counter()
     try:
         if row.module is None:
-            told = ours(row, data_dir, batch_size, num_samples, compile, scratch / "run", environment)
+            line = ours(row, data_dir, batch_size, num_samples, compile, scratch / "run", environment)
         else:
-            told = last_json(finished(row.command(data_dir, batch_size, num_samples), environment))
-        outcome = {"status": "ok", **told}
+            line = last_json(finished(row.command(data_dir, batch_size, num_samples), environment))
+        outcome = {"status": "ok", **line}
     except RowError as error:
         missing = MISSING.search(str(error))
         outcome = {"status": "missing" if missing else "failed",
@@ -104,7 +104,7 @@ def finished(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def last_json(output: str) -> dict[str, Any]:
-    """The JSON object of the last line. Raises `RowError` where there is none."""
+    """The JSON object of the last line. Raises `RowError` if there is none."""
     try:
         return dict(json.loads(output.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):

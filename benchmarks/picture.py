@@ -1,4 +1,4 @@
-"""The report's picture: throughput against batch size, a line per row, named where it ends."""
+"""The report's picture: throughput against batch size, a line per row, with its name at its end."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def _draw_panel(axes: Any, record: Mapping[str, Any], processes: int) -> None:
         points = _points(record, name)
         if not points:
             continue
-        told = [spread(rates) for rates in points.values()]
-        medians = [one.median for one in told]
-        bars = [[one.median - one.low for one in told], [one.high - one.median for one in told]]
+        spreads = [spread(rates) for rates in points.values()]
+        medians = [one.median for one in spreads]
+        bars = [[one.median - one.low for one in spreads], [one.high - one.median for one in spreads]]
         if name == LIMIT:
             look = {"color": "black", "linewidth": 1.3, "linestyle": "--", "markersize": 0}
         elif name in OURS.values():
@@ -72,7 +72,7 @@ def _draw_panel(axes: Any, record: Mapping[str, Any], processes: int) -> None:
 
 
 def _label_ends(axes: Any, ends: Sequence[tuple[str, int, float, str]]) -> None:
-    """Names to the right of the axes, at the heights where the lines end, moved apart where they would overlap."""
+    """Names to the right of the axes, at the heights of the ends of the lines, moved apart if they would overlap."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     ordered = sorted(ends, key=lambda end: end[2])
     heights = spread_apart([(math.log(rate) - low) / (high - low) for _, _, rate, _ in ordered], LABEL_GAP)

@@ -24,7 +24,7 @@ def values(record: Mapping[str, Any], name: str, batch_size: int, key: str = "se
 
 
 def ratios(record: Mapping[str, Any], slow: str, fast: str, batch_size: int) -> Spread | None:
-    """Seconds of `slow` over those of `fast`, repeat by repeat; None where no repeat has both."""
+    """Seconds of `slow` over those of `fast`, repeat by repeat; None if no repeat has both."""
     above, below = values(record, slow, batch_size), values(record, fast, batch_size)
     paired = [above[repeat] / below[repeat] for repeat in above.keys() & below.keys()]
     return spread(paired) if paired else None
@@ -49,12 +49,12 @@ def trouble(record: Mapping[str, Any], name: str, batch_size: int) -> str:
     return "failed" if any(m["status"] == "failed" and m["batch_size"] == batch_size for m in own) else "-"
 
 
-def grid(record: Mapping[str, Any], names: Sequence[str], processes: int, told: Callable[[str, int], Spread | None]
+def grid(record: Mapping[str, Any], names: Sequence[str], processes: int, spread_of: Callable[[str, int], Spread | None]
          ) -> list[str]:
     """A table of rows by batch sizes."""
     sizes = batch_sizes_of(record, processes)
     return table(["", *(f"batch {size:,}" for size in sizes)], [
-        [title(record, name), *(cell(told(name, size), trouble(record, name, size)) for size in sizes)]
+        [title(record, name), *(cell(spread_of(name, size), trouble(record, name, size)) for size in sizes)]
         for name in names
     ])
 

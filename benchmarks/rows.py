@@ -49,7 +49,7 @@ BY_NAME = {row.name: row for row in ROWS}
 
 
 def num_samples(batch_size: int, quick: bool) -> int:
-    """Images of a peer's epoch: a tenth of MNIST where a step is one image, else all of it; less if quick."""
+    """Images of a peer's epoch: a tenth of MNIST if a step is one image, else all of it; less if quick."""
     if batch_size == 1:
         return 1000 if quick else EPOCH_IMAGES // 10
     return 12_000 if quick else EPOCH_IMAGES

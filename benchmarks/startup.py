@@ -45,11 +45,11 @@ def main(data_dir: str, repeats: int = 7) -> None:
             opened = subprocess.run([sys.executable, "-c", OPEN, data_dir], check=True, capture_output=True, text=True,
                                     env=child_environment())
             taken["opening the data"].append(float(opened.stdout))
-    told = {name: spread(seconds) for name, seconds in taken.items()}
-    print("\n".join(table(["", "seconds"], [[name, cell(value)] for name, value in told.items()])))
-    base = told["`import torch, accelerate, torchvision`"].median + told["opening the data"].median
+    spreads = {name: spread(seconds) for name, seconds in taken.items()}
+    print("\n".join(table(["", "seconds"], [[name, cell(value)] for name, value in spreads.items()])))
+    base = spreads["`import torch, accelerate, torchvision`"].median + spreads["opening the data"].median
     for wandb in ("disabled", "offline"):
-        run = told[f"`train --max-steps 1 --wandb {wandb}`"].median
+        run = spreads[f"`train --max-steps 1 --wandb {wandb}`"].median
         print(f"A run of one step with W&B {wandb} takes {run / base:.2f} times the imports and opening the data.")
 
 

@@ -23,7 +23,7 @@ from benchmarks.limit import adam, products
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import ImageSets, load
 from mnist_dist.processes.team import Team
-from mnist_dist.tables import Spread, cell, spread, table
+from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.steps import compiled
 from mnist_dist.training.steps.compiled import CompiledStep, compile_once
 from mnist_dist.training.steps.plain import loss_sum
@@ -163,12 +163,12 @@ def main(data_dir: str, batch_size: int, num_steps: int = 0) -> None:
             taken[name].append(microseconds(lambda way=way: way(rows), 1) / num_steps)
         for name, part in parts.items():
             taken[name].append(microseconds(part, 500))
-    told = {name: spread(values[1:]) for name, values in taken.items()}  # the first turn warms up
+    spreads = {name: spread(values[1:]) for name, values in taken.items()}  # the first turn warms up
     first = statistics.median(taken[next(iter(found))][1:])
     print(f"Microseconds per step at batch {batch_size}, median (minimum to maximum) of {TURNS - 1} turns of "
           f"{num_steps} steps; {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("\n".join(table(["way", "microseconds", "ours takes of it"],
-                          [[name, cell(Spread(*told[name])), f"{first / told[name].median:.2f}"] for name in told])))
+                          [[name, cell(spreads[name]), f"{first / spreads[name].median:.2f}"] for name in spreads])))
 
 
 if __name__ == "__main__":

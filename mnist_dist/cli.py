@@ -131,6 +131,7 @@ def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> in
         if asked is not None and int(asked) != launch.size:
             raise UserError(f"--processes {asked} conflicts with the launcher, which started {launch.size}: remove "
                             f"--processes, or launch {asked}")
+        config.global_batch_size(launch.size)  # before anything is downloaded or imported
     else:
         number = int(asked) if asked else number_asked_of_accelerate()
         if number != 1 and number is not None:

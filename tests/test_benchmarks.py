@@ -27,13 +27,13 @@ def module(name: str) -> ModuleType:
 
 
 def measurement(row: str, batch_size: int, repeat: int, seconds: float | None = None, **more: Any) -> dict[str, Any]:
-    """A measurement of 60,000 images; one that failed where there are no seconds."""
-    told = {"status": "failed", "note": "ValueError: no"} if seconds is None else {
+    """A measurement of 60,000 images; without seconds, one that failed."""
+    line = {"status": "failed", "note": "ValueError: no"} if seconds is None else {
         "status": "ok", "samples": 60_000, "seconds": seconds, "warmup_seconds": 10.0 / (repeat + 1),
         "version": "none 0", "device": "cpu"}
     processes = module("rows").BY_NAME[row].processes
     return {"row": row, "processes": processes, "batch_size": batch_size, "repeat": repeat, "wall_seconds": 1.0,
-            **told, **more}
+            **line, **more}
 
 
 @pytest.fixture
@@ -145,11 +145,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return module("measure").torchvision_root(str(flat), tmp_path_factory.mktemp("root"))
 
 
-def assert_line(told: dict[str, Any], samples: int) -> None:
+def assert_line(line: dict[str, Any], samples: int) -> None:
     """The line has what the harness reads."""
-    assert told["samples"] == samples and told["device"] == "cpu"
-    assert told["seconds"] > 0 and told["warmup_seconds"] > 0
-    assert len(told["version"].split()) == 2
+    assert line["samples"] == samples and line["device"] == "cpu"
+    assert line["seconds"] > 0 and line["warmup_seconds"] > 0
+    assert len(line["version"].split()) == 2
 
 
 def test_a_peer_in_a_process_of_its_own(data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def start(main: Callable[..., dict[str, Any]]) -> None:
 
 
 def pick_device() -> torch.device:
-    """The GPU where there is one and ACCELERATE_USE_CPU does not say otherwise."""
+    """The GPU if there is one and ACCELERATE_USE_CPU does not ask for the CPU."""
     return torch.device("cpu" if runs_on_cpu(read_launch()) else "cuda")
 
 

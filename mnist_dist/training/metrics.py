@@ -1,4 +1,4 @@
-"""Sums over samples, and the stopwatch: pure arithmetic. It knows nothing of processes; the clock is handed in."""
+"""Sums over samples, and the stopwatch: pure arithmetic. It knows nothing of ranks; the clock is an argument."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def test_figures(sums_3: Sequence[float]) -> dict[str, Any]:
-    """The test figures from the sums over every test image once: divided here, and nowhere before."""
+    """The test figures from the sums over every test image once: this is the only division."""
     nll_sum, correct, count = sums_3
     return {
         "test_nll": nll_sum / count,
@@ -60,7 +60,7 @@ def percentile(values: Sequence[float], q: float) -> float | None:
 class Stopwatch:
     """Times an epoch's training steps in windows; what is done between windows does not count.
 
-    `synchronize` is called at a window's two ends, to wait for the device and the other processes, and never within.
+    `synchronize` waits for the device and the other ranks; it is called at both ends of a window, never inside.
     Warm-up windows (the first steps) are counted separately: their time and samples are not in the rate.
     Step times are the host's, from one lap to the next within a window: on a GPU the host runs ahead of the device by a
     bounded queue, so that their median is the device's over a window that is longer than the queue.
@@ -94,12 +94,12 @@ class Stopwatch:
         self.step_seconds += [after - before for before, after in pairwise(marks)]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint in the middle of an epoch keeps, to go on from; the single step times are not kept."""
+        """The state for a checkpoint in the middle of an epoch; single step times are not kept."""
         names = ("seconds", "samples", "warmup_seconds", "warmup_samples", "waited")
         return {name: getattr(self, name) for name in names}
 
     def figures(self, slowest_seconds: float, slowest_warmup: float, num_processes: int) -> dict[str, Any]:
-        """The epoch's times and rates, given the times of the slowest process. A rate that was not measured is None.
+        """The epoch's times and rates, given the times of the slowest process. A rate without measured steps is None.
 
         `train_seconds` is all training steps; `warmup_seconds` is the part of it that the rates leave out.
         """

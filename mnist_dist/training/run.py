@@ -21,13 +21,7 @@ from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.record.checkpoint import Checkpoint, load_newest, save_checkpoint
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from, summarise
-from mnist_dist.record.folder import (
-    CHECKPOINTS,
-    append_metrics,
-    open_folder,
-    write_config,
-    write_metrics,
-)
+from mnist_dist.record.folder import CHECKPOINTS, append_metrics, open_folder, write_config, write_metrics
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result
 from mnist_dist.training.metrics import Stopwatch
@@ -52,7 +46,6 @@ def train(config: TrainConfig, launch: Launch) -> None:
     console = Console(team.is_main)
     run = None
     try:
-        config.global_batch_size(team.size)  # before data is downloaded
         name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
                            patient=True)
         run = Run(config, launch, team, console, team.run_on("every", lambda: load(name, config.data_dir)))
@@ -250,8 +243,10 @@ class Run:
     def _take_up(self, kept: Checkpoint) -> None:
         """Continue where the checkpoint ends. Raises `UserError` if it belongs to another run."""
         for name, value in self._fixed().items():
-            before = kept.state["fixed"].get(name)
-            if before != value:
+            if name not in kept.state["fixed"]:
+                raise UserError(f"{kept.folder} has no {name}: another version of mnist_dist wrote it; continue with "
+                                "that version, or give another --output-dir")
+            if (before := kept.state["fixed"][name]) != value:
                 raise UserError(f"{kept.folder} was written with {name} {before}, this run has {value}: continue with "
                                 "the same, or give another --output-dir")
         self.epoch, self.step = kept.state["epoch"], kept.state["step"]

@@ -1,7 +1,7 @@
-"""Which samples a process sees in which step: global batches, cut for the processes of a run.
+"""Which samples a rank sees in which step: global batches, each cut into one share per rank.
 
 The order of an epoch is a function of (seed, epoch) alone. `DistributedSampler` gives rank r of P the positions r, r+P,
-r+2P … of it, so the ranks' cuts of positions [kB, (k+1)B) together are the k-th batch of a single process, whatever P.
+r+2P … of it, so the ranks' shares of positions [kB, (k+1)B) together are the k-th batch of a single process, for any P.
 It knows nothing of the model or of collectives.
 """
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from mnist_dist.data import Images
 
-NO_INDEX = -1  # fills up the rows of `GlobalBatchSampler.rows`
+NO_INDEX = -1  # pads the rows of `GlobalBatchSampler.rows`
 
 
 class GlobalBatchSampler:
@@ -30,7 +30,7 @@ class GlobalBatchSampler:
 
     def __init__(self, sampler: DistributedSampler, global_batch_size: int, passes: int = 1) -> None:
         self.sampler = sampler
-        self.batch_size = global_batch_size
+        self.global_batch_size = global_batch_size
         self.passes = passes
         self.num_samples = len(sampler.dataset)  # type: ignore[arg-type]
         self.num_batches = -(-self.num_samples // global_batch_size)
@@ -42,13 +42,13 @@ class GlobalBatchSampler:
         self.first_step, self.end_step = steps.start, steps.stop
 
     def count(self, step: int) -> int:
-        """Samples that are really in global batch `step`, over all ranks."""
-        return min(self.batch_size, self.num_samples - step * self.batch_size)
+        """Samples in global batch `step`, over all ranks, without padding."""
+        return min(self.global_batch_size, self.num_samples - step * self.global_batch_size)
 
     def own_positions(self, step: int) -> range:
-        """The positions in the epoch's order of this rank's samples of global batch `step`."""
+        """Positions, in the epoch's order, of this rank's samples of global batch `step`."""
         rank, size = self.sampler.rank, self.sampler.num_replicas
-        start = step * self.batch_size
+        start = step * self.global_batch_size
         return range(start + (rank - start) % size, start + self.count(step), size)
 
     def shards(self, step: int, num_shards: int) -> list[slice]:
@@ -72,15 +72,15 @@ class GlobalBatchSampler:
                 yield order[cut + length * i // self.passes : cut + length * (i + 1) // self.passes]
 
     def rows(self) -> Tensor:
-        """All the lists of the epoch as rows of int64 [steps * passes, longest list], filled up with `NO_INDEX`.
+        """All the lists of the epoch as rows of int64 [steps * passes, longest list], padded with `NO_INDEX`.
 
-        The arithmetic of `__iter__`, on tensors: at batch 1 a loop over the steps takes as long as training them.
+        The same as `__iter__`, computed on tensors: at batch 1 a Python loop over the steps takes as long as training.
         """
         rank, size = self.sampler.rank, self.sampler.num_replicas
         # through numpy: torch.tensor takes five times as long for a list
         order = torch.from_numpy(np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler)))
-        start = torch.arange(self.num_batches) * self.batch_size
-        stop = (start + self.batch_size).clamp(max=self.num_samples)
+        start = torch.arange(self.num_batches) * self.global_batch_size
+        stop = (start + self.global_batch_size).clamp(max=self.num_samples)
         first = start + (rank - start) % size
         length = (stop - first + size - 1).div(size, rounding_mode="floor").clamp(min=0).unsqueeze(1)
         cuts = (first // size).unsqueeze(1) + length * torch.arange(self.passes + 1) // self.passes

@@ -34,7 +34,7 @@ def test_fewer_are_the_first_of_more_and_seeds_differ():
     assert not np.array_equal(more.train_images[:500], more.test_images[:500])
 
 
-def test_classes_can_be_told_apart():
+def test_classes_differ():
     digits = make_digits(4000, 1000)
     train, test = (images.reshape(-1, 784).astype(float) for images in (digits.train_images, digits.test_images))
     means = np.stack([train[digits.train_labels == digit].mean(axis=0) for digit in range(10)])

@@ -103,7 +103,7 @@ def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, s
     assert f"stopped by {number.name}" in errors and "--resume" in errors
     assert not (tmp_path / "cut" / "result.json").exists()
     epochs = len(metrics.read_text().splitlines()) + 2
-    # so many steps are compiled on one process; what is continued stays so, and fewer in one go must be told to
+    # so many steps are compiled on one process; a resumed run stays compiled, and a shorter run needs --compile on
     for folder, more in (("cut", ["--resume"]), ("whole", ["--compile", "on"] if is_compiled else [])):
         done = mnist_dist("train", *words, "--epochs", epochs, "--output-dir", folder, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

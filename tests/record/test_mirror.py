@@ -177,7 +177,7 @@ def test_a_wandb_that_fails_to_start_stops_nothing(monkeypatch, tmp_path):
     assert len(warnings) == 2 and made.sync_hint() is None
 
 
-HANGS = {  # where wandb hangs: what the run says
+HANGS = {  # the function in which wandb hangs: what the run prints
     "init": "W&B did not start within 0.3 s; continuing without W&B",
     "log": "W&B took more than 0.3 s for an epoch",
     "results": "W&B did not take all of the run (no answer within 0.5 s)",

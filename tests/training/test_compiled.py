@@ -16,6 +16,7 @@ from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
 from mnist_dist.training.steps import WORTH_COMPILING_STEPS, wants_compiling
+from mnist_dist.training.steps.compiled import compiler_failure
 
 LINEAR = "layers.1.weight"
 
@@ -63,6 +64,21 @@ def trained(folder, data_dir, name, *words, status=0, **environment):
                   "--output-dir", name, *words, cwd=folder, **environment)
     assert done.returncode == status, done.stderr
     return done
+
+
+def test_a_bug_is_not_taken_for_a_missing_compiler():
+    """torch wraps what it catches, so the causes count."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def wrapped(cause):
+        error = RuntimeError("the backend failed")
+        error.__cause__ = cause
+        return error
+
+    assert "install a C++ compiler" in compiler_failure(wrapped(InvalidCxxCompiler()))
+    assert "cache can be written" in compiler_failure(wrapped(PermissionError("no")))
+    for bug in (TypeError("ours"), wrapped(AttributeError("ours")), RuntimeError("shapes do not fit")):
+        assert compiler_failure(bug) is None
 
 
 def test_cut_and_continued_it_has_the_same_bits(small_dir, tmp_path):

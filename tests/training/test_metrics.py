@@ -13,7 +13,7 @@ from mnist_dist.training.metrics import Stopwatch, batch_sums, percentile
 
 
 class FakeClock:
-    """Stands still until told."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0

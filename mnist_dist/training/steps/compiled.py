@@ -1,8 +1,8 @@
 """The whole optimizer step as one compiled function: gather, scaling, forward, loss, backward and Adam.
 
 It runs on the weights of the model and the moments of the optimizer that Accelerate wraps, through the model's own
-forward, `steps.loss_sum` and PyTorch's own Adam, so that there is no second copy of the mathematics. With several
-processes or passes it is two functions, with one flat gradient between them. docs/performance.md has the measurements.
+forward, `loss_sum` and PyTorch's own Adam, so that the mathematics is written once. With several ranks or
+passes it is two functions, with one flat gradient between them. docs/performance.md has the measurements.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def compiler_failure(error: BaseException) -> str | None:
 def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Callable[..., Sequence[Tensor]]:
     """`function`, which returns a tensor or nothing, compiled for arguments like `varying`, without being run.
 
-    torch.compile's entry looks at all that a function refers to each time that it is called, which at batch 1 costs
-    more than the step itself. What it refers to are tensors that stay, so the compiled graph is called directly, with
-    the tensors that it was compiled for and, in their places, the arguments that vary.
+    A function that torch.compile returns checks everything that it refers to at each call; at batch 1 this takes longer
+    than the step. Here all of that are tensors that stay the same, so the compiled graph is called directly, with these
+    tensors and the arguments that vary.
     """
     # on a machine without a GPU it logs a warning about that
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     captured: dict[str, Any] = {}
-    torch.compiler.reset()  # of what was compiled in this process before: it would count as this function again
+    torch.compiler.reset()  # otherwise it counts as a recompilation of a function compiled earlier in this process
 
     def backend(graph: Any, examples: Any) -> Callable[..., list[Tensor]]:
         captured["graph"] = torch._inductor.compile(graph, examples, options=INDUCTOR_OPTIONS)
@@ -89,7 +89,7 @@ class CompiledStep:
         self.losses, self.dtype, self.device = parts.losses, parts.dtype, parts.team.device
         # without DistributedDataParallel: its hooks need a backward pass that autograd runs
         self.module = parts.team.accelerator.prepare_model(parts.module, evaluation_mode=True)
-        # without autograd's bookkeeping, on the same memory
+        # the same memory, without autograd
         self.weights = {name: weight.detach() for name, weight in parts.module.named_parameters()}
         adam_of = parts.optimizer.optimizer
         self.options = adam_of.param_groups[0]
@@ -125,7 +125,7 @@ class CompiledStep:
             self._record()
 
     def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Gradients of these samples' part of the mean over `count` samples, and their loss sum."""
+        """Gradients of sum(loss of these samples) / `count`, and that sum of losses."""
         labels_B = self.images.labels[rows_B].masked_fill(rows_B == NO_INDEX, NO_SAMPLE)
         images_B1HW = self.images.images[rows_B]
 
@@ -167,8 +167,8 @@ class CompiledStep:
     def _record(self) -> None:
         """On a GPU: record the step as a CUDA graph, which a replay runs without the host.
 
-        The graph finds its batch by a cursor in the GPU's memory, and adds its loss to the losses there. What CUDA
-        loads at a first run it may not load while recording; an empty batch moves nothing but Adam's step counts.
+        The graph finds its batch by a cursor in the GPU's memory, and adds its loss to the losses there. CUDA
+        loads code at the first run and must not do so while recording; an empty batch changes only Adam's step counts.
         """
         passes, steps = self.batches.passes, self.batches.num_batches
         self.order = self.batches.rows().view(steps, passes, -1).to(self.device).fill_(NO_INDEX)
@@ -233,4 +233,4 @@ class CompiledStep:
             self.recorded.clear()
 
     def pause(self) -> None:
-        """The weights are in their place."""
+        """Nothing to do: the weights are up to date."""

@@ -14,7 +14,7 @@ from mnist_dist.data import scale
 from mnist_dist.training.sampling import make_loader
 from mnist_dist.training.steps import StepParts
 
-NO_SAMPLE = -100  # the label of what fills up a batch: `nll_loss` ignores it, and so does the gradient
+NO_SAMPLE = -100  # the label of a padding row: `nll_loss` and its gradient ignore it
 
 
 def loss_sum(model: Callable[[Tensor], Tensor], images_B1HW: Tensor, labels_B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -23,7 +23,7 @@ def loss_sum(model: Callable[[Tensor], Tensor], images_B1HW: Tensor, labels_B: T
 
 
 class PlainStep:
-    """Forward, loss, backward and Adam as people write them, with a batch from the DataLoader.
+    """Forward, loss, backward and Adam as usually written, with a batch from the DataLoader.
 
     `local_steps` above 1 is Local SGD (Stich 2019, arXiv 1805.09767): so many steps of its own on each rank, then the
     weights are averaged.
@@ -41,7 +41,7 @@ class PlainStep:
         self.loader = make_loader(parts.images, parts.batches)
         self.loaded: Iterator[tuple[Tensor, Tensor]] = iter(())
         self.local_steps = local_steps if self.team.size > 1 else 1
-        self.apart = 0  # steps since the ranks' weights were last the same
+        self.apart = 0  # steps since the ranks' weights were averaged
 
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch."""
@@ -79,7 +79,7 @@ class PlainStep:
         self.apart = 0
 
     def flush(self, step: int) -> None:
-        """The losses are in their place."""
+        """Nothing to do: `take` writes to `losses`."""
 
     def pause(self) -> None:
         """Under Local SGD, average the weights. Collective."""
