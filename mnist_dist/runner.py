@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import psutil
 
@@ -72,7 +72,7 @@ def run(command: Sequence[object], *, timeout: float | None = None, environment:
     inherited = {**os.environ, **(environment or {})}
     marks = ":".join(filter(None, [inherited.get(MARK), mark]))
     # files, not pipes: a process that the command leaves behind would hold a pipe open
-    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+    with _text_file() as printed, _text_file() as errors:
         process = subprocess.Popen(
             [str(word) for word in command], env={**inherited, MARK: marks}, cwd=cwd, stdin=subprocess.DEVNULL,
             stdout=None if show else printed, stderr=None if show else errors,
@@ -91,6 +91,10 @@ def run(command: Sequence[object], *, timeout: float | None = None, environment:
         printed.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess(process.args, process.returncode, printed.read(), errors.read())
+
+
+def _text_file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
 def end_tree(mark: str) -> None:

@@ -90,6 +90,8 @@ class Mirror:
             self.run, self.mode = future.result(START_SECONDS)
         except FutureTimeout:
             warnings.append(f"W&B did not start within {START_SECONDS:g} s; continuing without W&B")
+        except Exception as error:  # a damaged installation may raise anything
+            warnings.append(f"W&B could not start ({' '.join(str(error).split())}); continuing without W&B")
         for line in warnings:
             self.warn(line)
         if self.run is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ def train(config: TrainConfig, launch: Launch) -> None:
     except LostProcess:
         raise  # a barrier would wait for it
     except MnistDistError as error:
-        team.end()
         if run:
-            run.mirror.finish(error.exit_status)
+            # before any rank ends: a launcher would then end the main one, which has a line to print
+            team.run_on("main", partial(run.mirror.finish, error.exit_status), patient=True)
+        team.end()
         raise
     except RuntimeError as error:
         lost = team.lost_process(run.global_step if run else 0, error)

@@ -36,6 +36,8 @@ def records_of(folder):
     """What W&B's own reader finds in the one offline run of a folder, by type."""
     (offline,) = (folder / "wandb").glob("offline-run-*")
     done = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline], cwd=folder)
+    if done.returncode == 2 and "Usage:" in done.stderr:
+        pytest.skip("this version of wandb cannot read its own files back: 0.31 can")
     assert done.returncode == 0, done.stderr
     records: dict[str, list] = {}
     for line in done.stdout.splitlines():
@@ -175,6 +177,19 @@ def test_a_wandb_that_fails_to_start_stops_nothing(monkeypatch, tmp_path):
     made.log(epoch_record())
     made.finish()
     assert len(warnings) == 2 and made.sync_hint() is None
+
+
+def test_a_damaged_wandb_stops_nothing(monkeypatch, tmp_path):
+    def fail(*_):
+        raise AttributeError("half\ninstalled")
+
+    warnings = []
+    monkeypatch.setattr(mirror, "wandb_mode", fail)
+    made = mirror.Mirror(tmp_path, warnings.append)
+    made.start(TrainConfig(), "id", {})
+    made.log(epoch_record())
+    made.finish()
+    assert warnings == ["W&B could not start (half installed); continuing without W&B"]
 
 
 HANGS = {  # the function in which wandb hangs: what the run prints
