@@ -168,7 +168,8 @@ def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[s
 
         try:
             run = wandb.init(
-                project=config.wandb_project, mode=mode, dir=str(folder), id=run_id, resume="allow",
+                project=config.wandb_project, mode=mode, dir=str(folder), id=run_id,
+                resume="allow" if mode == "online" else None,  # offline it has no effect, and 0.22 warns about that
                 name=config.run_name or folder.name, group=config.wandb_group,
                 tags=[tag.strip() for tag in (config.tags or "").split(",") if tag.strip()],
                 settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS,
