@@ -1,4 +1,4 @@
-"""Where a step's time goes, and what other ways of taking it cost: the measurements behind docs/performance.md.
+"""What a step's time is spent on, and the cost of other kinds of step: the measurements behind docs/performance.md.
 
     python -m benchmarks.variants DATA_DIR BATCH_SIZE [NUM_STEPS]
 

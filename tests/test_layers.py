@@ -47,7 +47,7 @@ def test_a_part_imports_only_from_below():
 
 
 def test_only_the_team_uses_collectives():
-    """Where ranks meet is one module: no other names torch.distributed's or Accelerate's collectives."""
+    """Ranks meet in one module: no other names torch.distributed's or Accelerate's collectives."""
     words = ("torch.distributed as", "from torch import distributed", "dist.all_", "dist.barrier", ".wait_for_everyone",
              "accelerator.gather", "accelerator.reduce", "accelerate.local_sgd", "accelerator.log")
     for path in PACKAGE.rglob("*.py"):

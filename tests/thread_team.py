@@ -28,7 +28,7 @@ class Fault(NamedTuple):
 
 
 class Meeting:
-    """Where the threads of a run meet: a barrier with a time limit, and what each brought."""
+    """The meeting point of the threads of a run: a barrier with a time limit, and the value of each thread."""
 
     def __init__(self, size: int, timeout_s: float, faults: Sequence[Fault] = ()) -> None:
         self.size, self.timeout_s, self.faults = size, timeout_s, faults

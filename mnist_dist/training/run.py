@@ -243,7 +243,7 @@ class Run:
         return {**values, "global batch size": self.trainer.global_batch_size, "data set": self.sets.summary}
 
     def _take_up(self, kept: Checkpoint) -> None:
-        """Continue where the checkpoint ends. Raises `UserError` if it belongs to another run."""
+        """Continue from the end of the checkpoint. Raises `UserError` if it belongs to another run."""
         for name, value in self._fixed().items():
             if name not in kept.state["fixed"]:
                 raise UserError(f"{kept.folder} has no {name}: another version of mnist_dist wrote it; continue with "

@@ -1,4 +1,4 @@
-"""Where ranks meet: the same bits on any number of them, and what the others see when one fails, hangs or is slow."""
+"""Collectives: the same bits on any number of them, and what the others see when one fails, hangs or is slow."""
 
 from __future__ import annotations
 
