@@ -183,9 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(argv: Sequence[str]) -> tuple[int, bool]:
     """(exit status, whether a process of the run was lost) of a command; a failure is one line on standard error."""
-    launch = Launch()
+    launch = read_launch()
     try:
-        launch = read_launch()
         return run(argv, launch), False
     except MnistDistError as error:
         lost = isinstance(error, LostProcess)

@@ -27,7 +27,7 @@ COLUMNS = (  # heading, width, how the epoch's record fills it
     ("train s", 8, lambda r: f"{r.train_seconds:.2f}"),
     ("test s", 7, lambda r: f"{r.eval_seconds:.2f}"),
 )
-LOG_SECONDS = 30.0  # between two lines on a long epoch, where there is no terminal for a bar
+LOG_SECONDS = 30.0  # between two lines of a long epoch, if there is no terminal for a bar
 
 
 class Console:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.errors import UserError
-
 # Per launcher: rank, world size, rank on this machine, processes on this machine.
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPI = (
@@ -34,7 +32,7 @@ class Launch:
     local_size: int = 1
     is_launched: bool = False  # by a launcher that starts the processes of a run (perhaps one)
     use_cpu: bool = False  # although there may be a GPU
-    mixed_precision: str = "no"
+    mixed_precision: str = "no"  # as the launcher says it, not checked: an option may replace it
     compiles: bool = False
 
     @property
@@ -44,17 +42,14 @@ class Launch:
 
 
 def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
-    """The launch that the environment describes. Raises `UserError` for a value that is not allowed.
+    """The launch that the environment describes.
 
     Under `srun` and `mpirun` the variables that torch and Accelerate read are set too: those of torchrun, and under
     `srun` the address of rank 0 and this process's share of the cores. Variables that are set already win.
     """
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("no", "fp16", "bf16"):
-        raise UserError(f"the launcher's mixed precision must be no, fp16 or bf16; got {precision!r}")
     common: dict[str, Any] = {
         "use_cpu": environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"),
-        "mixed_precision": precision,
+        "mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
         "compiles": environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
     }
     for names in (TORCH, *MPI):

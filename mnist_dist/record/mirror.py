@@ -80,7 +80,7 @@ class Mirror:
         self._errors: list[str] = []
 
     def start(self, config: TrainConfig, run_id: str, settings: Mapping[str, Any]) -> None:
-        """Begin a run with these settings; after a failure online try offline, then go on without W&B."""
+        """Begin a run with these settings; after a failure online try offline, then continue without W&B."""
         if config.wandb == "disabled":
             return
         self._worker = Worker()

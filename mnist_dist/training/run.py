@@ -75,6 +75,8 @@ def train(config: TrainConfig, launch: Launch) -> None:
 def mixed_precision(config: TrainConfig, launch: Launch) -> str:
     """The mixed precision in force: what was asked for, else the launcher's. Raises `UserError` if it cannot be."""
     wanted = "no" if config.dtype == "float64" else config.mixed_precision or launch.mixed_precision
+    if wanted not in ("no", "fp16", "bf16"):
+        raise UserError(f"the launcher's mixed precision must be no, fp16 or bf16; got {wanted!r}")
     if wanted == "fp16" and runs_on_cpu(launch):
         raise UserError("--mixed-precision fp16 needs a GPU, and this run is on the CPU: give bf16 or no")
     return wanted
@@ -103,7 +105,7 @@ class Run:
         console.introduce(self.environment, self.config, sets.summary, self.trainer.global_batch_size,
                           self.trainer.per_device_batch_size, self.num_batches, self.trainer.learning_rate)
         if config.resume:
-            console.say(f"continuing after step {self.global_step}" if kept else "nothing to continue: starting afresh")
+            console.say(f"continuing after step {self.global_step}" if kept else "no checkpoint yet: starting at step 0")
         self._make_step()
         if kept:
             self.trainer.load_tensors(kept.tensors)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import Launch, first_host, read_launch, tasks_per_node
+from mnist_dist.training.run import mixed_precision
 
 ALONE = Launch()
 
@@ -87,7 +89,13 @@ def test_the_first_host(nodes, host):
     assert first_host(nodes) == host
 
 
-def test_machines_and_words_that_are_not_allowed():
+def test_machines():
     assert Launch(size=8, local_size=4).num_machines == 2 and ALONE.num_machines == 1
+
+
+def test_a_launchers_precision_is_checked_unless_an_option_replaces_it():
+    launch = read_launch({"ACCELERATE_MIXED_PRECISION": "fp8"})
     with pytest.raises(UserError, match="mixed precision must be no, fp16 or bf16; got 'fp8'"):
-        read_launch({"ACCELERATE_MIXED_PRECISION": "fp8"})
+        mixed_precision(TrainConfig(), launch)
+    assert mixed_precision(TrainConfig(mixed_precision="bf16"), launch) == "bf16"
+    assert mixed_precision(TrainConfig(dtype="float64"), launch) == "no"

@@ -27,14 +27,14 @@ from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
 
 
+# Exceptions of torch: there is no compiler, or it fails. By name, because they differ between versions.
+NO_COMPILER = {"CppCompileError", "InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton"}
+
+
 def compiler_failure(error: BaseException) -> str | None:
     """What a user can do about an exception of torch.compile; None if it is a bug, here or in torch."""
-    from torch._inductor import exc
-
-    missing = tuple(getattr(exc, name) for name in ("CppCompileError", "InvalidCxxCompiler", "TritonMissing",
-                                                    "GPUTooOldForTriton") if hasattr(exc, name))
     while error is not None:  # torch wraps what it catches
-        if isinstance(error, missing) or type(error).__name__ in ("TritonMissing", "GPUTooOldForTriton"):
+        if NO_COMPILER & {kind.__name__ for kind in type(error).__mro__}:
             return "install a C++ compiler such as g++ (on a GPU: triton), or give --compile off"
         if isinstance(error, OSError):  # of the compiler's process or its cache
             return "check that the compiler runs and that its cache can be written, or give --compile off"
