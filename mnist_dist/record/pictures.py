@@ -73,7 +73,7 @@ def draw_curves(records: Sequence[EpochRecord], path: Path, heading: str) -> Non
     epochs = [record.epoch for record in records]
     figure = Figure(figsize=(11, 3.6))
     loss, error, rate = figure.subplots(1, 3, gridspec_kw={"left": 0.065, "right": 0.99, "bottom": 0.14, "top": 0.9,
-                                                           "wspace": 0.28})
+                                                           "wspace": 0.36})
     marker = "o" if len(epochs) <= 30 else None
     loss.plot(epochs, [r.train_loss for r in records], color=BLUE, marker=marker, markersize=4, label="training")
     loss.plot(epochs, [r.test_nll for r in records], color=ORANGE, marker=marker and "s", markersize=4,

@@ -105,7 +105,7 @@ class Run:
         console.introduce(self.environment, self.config, sets.summary, self.trainer.global_batch_size,
                           self.trainer.per_device_batch_size, self.num_batches, self.trainer.learning_rate)
         if config.resume:
-            console.say(f"continuing after step {self.global_step}" if kept else "no checkpoint yet: starting at step 0")
+            console.say(f"continuing after step {self.global_step}" if kept else "no checkpoint: starting at step 0")
         self._make_step()
         if kept:
             self.trainer.load_tensors(kept.tensors)
