@@ -24,7 +24,10 @@ from mnist_dist.errors import LostProcess, MnistDistError, UserError
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.record.config_file import merged, read_config
 from mnist_dist.record.worker import any_left
+from mnist_dist.study.grid import AXES
 
+# options of training that a study sets for each run
+NOT_IN_STUDY = ("batch_size", "per_device_batch_size", "output_dir", "resume", "run_name")
 SHARED = ("dataset", "data_dir", "mirror", "seed")  # options of training that other commands have too
 
 
@@ -65,6 +68,30 @@ def build_parser() -> Parser:
     reproduce.add_argument("--output-dir", metavar="DIR", help="folder for both runs and the report (default: "
                            "runs/reproduce-<time>)")
     _add_options(reproduce, (*SHARED, "wandb"))
+
+    study = command("study", "a scaling study: throughput over batch sizes and processes; continues where it stopped")
+    study.add_argument("--batch-sizes", metavar="N,N", default="200", help="global batch sizes (under --scaling weak: "
+                       "per process) (default 200)")
+    study.add_argument("--processes", metavar="N,N", default="1", help="numbers of processes (default 1)")
+    study.add_argument("--scaling", metavar="{strong,weak}", default="strong", help="strong = a batch size is global; "
+                       "weak = per process; or both: strong,weak (default strong)")
+    study.add_argument("--repeats", metavar="N", default="5", help="runs of each cell (default 5)")
+    for axis, option in AXES.items():
+        study.add_argument(flag_of(axis), metavar="A,B", help=f"a further axis: values of {flag_of(option)}")
+    study.add_argument("--output-dir", metavar="DIR", default="studies/study", help="folder of the study (default "
+                       "studies/study)")
+    study.add_argument("--script", metavar="FILE", help="study another training: it takes --batch-size and "
+                       "--output-dir, and leaves a result.json (docs/studies.md); words after -- go to it")
+    study.add_argument("--cell-timeout", metavar="SECONDS", default="3600", help="end a run that takes longer (default "
+                       "3600)")
+    study.add_argument("--oversubscribe", action="store_true", help="also more processes than cores")
+    study.add_argument("--order-seed", metavar="N", default="0", help="seed of the runs' random order (default 0)")
+    study.add_argument("--dry-run", action="store_true", help="print the plan and its time, and start nothing")
+    _add_options(study, [option.name for option in fields(TrainConfig) if option.name not in NOT_IN_STUDY])
+
+    report = command("report", "draw a study's report again, or compare two studies cell by cell")
+    report.add_argument("folders", metavar="STUDY_DIR", nargs="+", help="folder of a study; with two, the second is "
+                        "compared with the first")
     return parser
 
 
@@ -91,6 +118,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line. Raises `UserError`; an unknown option is answered with the nearest known one."""
     parser = build_parser()
     words: list[str] = []
+    end = argv.index("--") if "--" in argv and argv[0] == "study" else len(argv)  # what follows is for its --script
+    argv, rest = argv[:end], argv[end + 1 :]
     for word in argv:
         if match := re.match(r"--[a-z][a-z_-]*", word):  # --batch_size is --batch-size
             word = match[0].replace("_", "-") + word[match.end():]
@@ -99,14 +128,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         else:
             words.append(word)
     given, unknown = parser.parse_known_args(words)
+    if given.command is None:
+        parser.error("a command is needed: train, predict, show, reproduce, study or report")
     if unknown:
         commands: Any = next(action.choices for action in parser._actions if action.dest == "command")
         known = [flag for action in commands[given.command]._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"mnist-dist {given.command} --help lists the options"
         raise UserError(f"unknown option {unknown[0]}: {hint}")
-    if given.command is None:
-        parser.error("a command is needed: train, predict, show or reproduce")
+    given.rest = rest
     return given
 
 
@@ -155,6 +185,10 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
     given = parse(argv)
     if given.command == "train":
         return _train(given, argv, launch or read_launch())
+    if given.command in ("study", "report"):
+        from mnist_dist.study import command
+
+        return command.study(given, argv) if given.command == "study" else command.report(given)
     options = {name: value for name, value in vars(given).items() if name in {*SHARED, "wandb"}}
     config = training_config(argparse.Namespace(config=None, **options))
     if given.command == "predict":

@@ -48,7 +48,7 @@ def test_unknown_key_in_a_config_file(tmp_path, monkeypatch, capsys):
     assert "unknown keys learning_rate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["report"]])
+@pytest.mark.parametrize("words", [[], ["fly"], ["--dry-run"]])
 def test_a_command_is_needed(words, capsys):
     assert main(words) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -19,12 +19,13 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "runner": {"errors", "processes", "record"},
     "training": {"errors", "config", "data", "processes", "record", "console"},
     "commands": {"errors", "config", "data", "record", "console", "runner", "training"},
-    "cli": {"errors", "config", "record", "processes", "training", "commands"},
+    "study": {"errors", "config", "tables", "processes", "record", "runner"},
+    "cli": {"errors", "config", "record", "processes", "training", "commands", "study"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 WITHOUT_TORCH = ("errors", "config", "console", "cli", "runner", "tables", "record", "record.result", "record.mirror",
-                 "record.config_file", "processes.launch", "processes.signals")
+                 "record.config_file", "processes.launch", "processes.signals", "study.command")
 
 
 def imports(path):

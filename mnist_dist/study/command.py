@@ -1,0 +1,137 @@
+"""`mnist-dist study` and `mnist-dist report`: their options, checked."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mnist_dist.config import TrainConfig, checked, flag_of
+from mnist_dist.errors import UserError
+from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid
+from mnist_dist.study.launches import look_at_machine
+from mnist_dist.study.report import write_report
+from mnist_dist.study.study import Request, run_study
+from mnist_dist.study.table import read_table
+
+T = TypeVar("T")
+OPTIONS = {option.name: option for option in fields(TrainConfig)}
+
+
+def study(given: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run, continue or print a study; returns the exit status. Raises `MnistDistError`."""
+    request = request_from(given, argv)
+    machine = look_at_machine(os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    return run_study(request, machine, dry_run=given.dry_run)
+
+
+def report(given: argparse.Namespace) -> int:
+    """Draw the report of a study again. Raises `UserError`."""
+    if len(given.folders) > 1:
+        raise UserError(f"report takes one study, got {len(given.folders)} folders: name one")
+    folder = Path(given.folders[0])
+    written = write_report(folder, read_table(folder))
+    print(f"written: {', '.join(map(str, written))}")
+    return 0
+
+
+def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
+    """What the command line asks for. Raises `UserError`."""
+    training = {name: value for name, value in vars(given).items() if name in OPTIONS and name != "output_dir"}
+    script, rest = given.script, tuple(given.rest)
+    if script is None and rest:
+        raise UserError(f"words after -- are for a --script, got {shlex.join(rest)}: drop them, or name the script")
+    if script is not None and not Path(script).is_file():
+        raise UserError(f"--script {script} is not a file: name the training to study")
+    axes = {option: _list(flag_of(axis), getattr(given, axis), _of_training(option, script))
+            for axis, option in AXES.items() if getattr(given, axis) is not None}
+    for option in axes:
+        if option in training:
+            raise UserError(f"{flag_of(option)} {training[option]} and an axis of it say two things: give one of them")
+    grid = Grid(
+        batch_sizes=_list("--batch-sizes", given.batch_sizes, _whole(1)),
+        processes=_list("--processes", given.processes, _whole(1)),
+        scaling=_list("--scaling", given.scaling, _scaling), repeats=_one("--repeats", given.repeats, _whole(1)),
+        axes=axes,
+    )
+    folder = Path(given.output_dir)
+    fixed = {flag_of(name): value for name, value in training.items()}
+    words = [_word(name, value) for name, value in training.items()]
+    if script is None:
+        TrainConfig(**training)  # what is wrong for every cell is an error
+        for name, value in {"checkpoint_every": "never", "wandb_group": folder.resolve().name}.items():
+            if name not in training:
+                words.append(_word(name, value))
+    return Request(
+        grid=grid, folder=folder, options=(*words, *rest), fixed={**fixed, **({"--": list(rest)} if rest else {})},
+        script=script, command=shlex.join(["mnist-dist", *argv]),
+        seed=_one("--order-seed", given.order_seed, _whole(0)),
+        cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
+        check=_check(training) if script is None else lambda cell: None,
+    )
+
+
+def _check(training: Mapping[str, Any]) -> Callable[[Cell], None]:
+    def check(cell: Cell) -> None:
+        config = TrainConfig(**{**training, **dict(cell.options), "batch_size": cell.global_batch_size})
+        config.global_batch_size(cell.processes)
+
+    return check
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag_of(name) if value else flag_of(f"no_{name}")
+    return f"{flag_of(name)}={value}"
+
+
+def _list(flag: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:
+    """`text`, separated by commas, each value once. Raises `UserError` naming the flag."""
+    return tuple(dict.fromkeys(_one(flag, part, read) for part in text.split(",")))
+
+
+def _one(flag: str, text: str, read: Callable[[str], T]) -> T:
+    try:
+        return read(text.strip())
+    except ValueError as error:
+        raise UserError(f"{flag} must be {error}, got {text!r}") from None
+
+
+def _whole(minimum: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise ValueError(f"a whole number at least {minimum}, or some of these separated by commas")
+        return int(text)
+
+    return read
+
+
+def _scaling(text: str) -> str:
+    if text not in SCALINGS:
+        raise ValueError("strong, weak, or strong,weak")
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError("a number of seconds above 0")
+    return value
+
+
+def _of_training(option: str, script: str | None) -> Callable[[str], str]:
+    """Values of an axis: for our training checked and in one spelling; another script checks its own."""
+    def read(text: str) -> str:
+        if not text:
+            raise ValueError("values separated by commas")
+        return text if script is not None else str(checked(OPTIONS[option], text))
+
+    return read

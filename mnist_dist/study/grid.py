@@ -1,0 +1,128 @@
+"""The grid of a study: which cells there are, which of them cannot run, and in which order their runs are done.
+
+A cell is a global batch size, a number of processes, and a value for each further axis. Weak scaling adds no other kind
+of cell: a per-device batch of b on P processes is the global batch bP, so a cell that both scalings ask for runs once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any
+
+from mnist_dist.errors import UserError
+
+SCALINGS = ("strong", "weak")
+AXES = {"lrs": "lr", "mixed_precisions": "mixed_precision", "compiles": "compile"}  # option of a study: of training
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operating point: its runs are repeats of each other."""
+
+    global_batch_size: int
+    processes: int
+    options: tuple[tuple[str, str], ...] = ()  # option of training to its value, for the axes that are studied
+
+    @property
+    def name(self) -> str:
+        """As a file name: `b200-p2-lr-0.001`. A value that cannot be in one, or is long, is cut and gets a hash."""
+        name = f"b{self.global_batch_size}-p{self.processes}"
+        for key, value in self.options:
+            safe = re.sub(r"[^\w.+-]", "_", value, flags=re.ASCII)[:40]
+            mark = "" if safe == value else f"-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+            name += f"-{key.replace('_', '-')}-{safe}{mark}"
+        return name
+
+    def __str__(self) -> str:
+        others = "".join(f", {key.replace('_', ' ')} {value}" for key, value in self.options)
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"batch {self.global_batch_size:,} on {processes}{others}"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a cell: `role` is "repeat", or "first" and "last" for the base case's runs that check for drift."""
+
+    cell: Cell
+    role: str
+    number: int  # of the repeat, or of the grid that the drift check belongs to; from 1
+
+    @property
+    def name(self) -> str:
+        """The run's folder below the study's `runs/`."""
+        return f"{self.cell.name}-{self.role}-{self.number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What one `mnist-dist study` command asks for."""
+
+    batch_sizes: tuple[int, ...]
+    processes: tuple[int, ...] = (1,)
+    scaling: tuple[str, ...] = ("strong",)
+    repeats: int = 5
+    axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option of training to its values
+
+    def cells(self) -> list[Cell]:
+        """Every cell once: batch sizes in their order, then processes, then the further axes."""
+        others = [tuple(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
+        found = {
+            Cell(size * (count if how == "weak" else 1), count, options): None
+            for how in self.scaling for size in self.batch_sizes for count in self.processes for options in others
+        }
+        return list(found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**asdict(self), "axes": {key: list(values) for key, values in self.axes.items()}}
+
+
+def base_of(cells: Sequence[Cell]) -> Cell:
+    """The cell whose runs check for drift: the fewest processes, at the batch size that is named first."""
+    return min(cells, key=lambda cell: cell.processes)
+
+
+def plan(cells: Sequence[Cell], repeats: int, seed: int, number: int,
+         done: Iterable[str] = ()) -> list[PlannedRun]:
+    """The runs that are not `done` (names), in their order: for each repeat every cell once, in random order, so that a
+    slow hour of the machine falls on all cells. The base case is also the first and the last run of grid `number`.
+    """
+    shuffled, known = random.Random(seed), set(done)
+    runs = []
+    for repeat in range(1, repeats + 1):
+        new = [run for cell in cells if (run := PlannedRun(cell, "repeat", repeat)).name not in known]
+        shuffled.shuffle(new)
+        runs += new
+    if not runs:
+        return []
+    base = base_of(cells)
+    return [PlannedRun(base, "first", number), *runs, PlannedRun(base, "last", number)]
+
+
+def possible(cells: Iterable[Cell], devices: int, kind: str, oversubscribe: bool,
+             check: Callable[[Cell], None]) -> tuple[list[Cell], dict[Cell, str]]:
+    """(cells that can run, the others with the reason), on a machine with so many `kind` ("GPUs" or "cores").
+
+    `check` raises `UserError` for a cell that the training refuses.
+    """
+    can, cannot = [], {}
+    for cell in cells:
+        if cell.global_batch_size < cell.processes:
+            cannot[cell] = f"a batch of {cell.global_batch_size} is smaller than {cell.processes} processes"
+        elif cell.processes > devices and kind == "GPUs":
+            cannot[cell] = f"{cell.processes} processes, and this machine has {devices} GPUs: each process needs one"
+        elif cell.processes > devices and not oversubscribe:
+            cannot[cell] = (f"{cell.processes} processes, and this machine has {devices} cores: --oversubscribe runs "
+                            "it all the same")
+        else:
+            try:
+                check(cell)
+                can.append(cell)
+            except UserError as error:
+                cannot[cell] = str(error)
+    return can, cannot

@@ -1,0 +1,127 @@
+"""Starts the runs of a study, one at a time, each with a time limit, and says how each ended.
+
+A run is `mnist-dist train`, or another script: alone, or on N processes of torchrun. What a run prints goes to
+`output.txt` in its folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mnist_dist import runner
+from mnist_dist.config import flag_of
+from mnist_dist.errors import UserError
+from mnist_dist.processes.launch import child_environment, num_cores
+from mnist_dist.study.grid import PlannedRun
+from mnist_dist.study.table import read_contract
+
+OUTPUT = "output.txt"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a study may use: a process on each of its GPUs, or without GPUs on its cores."""
+
+    gpus: int
+    cores: int
+
+    @property
+    def devices(self) -> tuple[int, str]:
+        """How many of what: (8, "GPUs") or (2, "cores")."""
+        return (self.gpus, "GPUs") if self.gpus else (self.cores, "cores")
+
+
+def look_at_machine(use_cpu: bool) -> Machine:
+    """This machine. Its GPUs are counted in another process, so that this one never touches them."""
+    count = 0
+    if not use_cpu:
+        code = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+        words = [sys.executable, "-c", code]
+        done = runner.run(words, timeout=120.0)
+        last = (done.stdout.split() or [""])[-1]
+        if done.returncode or not last.isdigit():
+            raise UserError(f"the GPUs could not be counted ({runner.last_error(done.stderr)}): see whether "
+                            "`python -c 'import torch'` works")
+        count = int(last)
+    return Machine(count, num_cores())
+
+
+def command_of(run: PlannedRun, folder: Path, options: Sequence[str], script: str | None) -> list[str]:
+    """The command of a run."""
+    cell = run.cell
+    words = [*options, *(f"{flag_of(name)}={value}" for name, value in cell.options),
+             f"--batch-size={cell.global_batch_size}", f"--output-dir={folder}"]
+    if script is None:
+        several = [f"--processes={cell.processes}"] if cell.processes > 1 else []
+        return [sys.executable, "-m", "mnist_dist", "train", *words, *several]
+    if cell.processes == 1:
+        return [sys.executable, script, *words]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.processes}",
+            script, *words]
+
+
+def environment_of(run: PlannedRun, machine: Machine, mark: str, script: str | None) -> dict[str, str]:
+    """The environment of a run, whose processes all carry the study's `mark`.
+
+    torchrun gives each process one thread, and on the CPU it lets each think that it is alone. So it gets what
+    `mnist-dist train --processes` sets: each process's share of the cores, and the word that the CPU is meant.
+    """
+    marks = [os.environ.get(runner.MARK), mark]  # the study may belong to a tree itself
+    environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks))}
+    if script is not None and run.cell.processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores // run.cell.processes)))
+    if not machine.gpus:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return environment
+
+
+def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: dict[str, str],
+          timeout: float) -> dict[str, Any]:
+    """Do the run in its folder, from nothing; returns its status, the reason of a failure, its begin and seconds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    begun, clock = datetime.now(timezone.utc), time.monotonic()
+    reason = ""
+    try:
+        done = runner.run(command, timeout=timeout, environment=environment)
+        printed, status = done.stdout + done.stderr, done.returncode
+        if status:
+            reason = runner.last_error(done.stderr) or f"exit status {status}"
+            if status < 0:
+                reason = f"ended by {signal.Signals(-status).name}" + (
+                    ", perhaps because memory ran out" if status == -signal.SIGKILL else "")
+    except subprocess.TimeoutExpired:
+        printed, reason = "", f"no result after {timeout:g} s (--cell-timeout): ended"
+    if folder.is_dir():
+        (folder / OUTPUT).write_text(printed, encoding="utf-8", errors="replace")
+    if not reason:
+        reason = contract_problem(run, folder)
+    return {"status": "failed" if reason else "completed", "reason": " ".join(reason.split())[:500],
+            "started": begun.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}
+
+
+def contract_problem(run: PlannedRun, folder: Path) -> str:
+    """What is wrong with the result that the run has left; "" if it is whole and of this cell."""
+    try:
+        values = read_contract(folder)
+    except UserError as error:
+        return str(error)
+    if values["status"] != "completed":
+        return f"its status is {values['status']}"
+    for what, found, wanted in (
+        ("processes", values["environment"]["num_processes"], run.cell.processes),
+        ("samples in a global batch", values["summary"]["global_batch_size"], run.cell.global_batch_size),
+    ):
+        if found != wanted:
+            return f"its result.json is of {found} {what}, not of {wanted}"
+    return ""

@@ -1,0 +1,298 @@
+"""`mnist-dist study`: plans a grid, does its runs one at a time, keeps the table, writes the report.
+
+The folder of a study holds `study.json` (what was asked for, in which order), `runs/NAME/` (one folder per run),
+`runs.jsonl` and `runs.csv` (the table), `study.log`, and the report. A run is done if its `result.json` is whole, so
+the same command continues a study that was interrupted at any point.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+import signal
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mnist_dist import runner
+from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.record.files import replace_synced
+from mnist_dist.study.grid import Cell, Grid, PlannedRun, plan, possible
+from mnist_dist.study.launches import Machine, command_of, contract_problem, environment_of, start
+from mnist_dist.study.report import write_report
+from mnist_dist.study.table import Row, read_contract, write_table
+
+STUDY, LOG, RUNS, OUTCOME = "study.json", "study.log", "runs", "outcome.json"
+# For an estimate before any run: a start, and what a step and a sample cost on a CPU core pair, in seconds.
+START_SECONDS, STEP_SECONDS, SAMPLE_SECONDS, UNKNOWN_SAMPLES = 6.0, 1.5e-3, 5e-6, 60_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks for."""
+
+    grid: Grid
+    folder: Path
+    options: tuple[str, ...]  # of training, the same for all cells
+    fixed: Mapping[str, Any]  # what may not change in a study's folder: by name
+    script: str | None
+    command: str
+    seed: int
+    cell_timeout: float
+    oversubscribe: bool
+    check: Callable[[Cell], None]  # raises `UserError` for a cell that the training refuses
+
+
+@dataclass
+class Study:
+    """A study's folder: the plan so far, and which runs are done."""
+
+    folder: Path
+    mark: str = field(default_factory=lambda: f"study-{secrets.token_hex(8)}")  # carried by all processes of its runs
+    script: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    grids: list[dict[str, Any]] = field(default_factory=list)  # each command, with its seed and date
+    runs: list[PlannedRun] = field(default_factory=list)  # all of them, in their order
+    impossible: dict[Cell, str] = field(default_factory=dict)
+    _rows: dict[str, Row] = field(default_factory=dict)  # as read: a study of many runs reads each once
+
+    def save(self) -> None:
+        """Write `study.json`."""
+        values = {
+            "mark": self.mark, "script": self.script, "fixed": self.fixed, "grids": self.grids,
+            "runs": [{**_cell_values(run.cell), "role": run.role, "number": run.number} for run in self.runs],
+            "impossible": [{**_cell_values(cell), "reason": reason} for cell, reason in self.impossible.items()],
+        }
+        replace_synced(self.folder / STUDY, (json.dumps(values, indent=1) + "\n").encode())
+
+    def run_folder(self, run: PlannedRun) -> Path:
+        """Where the run leaves its files."""
+        return self.folder / RUNS / run.name
+
+    def is_done(self, run: PlannedRun) -> bool:
+        """Whether the run's result is whole."""
+        return not contract_problem(run, self.run_folder(run))
+
+    def row(self, order: int, run: PlannedRun) -> Row | None:
+        """The run's row of the table; None if it was not run yet."""
+        folder, done = self.run_folder(run), self.is_done(run)
+        try:
+            outcome = json.loads((folder / OUTCOME).read_bytes())
+        except (OSError, ValueError):
+            if not done:
+                return None
+            # the study was killed after the run's end: the result is what counts
+            outcome = {"reason": "", "started": None, "seconds": None}
+        grid = max((g for g in self.grids if g["first_run"] <= order), key=lambda g: g["first_run"])
+        values = read_contract(folder) if done else {}
+        return {
+            "run": run.name, "role": run.role, "repeat": run.number, "order": order, **_cell_values(run.cell),
+            **outcome, "status": "completed" if done else "failed",
+            "study": {"command": grid["command"], "seed": grid["seed"], "date": grid["date"], "script": self.script},
+            **{name: value for name, value in values.items() if name != "status"},
+        }
+
+    def rows(self) -> list[Row]:
+        """The table: runs in their order, then the cells that cannot run."""
+        for order, run in enumerate(self.runs, 1):
+            if run.name not in self._rows and (row := self.row(order, run)):
+                self._rows[run.name] = row
+        rows = [self._rows[run.name] for run in self.runs if run.name in self._rows]
+        return rows + [{"run": cell.name, "role": "none", "repeat": None, "order": None, **_cell_values(cell),
+                        "status": "impossible", "reason": reason} for cell, reason in self.impossible.items()]
+
+    def forget(self, run: PlannedRun) -> None:
+        """The run is done anew: its row is read again."""
+        self._rows.pop(run.name, None)
+
+
+def _cell_values(cell: Cell) -> dict[str, Any]:
+    return {"global_batch_size": cell.global_batch_size, "processes": cell.processes, "options": dict(cell.options)}
+
+
+def _cell_from(values: Mapping[str, Any]) -> Cell:
+    return Cell(values["global_batch_size"], values["processes"], tuple(values["options"].items()))
+
+
+def open_study(folder: Path) -> Study:
+    """The study in the folder, or a new one. Raises `UserError` if its `study.json` cannot be read."""
+    try:
+        values = json.loads((folder / STUDY).read_bytes())
+        return Study(
+            folder, values["mark"], values["script"], values["fixed"], values["grids"],
+            [PlannedRun(_cell_from(run), run["role"], run["number"]) for run in values["runs"]],
+            {_cell_from(cell): cell["reason"] for cell in values["impossible"]},
+        )
+    except FileNotFoundError:
+        return Study(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / STUDY} cannot be read ({type(error).__name__}: {error}): give another --output-dir"
+                        ) from None
+
+
+def extend(study: Study, request: Request, machine: Machine) -> None:
+    """Add the request's grid to the study. Raises `UserError` if the two do not fit, or nothing of it can run."""
+    if study.grids:
+        asked = {"--script": request.script, **request.fixed}
+        before = {"--script": study.script, **study.fixed}
+        for name in dict.fromkeys([*before, *asked]):
+            if before.get(name) != asked.get(name):
+                raise UserError(f"--output-dir {study.folder} holds a study with {name} {before.get(name)}, this "
+                                f"command has {asked.get(name)}: give the same, or another --output-dir")
+    can, cannot = possible(request.grid.cells(), *machine.devices, request.oversubscribe, request.check)
+    if not can:
+        raise UserError(f"no cell of the grid can run: {next(iter(cannot.values()))}")
+    for cell in can:
+        study.impossible.pop(cell, None)
+    study.impossible |= cannot
+    study.script, study.fixed = request.script, dict(request.fixed)
+    new = plan(can, request.grid.repeats, request.seed, len(study.grids) + 1, (run.name for run in study.runs))
+    if new:
+        study.grids.append({"command": request.command, "seed": request.seed, "first_run": len(study.runs) + 1,
+                            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+                            "grid": request.grid.as_dict()})
+        study.runs += new
+
+
+def estimate(pending: Sequence[PlannedRun], rows: Sequence[Row], fixed: Mapping[str, Any]) -> float:
+    """Seconds that the pending runs take: as the same cell took, else as all cells did in comparison with a rough
+    formula, else by that formula.
+    """
+    def rough(cell: Cell) -> float:
+        samples = UNKNOWN_SAMPLES * int(fixed.get("--epochs") or 1)
+        if fixed.get("--max-steps"):
+            samples = min(samples, int(fixed["--max-steps"]) * cell.global_batch_size)
+        return START_SECONDS + samples / cell.global_batch_size * STEP_SECONDS + samples * SAMPLE_SECONDS
+
+    seen: dict[Cell, list[float]] = {}
+    for row in rows:
+        if row["status"] == "completed" and row["seconds"]:
+            seen.setdefault(_cell_from(row), []).append(row["seconds"])
+    known = {cell: statistics.median(seconds) for cell, seconds in seen.items()}
+    factor = statistics.median(seconds / rough(cell) for cell, seconds in known.items()) if known else 1.0
+    return sum(known.get(run.cell, factor * rough(run.cell)) for run in pending)
+
+
+def say_duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> list[PlannedRun]:
+    """Print what will be run, and what cannot be; returns the runs that are pending."""
+    pending = [run for run in study.runs if not study.is_done(run)]
+    count, kind = machine.devices
+    cells = list(dict.fromkeys(run.cell for run in study.runs))
+    say(f"{len(cells)} cells, {len(study.runs)} runs on {count} {kind}, of which {len(study.runs) - len(pending)} are "
+        f"done; the others take about {say_duration(estimate(pending, study.rows(), study.fixed))}")
+    for cell in cells:
+        own = [run for run in study.runs if run.cell == cell]
+        drift = sum(run.role != "repeat" for run in own)
+        more = f", and {drift} more as a check of drift" if drift else ""
+        say(f"  {cell}: {len(own) - drift} {'repeat' if len(own) - drift == 1 else 'repeats'}{more}")
+    for cell, reason in study.impossible.items():
+        say(f"  cannot run: {cell}: {reason}")
+    return pending
+
+
+def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
+    """Run or continue the study; returns the exit status: 0, or 1 if a run failed. Raises `MnistDistError`."""
+    if dry_run:
+        study = open_study(request.folder)
+        extend(study, request, machine)
+        pending = show_plan(study, machine, print)
+        print("in this order: " + ", ".join(run.name for run in pending))
+        return 0
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(request.folder / ".lock", timeout=0):
+            return _run(request, machine)
+    except Timeout:
+        raise UserError(f"--output-dir {request.folder} is in use by another study command: wait for it, or give "
+                        "another") from None
+    except OSError as error:
+        raise UserError(f"--output-dir {request.folder} cannot be written ({error.strerror}): give another") from None
+
+
+def _run(request: Request, machine: Machine) -> int:
+    study = open_study(request.folder)
+    runner.end_tree(study.mark)  # of a study that was killed, runs may be left
+    extend(study, request, machine)
+    study.save()
+    with open(study.folder / LOG, "a", encoding="utf-8") as log:
+        def say(line: str) -> None:
+            print(line, flush=True)
+            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+            log.flush()
+
+        say(request.command)
+        pending = show_plan(study, machine, say)
+        before = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            for done, run in enumerate(pending, 1):
+                _do(study, run, request, machine, say, f"[{done}/{len(pending)}]", pending[done:])
+        except KeyboardInterrupt as stop:
+            raise Interrupted(signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            rows = study.rows()
+            write_table(study.folder, rows)
+            written = write_report(study.folder, rows) if any(r["status"] == "completed" for r in rows) else []
+            say(f"written: {', '.join(map(str, written))}")
+        failed = [row for row in rows if row["status"] == "failed"]
+        for row in failed:
+            say(f"failed: {row['run']}: {row['reason']}")
+    return MnistDistError.exit_status if failed else 0
+
+
+class Interrupted(MnistDistError):
+    """Ctrl-C or SIGTERM ended the study."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}: the same command continues the study")
+        self.exit_status = 128 + number
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends the study as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: Callable[[str], None], place: str,
+        left: Sequence[PlannedRun]) -> None:
+    """One run: its outcome is written, its row added, and a line printed."""
+    folder = study.run_folder(run)
+    command = command_of(run, folder, request.options, request.script)
+    outcome: dict[str, Any] = {"status": "failed", "reason": "stopped by Ctrl-C or SIGTERM", "started": None,
+                               "seconds": None}
+    if sys.stdout.isatty():
+        print(f"{place} {run.name} …", end="\r", flush=True)
+    try:
+        outcome = start(run, folder, command, environment_of(run, machine, study.mark, request.script),
+                        request.cell_timeout)
+    finally:
+        replace_synced(folder / OUTCOME, json.dumps({**outcome, "command": shlex.join(command)}).encode())
+        study.forget(run)
+    rows = study.rows()
+    write_table(study.folder, rows)
+    if outcome["status"] == "completed":
+        epochs = read_contract(folder)["epochs"]
+        samples, seconds = (sum(epoch[name] for epoch in epochs) for name in ("measured_samples", "measured_seconds"))
+        what = f"{samples / seconds:,.0f} samples/s" if seconds else "nothing measured"
+    else:
+        what = f"failed: {outcome['reason']}"
+    rest = f"; about {say_duration(estimate(left, rows, study.fixed))} left" if left else ""
+    say(f"{place} {run.name}: {what}, {outcome['seconds']:.1f} s{rest}")

@@ -1,0 +1,111 @@
+"""The table of a study: one row per run, with its config, environment and every figure, as JSONL and as CSV.
+
+`result.json` is the contract with a training (docs/studies.md): the fields of `NEEDED` must be there, all others are
+copied as they are. The report is made from `runs.jsonl` alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.errors import UserError
+from mnist_dist.record.files import replace_synced
+from mnist_dist.record.folder import RESULT
+
+JSONL, CSV = "runs.jsonl", "runs.csv"
+Row = dict[str, Any]
+# Of an epoch: a training must say at least this. An epoch without measured steps has 0 samples.
+NEEDED_OF_EPOCH = ("measured_samples", "measured_seconds")
+
+
+def read_contract(folder: Path) -> dict[str, Any]:
+    """A run's `result.json`, checked. Raises `UserError` naming what is missing or is no number."""
+    path = folder / RESULT
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"it left no {RESULT} in its --output-dir") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"its {RESULT} cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"its {RESULT} holds no mapping of names to values")
+    problems = [name for name in ("status", "environment", "summary", "epochs") if name not in values]
+    problems += [f"environment.{name}" for name in ("num_processes",) if name not in _part(values, "environment")]
+    problems += [f"summary.{name}" for name in ("global_batch_size",) if name not in _part(values, "summary")]
+    epochs = values.get("epochs")
+    if not isinstance(epochs, list) or not all(isinstance(epoch, dict) for epoch in epochs):
+        problems.append("epochs (a list of mappings)")
+    else:
+        for name in NEEDED_OF_EPOCH:
+            if any(not _is_figure(epoch.get(name)) for epoch in epochs):
+                problems.append(f"epochs[].{name}")
+    if problems:
+        raise UserError(f"its {RESULT} has no {', '.join(dict.fromkeys(problems))}")
+    return values
+
+
+def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = values.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def write_table(folder: Path, rows: Iterable[Row]) -> None:
+    """Write the rows as `runs.jsonl` and `runs.csv`, each atomically."""
+    rows = list(rows)
+    replace_synced(folder / JSONL, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    flat = [flattened(row) for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    replace_synced(folder / CSV, text.getvalue().encode())
+
+
+def flattened(row: Row) -> dict[str, Any]:
+    """A row for the CSV: `environment.torch`; of the epochs, a JSON list for each figure."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": _text(own) for inner, own in value.items()}
+        elif name == "epochs":
+            figures = dict.fromkeys(figure for epoch in value for figure in epoch)
+            flat |= {f"epochs.{figure}": _text([epoch.get(figure) for epoch in value]) for figure in figures}
+        else:
+            flat[name] = _text(value)
+    return flat
+
+
+def _text(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (dict, list)) else value
+
+
+def read_table(folder: Path) -> list[Row]:
+    """The rows of a study. Raises `UserError` if there is no table or a line is damaged."""
+    path = folder / JSONL
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} has no {JSONL}: name the folder of a study") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): run the study again, which makes it from its runs") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "status": row["status"], "run": row["run"], "role": row["role"],
+                         "global_batch_size": int(row["global_batch_size"]), "processes": int(row["processes"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}, is damaged ({type(error).__name__}: {error}): run the study "
+                            "again, which makes the table from its runs") from None
+    return rows

@@ -1,0 +1,41 @@
+"""A training of some milliseconds, without torch, for tests of the study. `--trouble BATCH:KIND` makes a run fail."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--batch-size", type=int)
+parser.add_argument("--output-dir", type=Path)
+parser.add_argument("--trouble", default="")
+parser.add_argument("--seconds", type=float, default=0.0)
+parser.add_argument("--lr")
+given = parser.parse_args()
+batch, _, kind = given.trouble.partition(":")
+with open(given.output_dir.parents[1] / "started.txt", "a") as file:
+    file.write(f"{given.output_dir.name}\n")
+if batch == str(given.batch_size):
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "memory":
+        raise MemoryError("no room for the batch")
+    elif kind == "hang":
+        time.sleep(600)
+    elif kind == "silent":
+        sys.exit(0)
+time.sleep(given.seconds)
+result = {
+    "status": "completed", "environment": {"num_processes": int(os.environ.get("WORLD_SIZE", 1))},
+    "summary": {"global_batch_size": given.batch_size},
+    "epochs": [{"measured_samples": 100 * given.batch_size, "measured_seconds": 0.5 + given.batch_size / 1000}],
+}
+if batch == str(given.batch_size) and kind == "breach":
+    del result["summary"], result["epochs"][0]["measured_seconds"]
+if os.environ.get("RANK", "0") == "0":
+    (given.output_dir / "result.json").write_text(json.dumps(result))

@@ -1,0 +1,182 @@
+"""A study: continued where it stopped, whatever stopped it; a run that fails is a row with its reason."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT, result_of
+
+from mnist_dist.cli import main
+from mnist_dist.processes.launch import child_environment
+from mnist_dist.study.table import read_table
+
+STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+
+
+def study(folder, *words, sizes="10,20", repeats=2, rest=()):
+    """`mnist-dist study` of the stand-in; the exit status."""
+    return main(["study", "--script", STAND_IN, "--batch-sizes", sizes, "--repeats", str(repeats), "--output-dir",
+                 str(folder), *map(str, words), *(["--", *rest] if rest else [])])
+
+
+def stamps(folder):
+    """Inode and times of every result."""
+    found = {}
+    for path in sorted(folder.glob("runs/*/result.json")):
+        stat = path.stat()
+        found[path.parent.name] = (stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def started(folder):
+    """The names of the runs, as they were started."""
+    return (folder / "started.txt").read_text().split()
+
+
+def test_a_study_has_a_row_for_each_run_in_the_recorded_order(tmp_path, capsys):
+    assert study(tmp_path) == 0
+    rows = read_table(tmp_path)
+    assert [row["run"] for row in rows] == started(tmp_path)
+    assert started(tmp_path)[0] == "b10-p1-first-1" and started(tmp_path)[-1] == "b10-p1-last-1"
+    assert sorted(started(tmp_path)[1:-1]) == [f"b{size}-p1-repeat-{r}" for size in (10, 20) for r in (1, 2)]
+    for number, row in enumerate(rows, 1):
+        assert row["status"] == "completed" and row["reason"] == "" and row["order"] == number
+        assert row["epochs"][0]["measured_samples"] == 100 * row["global_batch_size"]
+        assert row["study"]["seed"] == 0 and row["study"]["command"].startswith("mnist-dist study --script")
+    csv = (tmp_path / "runs.csv").read_text().splitlines()
+    assert len(csv) == 7 and "environment.num_processes" in csv[0] and "epochs.measured_seconds" in csv[0]
+    printed = capsys.readouterr().out
+    assert "[6/6] b10-p1-last-1: " in printed and " left\n" in printed
+    assert "b10-p1-last-1" in (tmp_path / "study.log").read_text()
+    assert "b20-p1" not in printed.splitlines()[-1] and (tmp_path / "report.md").exists()
+
+
+def test_the_same_command_runs_nothing_twice_and_another_grid_adds(tmp_path):
+    assert study(tmp_path) == 0
+    before = stamps(tmp_path)
+    assert study(tmp_path) == 0 and stamps(tmp_path) == before and len(started(tmp_path)) == 6
+    assert study(tmp_path, sizes="20,30", repeats=3) == 0
+    after = stamps(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"b20-p1-first-2", "b20-p1-last-2", "b20-p1-repeat-3", "b30-p1-repeat-1",
+                                        "b30-p1-repeat-2", "b30-p1-repeat-3"}
+    assert len(read_table(tmp_path)) == 12
+
+
+def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
+    for kind, reason in {"kill": "ended by SIGKILL, perhaps because memory ran out",
+                         "memory": "MemoryError: no room for the batch",
+                         "hang": "no result after 2 s (--cell-timeout): ended",
+                         "silent": "it left no result.json in its --output-dir",
+                         "breach": "its result.json has no summary, summary.global_batch_size, "
+                                   "epochs[].measured_seconds"}.items():
+        folder = tmp_path / kind
+        assert study(folder, "--cell-timeout", 2, sizes="10,20,30", repeats=1, rest=["--trouble", f"20:{kind}"]) == 1
+        rows = {row["run"]: row for row in read_table(folder)}
+        failed = [row["run"] for row in rows.values() if row["status"] == "failed"]
+        assert len(rows) == 5 and failed == ["b20-p1-repeat-1"]
+        assert rows["b20-p1-repeat-1"]["reason"] == reason
+        assert reason in capsys.readouterr().out and reason in (folder / "report.md").read_text()
+
+
+def test_a_broken_run_is_run_anew_and_alone(tmp_path):
+    assert study(tmp_path) == 0
+    before = stamps(tmp_path)
+    (tmp_path / "runs" / "b20-p1-repeat-1" / "result.json").write_text("{")
+    assert study(tmp_path) == 0
+    assert started(tmp_path)[6:] == ["b20-p1-repeat-1"]
+    assert {name for name, stamp in stamps(tmp_path).items() if stamp != before[name]} == {"b20-p1-repeat-1"}
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_in_the_middle_and_continued(number, status, tmp_path):
+    words = ["study", "--script", STAND_IN, "--batch-sizes", "10,20,30", "--repeats", "2", "--output-dir",
+             str(tmp_path), "--", "--seconds", "0.4"]
+    running = subprocess.Popen([sys.executable, "-m", "mnist_dist", *words], cwd=ROOT, env=child_environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(stamps(tmp_path)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        running.send_signal(number)
+        _, errors = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == status
+    before = stamps(tmp_path)
+    assert 3 <= len(before) < 8
+    if number != signal.SIGKILL:
+        assert errors.count("\n") == 1 and "the same command continues the study" in errors
+        assert "stopped by Ctrl-C or SIGTERM" in {row["reason"] for row in read_table(tmp_path)}
+    assert main(words) == 0
+    after, rows = stamps(tmp_path), read_table(tmp_path)
+    assert {name: after[name] for name in before} == before, "no finished run is run twice"
+    assert len(rows) == len({row["run"] for row in rows}) == 8 and {row["status"] for row in rows} == {"completed"}
+
+
+def test_two_processes_of_a_script(tmp_path, capsys):
+    assert study(tmp_path, "--processes", "1,2,3", sizes="2", repeats=1) == 0
+    rows = {row["run"]: row for row in read_table(tmp_path)}
+    assert rows["b2-p2-repeat-1"]["environment"]["num_processes"] == 2
+    assert rows["b2-p3"]["status"] == "impossible" and "smaller than 3 processes" in rows["b2-p3"]["reason"]
+    assert "cannot run: batch 2 on 3 processes" in capsys.readouterr().out.split("[1/")[0]
+
+
+def test_our_own_training(small_dir, tmp_path):
+    words = ["study", "--batch-sizes", "100", "--repeats", "1", "--lrs", "1e-3", "--output-dir", str(tmp_path / "s"),
+             "--data-dir", str(small_dir), "--epochs", "1", "--wandb", "disabled"]
+    assert main(words) == 0
+    row = read_table(tmp_path / "s")[1]
+    assert row["run"] == "b100-p1-lr-0.001-repeat-1" and row["config"]["lr"] == 1e-3
+    assert row["config"]["wandb_group"] == "s" and row["config"]["checkpoint_every"] == "never"
+    assert row["epochs"] == result_of(tmp_path / "s" / "runs" / row["run"])["epochs"]
+    assert (tmp_path / "s" / "runs" / row["run"] / "output.txt").read_text().startswith("1 process on ")
+
+
+def test_a_dry_run_starts_and_writes_nothing(tmp_path, capsys):
+    assert study(tmp_path / "s", "--dry-run", sizes="10,20", repeats=3) == 0
+    printed = capsys.readouterr().out
+    assert "2 cells, 8 runs on " in printed and "about " in printed and "b20-p1-repeat-3" in printed
+    assert not (tmp_path / "s").exists()
+
+
+BAD = {
+    "--batch-sizes": (["--batch-sizes", "10,x"], "--batch-sizes must be a whole number at least 1"),
+    "no batch": (["--batch-sizes", ""], "--batch-sizes must be"),
+    "--processes": (["--processes", "0"], "--processes must be a whole number at least 1"),
+    "--scaling": (["--scaling", "fast"], "--scaling must be strong, weak, or strong,weak, got 'fast'"),
+    "--repeats": (["--repeats", "2.5"], "--repeats must be a whole number"),
+    "--cell-timeout": (["--cell-timeout", "never"], "--cell-timeout must be a number of seconds above 0"),
+    "--script": (["--script", "none.py"], "--script none.py is not a file"),
+    "words": (["--", "--x"], "words after -- are for a --script"),
+    "twice": (["--lr", "1", "--lrs", "1,2"], "--lr 1 and an axis of it say two things"),
+    "axis": (["--mixed-precisions", "no,fp8"], "--mixed-precision must be one of no, fp16, bf16; got 'fp8'"),
+    "training": (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+    "nothing can run": (["--batch-sizes", "1", "--processes", "2"], "no cell of the grid can run"),
+    "unknown": (["--batchsizes", "1"], "did you mean --batch-sizes?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
+    words, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", *words]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and message in errors
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(("run", "study.json"))]
+
+
+def test_another_study_is_not_mixed_in(tmp_path, capsys):
+    assert study(tmp_path, repeats=1) == 0
+    assert study(tmp_path, repeats=1, rest=["--seconds", "0"]) == 2
+    assert "give the same, or another --output-dir" in capsys.readouterr().err
+    (tmp_path / "study.json").write_text(json.dumps({"mark": "m"}))
+    assert study(tmp_path, repeats=1) == 2
+    assert "study.json cannot be read" in capsys.readouterr().err
