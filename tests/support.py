@@ -18,6 +18,7 @@ from mnist_dist import runner
 from mnist_dist.processes.launch import child_environment
 from mnist_dist.record import EpochRecord, RunResult, RunSummary
 from mnist_dist.record.environment import Environment
+from mnist_dist.record.measured import over_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "train.py")
@@ -77,7 +78,9 @@ def epoch_record(**figures: Any) -> EpochRecord:
               "test_accuracy": 0.9, "test_count": 10_000, "train_seconds": 1.0, "warmup_seconds": 0.0,
               "measured_seconds": 1.0, "measured_samples": 60_000, "samples_per_second": 6e4,
               "samples_per_second_per_process": 6e4, "step_ms_p50": 3.0, "step_ms_p95": 4.0,
-              "data_wait_fraction": 0.1, "eval_seconds": 0.1, "epoch_seconds": 1.1, "peak_memory_bytes": 10**9}
+              "data_wait_fraction": 0.1, "eval_seconds": 0.1, "epoch_seconds": 1.1, "peak_memory_bytes": 10**9,
+              "ranks": over_ranks([{"step_ms": 3.0, "own_ms": 3.0, "data_wait_ms": 0.3, "peak_memory_bytes": 10**9,
+                                    "host": "attic"}]), "windows": [[300, 60_000, 1.0]]}
     return EpochRecord(**{**others, **figures})
 
 

@@ -24,8 +24,8 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "__main__": {"cli"},
     "__init__": set(),
 }
-WITHOUT_TORCH = ("errors", "config", "console", "cli", "runner", "tables", "record", "record.result", "record.mirror",
-                 "record.config_file", "processes.launch", "processes.signals", "study.command")
+WITHOUT_TORCH = ("errors", "config", "console", "cli", "runner", "tables", "record", "record.result", "record.measured",
+                 "record.mirror", "record.config_file", "processes.launch", "processes.signals", "study.command")
 
 
 def imports(path):

@@ -8,7 +8,8 @@ same order. It knows nothing of training.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,6 +40,8 @@ class Team:
         self.size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
+        # spent exchanging tensors, which is mostly waiting for slower ranks; 0 on a GPU, where the host does not wait
+        self.exchange_seconds = 0.0
         if self.size > 1:
             self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
             self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -46,7 +49,8 @@ class Team:
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduce in place: `tensor` becomes the sum over ranks, on every rank, and is returned. Collective."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self.exchanging():
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -54,8 +58,21 @@ class Team:
         if self.size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        with self.exchanging():
+            dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """What is done inside counts as exchanging tensors with other ranks."""
+        begin = time.perf_counter()
+        yield
+        self.exchanged_since(begin)
+
+    def exchanged_since(self, begin: float) -> None:
+        """Since this reading of `time.perf_counter` this rank has been exchanging tensors with others."""
+        if self.device.type == "cpu":
+            self.exchange_seconds += time.perf_counter() - begin
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes its mean over ranks, in place. Collective."""
@@ -69,6 +86,13 @@ class Team:
         numbers = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._host)
         return numbers.tolist()
+
+    def share(self, value: T) -> list[T]:
+        """The value of each rank, in the order of the ranks, on every rank. Collective."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self._host)
+        return values
 
     def run_on(self, where: str, task: Callable[[], T], *, patient: bool = False) -> T:
         """Run `task` on the "main" rank, on one rank per "machine", or on "every" rank; share results and errors.

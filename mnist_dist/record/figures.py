@@ -45,14 +45,31 @@ class EpochRecord:
                                               "for data")
     peak_memory_bytes: int = figure("memory", "largest use of memory by a process: of the GPU if there is one",
                                     unit="bytes")
+    ranks: Mapping[str, Any] = figure("ranks", "min, median and max over ranks of step_ms, own_ms (a step without the "
+                                      "exchange of gradients; on a GPU the same as step_ms), data_wait_ms (means over "
+                                      "measured steps) and peak_memory_bytes; the rank with the most own_ms, its host")
+    windows: Sequence[Sequence[float]] = figure("time", "the measured steps in windows of consecutive ones, each "
+                                                "[steps, samples, seconds]; after --resume only those since then")
 
 
 GROUP_OF = {option.name: option.metadata["group"] for option in fields(EpochRecord)}
 
 
 def grouped(record: EpochRecord) -> dict[str, Any]:
-    """The record under W&B's names: `test_nll` is `test/test_nll`. Values that are None are left out."""
-    return {f"{GROUP_OF[name]}/{name}": value for name, value in asdict(record).items() if value is not None}
+    """The record under W&B's names: `test_nll` is `test/test_nll`. Left out: values that are None, the windows, and
+    the figures over ranks if there is one rank.
+    """
+    values = asdict(record)
+    ranks = values.pop("ranks")
+    del values["windows"]
+    named = {f"{GROUP_OF[name]}/{name}": value for name, value in values.items() if value is not None}
+    if ranks["count"] > 1:
+        for name, value in ranks.items():
+            if isinstance(value, dict):
+                named |= {f"ranks/{name}_{which}": own for which, own in value.items()}
+            else:
+                named[f"ranks/{name}"] = value
+    return named
 
 
 @dataclass(frozen=True, kw_only=True)

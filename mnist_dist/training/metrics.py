@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mnist_dist.record.measured import in_windows
+
 
 def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:
     """[NLL sum in nats, number correct, number of samples] of a batch, float64 [3], on the batch's device."""
@@ -64,38 +66,47 @@ class Stopwatch:
     Warm-up windows (the first steps) are counted separately: their time and samples are not in the rate.
     Step times are the host's, from one lap to the next within a window: on a GPU the host runs ahead of the device by a
     bounded queue, so that their median is the device's over a window that is longer than the queue.
+    `exchange_clock` tells the seconds that this rank has spent exchanging tensors with the others.
     """
 
     synchronize: Callable[[], None]
     clock: Callable[[], float] = time.perf_counter
+    exchange_clock: Callable[[], float] = lambda: 0.0
     seconds: float = 0.0
     samples: int = 0
+    steps: int = 0
     warmup_seconds: float = 0.0
     warmup_samples: int = 0
     waited: float = 0.0  # for data, in measured windows
+    exchanged: float = 0.0  # the same, with other ranks
     step_seconds: list[float] = field(default_factory=list)
+    step_samples: list[int] = field(default_factory=list)
 
     @contextmanager
     def window(self, *, warmup: bool = False) -> Iterator[Window]:
         """Open a window; its steps report themselves with `lap`."""
         self.synchronize()
+        exchanged = self.exchange_clock()
         opened = Window(self.clock, self.clock())
         yield opened
         self.synchronize()
         elapsed = self.clock() - opened.start
         if warmup:
             self.warmup_seconds += elapsed
-            self.warmup_samples += opened.samples
+            self.warmup_samples += sum(opened.samples)
             return
         self.seconds += elapsed
-        self.samples += opened.samples
+        self.samples += sum(opened.samples)
+        self.steps += len(opened.samples)
         self.waited += opened.waited
+        self.exchanged += self.exchange_clock() - exchanged
+        self.step_samples += opened.samples
         marks = [opened.start, *opened.laps]
         self.step_seconds += [after - before for before, after in pairwise(marks)]
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint in the middle of an epoch; single step times are not kept."""
-        names = ("seconds", "samples", "warmup_seconds", "warmup_samples", "waited")
+        names = ("seconds", "samples", "steps", "warmup_seconds", "warmup_samples", "waited", "exchanged")
         return {name: getattr(self, name) for name in names}
 
     def figures(self, slowest_seconds: float, slowest_warmup: float, num_processes: int) -> dict[str, Any]:
@@ -115,7 +126,14 @@ class Stopwatch:
             "step_ms_p50": percentile(milliseconds, 50),
             "step_ms_p95": percentile(milliseconds, 95),
             "data_wait_fraction": self.waited / self.seconds if self.seconds > 0 else None,
+            "windows": in_windows(self.step_samples, self.step_seconds),
         }
+
+    def of_this_rank(self) -> dict[str, float]:
+        """Mean times of a measured step on this rank, in milliseconds; 0 without measured steps."""
+        per_step = 1000 / max(self.steps, 1)
+        return {"step_ms": self.seconds * per_step, "own_ms": (self.seconds - self.exchanged) * per_step,
+                "data_wait_ms": self.waited * per_step}
 
 
 @dataclass
@@ -125,11 +143,11 @@ class Window:
     clock: Callable[[], float]
     start: float
     laps: list[float] = field(default_factory=list)
-    samples: int = 0  # over all processes
+    samples: list[int] = field(default_factory=list)  # of each step, over all processes
     waited: float = 0.0
 
     def lap(self, samples: int, waited: float) -> None:
         """One optimizer step ended, over this many samples of all processes; `waited` seconds of it for data."""
         self.laps.append(self.clock())
-        self.samples += samples
+        self.samples.append(samples)
         self.waited += waited

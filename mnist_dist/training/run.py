@@ -6,6 +6,7 @@ Read `train`, then `Run.go`: start or resume, then for each epoch train, evaluat
 from __future__ import annotations
 
 import os
+import platform
 import time
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -23,6 +24,7 @@ from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.record.checkpoint import Checkpoint, load_newest, save_checkpoint
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from, summarise
 from mnist_dist.record.folder import CHECKPOINTS, append_metrics, open_folder, write_config, write_metrics
+from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result
 from mnist_dist.training.metrics import Stopwatch
@@ -135,7 +137,7 @@ class Run:
         end = self.num_batches
         if self.config.max_steps is not None:
             end = min(end, self.config.max_steps - epoch * self.num_batches)
-        watch = Stopwatch(self.team.synchronize, **self.watch)
+        watch = Stopwatch(self.team.synchronize, exchange_clock=lambda: self.team.exchange_seconds, **self.watch)
         for done in trainer.steps(epoch, range(self.step, end), watch, pacer, self._show_progress):
             self.step, self.watch = done, watch.state()
             trainer.train_loss(epoch, done)  # no checkpoint of a run that has diverged
@@ -171,12 +173,16 @@ class Run:
         begin = time.perf_counter()
         test = self.trainer.evaluate()
         team.synchronize()
-        seconds, warmup, evaluation, memory = team.max(watch.seconds, watch.warmup_seconds,
-                                                       time.perf_counter() - begin, peak_memory_bytes(team))
+        totals = (watch.seconds, watch.warmup_seconds, time.perf_counter() - begin)
+        own = {**watch.of_this_rank(), "peak_memory_bytes": peak_memory_bytes(team), "host": platform.node()}
+        everyone = team.share((totals, own))
+        seconds, warmup, evaluation = map(max, zip(*(totals for totals, _ in everyone), strict=True))
+        ranks = over_ranks([own for _, own in everyone])
         times = watch.figures(seconds, warmup, team.size)
         record = EpochRecord(
             epoch=self.epoch, step=self.global_step, train_loss=loss, **test, **times, eval_seconds=evaluation,
-            epoch_seconds=times["train_seconds"] + evaluation, peak_memory_bytes=int(memory),
+            epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,
+            peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
         )
         if team.is_main:
             append_metrics(self.folder, record)

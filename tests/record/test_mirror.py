@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import platform
 import re
 import sys
 import threading
@@ -68,7 +69,13 @@ def test_the_figures_of_an_epoch_fit_together(tracked):
         assert epoch["samples_per_second_per_process"] == pytest.approx(epoch["samples_per_second"] / 2)
         assert epoch["test_nll"] == pytest.approx(epoch["test_nll_sum"] / 211)
         assert 0 <= epoch["data_wait_fraction"] < 1 and epoch["step_ms_p50"] <= epoch["step_ms_p95"]
-        assert epoch["peak_memory_bytes"] > 1e6
+        assert epoch["peak_memory_bytes"] == epoch["ranks"]["peak_memory_bytes"]["max"] > 1e6
+        assert epoch["measured_samples"] == sum(samples for _, samples, _ in epoch["windows"])
+        assert epoch["ranks"]["count"] == 2 and epoch["ranks"]["slowest_host"] == platform.node()
+        for name in ("step_ms", "own_ms", "data_wait_ms", "peak_memory_bytes"):
+            over = epoch["ranks"][name]
+            assert over["min"] <= over["median"] <= over["max"], name
+        assert epoch["ranks"]["own_ms"]["max"] < epoch["ranks"]["step_ms"]["max"], "the exchange takes time"
     first, *later = result["epochs"]
     assert first["warmup_seconds"] > 0 and all(epoch["warmup_seconds"] == 0 for epoch in later)
     for epoch in later:
@@ -90,8 +97,11 @@ def test_wandb_has_config_metrics_summary_pictures_and_model(tracked):
     history = [record["item"] for record in records["history"]]
     for epoch in result["epochs"]:
         (row,) = [row for row in history if row.get("train/epoch") == epoch["epoch"]]
+        ranks, _ = epoch.pop("ranks"), epoch.pop("windows")
         for name, value in epoch.items():
             assert row[f"{GROUP_OF[name]}/{name}"] == pytest.approx(value), name
+        assert row["ranks/own_ms_max"] == pytest.approx(ranks["own_ms"]["max"])
+        assert row["ranks/slowest_rank"] == ranks["slowest_rank"] and row["ranks/slowest_host"] == platform.node()
     summary = {key: value for update in records["summary"] for key, value in update["update"].items()}
     assert summary["batch_size"] == 48
     assert summary["samples_per_second"] == pytest.approx(result["summary"]["samples_per_second"])

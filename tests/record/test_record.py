@@ -14,6 +14,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.record import EpochRecord, RunSummary, read_result
 from mnist_dist.record.figures import GROUP_OF, grouped, record_from, summarise
 from mnist_dist.record.folder import append_metrics, open_folder, write_metrics
+from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.result import write_result
 
 
@@ -40,7 +41,7 @@ def test_every_figure_has_a_group_a_unit_and_a_meaning():
     for kind in (EpochRecord, RunSummary):
         for option in fields(kind):
             assert option.metadata["group"] and option.metadata["meaning"] and "unit" in option.metadata, option.name
-    assert set(GROUP_OF.values()) == {"train", "test", "throughput", "time", "memory"}
+    assert set(GROUP_OF.values()) == {"train", "test", "throughput", "time", "memory", "ranks"}
     units = {"nats", "samples", "samples/s", "s", "ms", "steps", "images", "bytes", ""}
     assert {option.metadata["unit"] for kind in (EpochRecord, RunSummary) for option in fields(kind)} <= units
 
@@ -48,7 +49,16 @@ def test_every_figure_has_a_group_a_unit_and_a_meaning():
 def test_wandb_has_the_groups_and_no_gaps():
     values = grouped(epoch_record(step_ms_p50=None))
     assert values["test/test_nll"] == 0.25 and values["throughput/measured_samples"] == 60_000
-    assert "time/step_ms_p50" not in values and len(values) == len(fields(EpochRecord)) - 1
+    assert "time/step_ms_p50" not in values and len(values) == len(fields(EpochRecord)) - 3
+    assert not [name for name in values if "windows" in name or "ranks" in name], "of one rank nothing over ranks"
+
+
+def test_wandb_has_the_figures_over_ranks():
+    own = {"step_ms": 3.0, "data_wait_ms": 0.3, "peak_memory_bytes": 10}
+    ranks = over_ranks([{**own, "own_ms": 1.0, "host": "attic"}, {**own, "own_ms": 2.0, "host": "<b>"}])
+    values = grouped(epoch_record(ranks=ranks))
+    assert values["ranks/own_ms_min"] == 1.0 and values["ranks/own_ms_median"] == 1.5
+    assert (values["ranks/slowest_rank"], values["ranks/slowest_host"]) == (1, "<b>")
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mnist_dist.record.measured import in_windows, over_ranks
 from mnist_dist.training import metrics
 from mnist_dist.training.metrics import Stopwatch, batch_sums, percentile
 
@@ -126,3 +127,38 @@ def test_a_step_that_sleeps():
 def test_percentile_is_numpys(values, q):
     assert percentile(values, q) == pytest.approx(float(np.percentile(values, q)))
     assert percentile([], q) is None
+
+
+def test_windows_cut_the_measured_steps_into_nearly_equal_parts():
+    clock = FakeClock()
+    watch = Stopwatch(lambda: None, clock)
+    run_steps(watch, clock, [9] * 5, warmup=True)
+    run_steps(watch, clock, [10] * 60)
+    clock.now += 5  # a checkpoint
+    run_steps(watch, clock, [10] * 24 + [3], seconds=0.02)
+    windows = watch.figures(watch.seconds, 0.0, 1)["windows"]
+    assert len(windows) == 40 and {steps for steps, _, _ in windows} == {2, 3}
+    assert sum(samples for _, samples, _ in windows) == watch.samples == 843
+    assert sum(seconds for _, _, seconds in windows) == pytest.approx(60 * 0.01 + 25 * 0.02)
+    assert windows[0][2] == pytest.approx(0.01 * windows[0][0]) and windows[-1][1] == 10 * (windows[-1][0] - 1) + 3
+    assert in_windows([], []) == [] and in_windows([5, 2], [0.5, 0.25]) == [[1, 5, 0.5], [1, 2, 0.25]]
+
+
+def test_the_slowest_rank_is_the_one_that_the_others_wait_for():
+    clock, exchanged = FakeClock(), [0.0]
+    own = []
+    for waited, exchange in ((0.001, 0.006), (0.004, 0.0), (0.002, 0.005)):
+        watch = Stopwatch(lambda: None, clock, exchange_clock=lambda: exchanged[0])
+        for warmup in (True, False):
+            with watch.window(warmup=warmup) as window:
+                for _ in range(10):
+                    clock.now += 0.01
+                    exchanged[0] += exchange
+                    window.lap(6, waited)
+        own.append({**watch.of_this_rank(), "peak_memory_bytes": 100 * len(own), "host": f"host{len(own)}"})
+    assert own[0]["own_ms"] == pytest.approx(4.0) and own[0]["step_ms"] == pytest.approx(10.0)
+    ranks = over_ranks(own)
+    assert (ranks["count"], ranks["slowest_rank"], ranks["slowest_host"]) == (3, 1, "host1")
+    assert ranks["own_ms"] == {name: pytest.approx(value) for name, value in zip(
+        ("min", "median", "max"), (4.0, 5.0, 10.0), strict=True)}
+    assert ranks["data_wait_ms"]["max"] == pytest.approx(4.0) and ranks["peak_memory_bytes"]["median"] == 100

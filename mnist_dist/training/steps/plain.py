@@ -38,6 +38,10 @@ class PlainStep:
         self.accelerator, self.optimizer = parts.team.accelerator, parts.optimizer
         self.model = self.accelerator.prepare_model(parts.module, evaluation_mode=not self.exchanges_gradients)
         self.parameters = list(parts.module.parameters())
+        self.gradients_ready = 0.0  # when this rank's gradients were complete, before they are exchanged
+        if self.team.size > 1 and self.exchanges_gradients and self.team.device.type == "cpu":
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(self._note_gradient)
         self.loader = make_loader(parts.images, parts.batches)
         self.loaded: Iterator[tuple[Tensor, Tensor]] = iter(())
         self.local_steps = local_steps if self.team.size > 1 else 1
@@ -65,6 +69,8 @@ class PlainStep:
                 with accelerator.accumulate(self.model):
                     loss = loss_sum(self.model, images, labels, self.dtype)
                     accelerator.backward(loss * factor)
+                    if self.gradients_ready:
+                        self.team.exchanged_since(self.gradients_ready)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 self.losses[step] += loss.detach()
@@ -72,6 +78,10 @@ class PlainStep:
         if self.apart == self.local_steps:
             self._average()
         return waited
+
+    def _note_gradient(self, parameter: Tensor) -> None:
+        """Called for each gradient, before DistributedDataParallel sends it; the last of them counts."""
+        self.gradients_ready = time.perf_counter()
 
     def _average(self) -> None:
         if self.local_steps > 1 and self.apart:
