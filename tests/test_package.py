@@ -9,6 +9,11 @@ import pytest
 from support import ROOT, result_of, run
 
 
+def files_of(folder):
+    """The package's files below the folder."""
+    return [path for path in (folder / "mnist_dist").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, unpacked: what `pip install .` puts beside the other packages."""
@@ -19,7 +24,7 @@ def wheel(tmp_path_factory):
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / "mnist_dist").rglob("*.py"):
+    for path in files_of(ROOT):
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
@@ -31,8 +36,9 @@ def wheel(tmp_path_factory):
 
 
 def test_every_module_is_in_the_wheel(wheel):
-    there = {path.relative_to(wheel) for path in (wheel / "mnist_dist").rglob("*.py")}
-    assert there == {path.relative_to(ROOT) for path in (ROOT / "mnist_dist").rglob("*.py")}
+    there = {path.relative_to(wheel) for path in files_of(wheel)}
+    assert there == {path.relative_to(ROOT) for path in files_of(ROOT)}
+    assert {path.suffix for path in there} == {".py", ".css", ".js"}
 
 
 def test_the_wheel_trains(wheel, small_dir, tmp_path):

@@ -1,11 +1,21 @@
-"""What a training measures of its steps and its ranks, in the form of `result.json`. Pure arithmetic, without torch."""
+"""What a training measures of its steps and its ranks, in the form of `result.json`. Needs no torch.
+
+`Meter` is for any training, so that a study can read what it measured.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+from mnist_dist.record.environment import processor_name
+from mnist_dist.record.files import replace_synced
+from mnist_dist.record.folder import RESULT
 
 
 def in_windows(samples: Sequence[int], seconds: Sequence[float], at_most: int = 40) -> list[list[float]]:
@@ -30,3 +40,59 @@ def over_ranks(of_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             values = sorted(own[name] for own in of_rank)
             figures[name] = {"min": values[0], "median": statistics.median(values), "max": values[-1]}
     return {**figures, "slowest_rank": slowest, "slowest_host": of_rank[slowest]["host"]}
+
+
+class Meter:
+    """Measures the training steps of any script and writes the `result.json` that a study reads.
+
+    Each `with meter:` block is an epoch, without its evaluation; `step` is called after each optimizer step in it. The
+    first `warmup_steps` steps are left out. `synchronize` waits for the device and the other processes: it is called at
+    both ends of what is measured and never within.
+    """
+
+    def __init__(self, *, warmup_steps: int = 5, synchronize: Callable[[], Any] = lambda: None,
+                 clock: Callable[[], float] = time.perf_counter) -> None:
+        self.synchronize, self.clock = synchronize, clock
+        self.epochs: list[dict[str, Any]] = []
+        self._warmup_left = warmup_steps
+
+    def __enter__(self) -> Meter:
+        self._samples: list[int] = []
+        self._marks: list[float] = []
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        self.synchronize()
+        self._marks = [self.clock()]
+
+    def step(self, samples: int) -> None:
+        """An optimizer step is done, over so many samples of all processes."""
+        if self._warmup_left:
+            self._warmup_left -= 1
+            if not self._warmup_left:
+                self._start()
+            return
+        self._samples.append(samples)
+        self._marks.append(self.clock())
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self.synchronize()
+        laps = [after - before for before, after in pairwise(self._marks)]
+        self.epochs.append({
+            "measured_samples": sum(self._samples),
+            "measured_seconds": self.clock() - self._marks[0] if laps else 0.0,
+            "windows": in_windows(self._samples, laps),
+        })
+
+    def write(self, folder: str | Path, *, global_batch_size: int, num_processes: int, **environment: Any) -> None:
+        """Write `result.json` into the folder; for one process to call. `environment` is what else the study's table
+        is to say of hardware and versions, such as torch="2.6".
+        """
+        result = {
+            "status": "completed",
+            "environment": {"device_name": processor_name(), "num_processes": num_processes, **environment},
+            "summary": {"global_batch_size": global_batch_size},
+            "epochs": self.epochs,
+        }
+        replace_synced(Path(folder) / RESULT, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())

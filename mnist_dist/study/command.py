@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import shlex
@@ -15,7 +16,6 @@ from mnist_dist.config import TrainConfig, checked, flag_of
 from mnist_dist.errors import UserError
 from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid
 from mnist_dist.study.launches import look_at_machine
-from mnist_dist.study.report import write_report
 from mnist_dist.study.study import Request, run_study
 from mnist_dist.study.table import read_table
 
@@ -23,19 +23,37 @@ T = TypeVar("T")
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
 
 
+def need_statistics() -> None:
+    """Raises `UserError` if scipy is missing, before anything is run."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError("a study needs scipy for its intervals: pip install 'mnist-dist[study]'")
+
+
 def study(given: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run, continue or print a study; returns the exit status. Raises `MnistDistError`."""
     request = request_from(given, argv)
+    need_statistics()
     machine = look_at_machine(os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
     return run_study(request, machine, dry_run=given.dry_run)
 
 
 def report(given: argparse.Namespace) -> int:
-    """Draw the report of a study again. Raises `UserError`."""
-    if len(given.folders) > 1:
-        raise UserError(f"report takes one study, got {len(given.folders)} folders: name one")
-    folder = Path(given.folders[0])
-    written = write_report(folder, read_table(folder))
+    """Draw the report of a study again, or compare two studies. Raises `UserError`."""
+    folders = [Path(folder) for folder in given.folders]
+    if len(folders) > 2:
+        raise UserError(f"report takes one study or two, got {len(folders)} folders: name one or two")
+    need_statistics()
+    tables = [read_table(folder) for folder in folders]
+    from mnist_dist.study.report import write_comparison, write_report
+
+    try:
+        if len(folders) == 1:
+            written = write_report(folders[0], tables[0])
+        else:
+            written = write_comparison((folders[0], tables[0]), (folders[1], tables[1]))
+    except OSError as error:
+        raise UserError(f"{folders[-1]} cannot be written ({error.strerror}): copy the study, and name the copy"
+                        ) from None
     print(f"written: {', '.join(map(str, written))}")
     return 0
 

@@ -1,35 +1,352 @@
-"""The report of a study, made from its table alone."""
+"""The report of a study, and the comparison of two, made from their tables alone."""
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mnist_dist.record.files import replace_synced
-from mnist_dist.study.table import Row
-from mnist_dist.tables import number, table
+from mnist_dist.study import pictures
+from mnist_dist.study.analysis import Analysis, CellFigures, Scaling, compare
+from mnist_dist.study.grid import Cell
+from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
+from mnist_dist.study.pictures import Series
+from mnist_dist.study.statistics import LEAST_REPEATS, LEVEL, PRECISION, Interval
+from mnist_dist.study.table import CSV, JSONL, Row
+from mnist_dist.tables import number
 
-REPORT = "report.md"
+REPORT, PICTURES = "report", "pictures"
+WINDOWS_WORDS = ("A run whose step times jump or drift by 5 % or more is marked (rank tests over windows of "
+                 "consecutive steps, p below 0.001).")
 
 
 def write_report(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write the report of these rows; returns the files."""
-    cells: dict[tuple, list[float]] = {}
-    for row in rows:
-        if row["status"] == "completed" and row["role"] == "repeat":
-            seconds = sum(epoch["measured_seconds"] for epoch in row["epochs"])
-            if seconds:
-                key = (row["global_batch_size"], row["processes"], *row["options"].items())
-                cells.setdefault(key, []).append(sum(epoch["measured_samples"] for epoch in row["epochs"]) / seconds)
-    lines = ["# Scaling study", ""]
-    lines += table(["batch size", "processes", "samples/s (median)", "repeats"],
-                   [[f"{size:,}", f"{processes}", number(statistics.median(rates)), f"{len(rates)}"]
-                    for (size, processes, *_), rates in cells.items()])
-    problems = [row for row in rows if row["status"] != "completed"]
-    if problems:
-        lines += ["## Not measured", ""]
-        lines += table(["run", "status", "reason"], [[row["run"], row["status"], row["reason"]] for row in problems])
-    path = folder / REPORT
-    replace_synced(path, ("\n".join(lines)).encode())
-    return [path]
+    """Write `report.md`, `report.html` and the pictures of these rows; returns the two reports."""
+    analysis = Analysis(rows)
+    (folder / PICTURES).mkdir(exist_ok=True)
+    page = Page(f"Scaling study {folder.resolve().name}")
+    _summary(page, analysis)
+    if analysis.cells:
+        _throughput(page, analysis, folder / PICTURES)
+        _scaling(page, analysis, folder / PICTURES)
+        _step_time(page, analysis, folder / PICTURES)
+        _ranks(page, analysis)
+    page.add(Heading(2, "What a larger batch buys in learning"),
+             "Not in this report: it says how fast samples are processed, not how many a larger batch needs to reach "
+             "the same test NLL.")
+    _problems(page, analysis)
+    _method(page, analysis)
+    return _write(folder, page, REPORT)
+
+
+def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequence[Row]]) -> list[Path]:
+    """Write the comparison of two studies (folder and rows) into the folder of the second; returns its two files."""
+    first, second = Analysis(before[1]), Analysis(after[1])
+    differences = compare(first, second)
+    names = [folder.resolve().name for folder, _ in (before, after)]
+    page = Page(f"{names[1]} compared with {names[0]}")
+    found = [one for one in differences if one.is_one]
+    many = f"{_count(len(found), 'cell differs', 'cells differ')}" if found else "No cell differs"
+    page.add(
+        f"{_count(len(differences), 'cell is', 'cells are')} in both studies. {many} in throughput: the interval of "
+        "the factor does not hold 1, and a Mann-Whitney test finds it among all cells at a false discovery rate of "
+        f"{100 * (1 - LEVEL):.0f} %. The factor is the median over all pairs of a run of the second and a run of the "
+        "first (Hodges and Lehmann)."
+    )
+    if differences:
+        page.add(Table(
+            [*_cell_head(cell for cell in second.cells), "first, samples/s", "second, samples/s", "second / first",
+             "difference"],
+            [[*_cell_words(one.cell, second.cells), _say(one.before), _say(one.after), _say(one.ratio),
+              _verdict(one.ratio, one.is_one)] for one in differences],
+        ))
+    for name, analysis, other in ((names[0], first, second), (names[1], second, first)):
+        only = [cell for cell in analysis.cells if cell not in other.cells]
+        if only:
+            page.add(Text(("Only in ", Code(name), ": ", Code("; ".join(map(str, only))), ".")))
+    for title, analysis in zip(("The first", "The second"), (first, second), strict=True):
+        page.add(Heading(2, title))
+        _origin(page, analysis)
+    stem = "compared-with-" + re.sub(r"[^\w.+-]", "_", names[0], flags=re.ASCII)[:60]
+    return _write(after[0], page, stem)
+
+
+def _write(folder: Path, page: Page, stem: str) -> list[Path]:
+    written = []
+    for suffix, text in ((".md", page.markdown(PICTURES)), (".html", page.html())):
+        path = folder / f"{stem}{suffix}"
+        replace_synced(path, text.encode())
+        written.append(path)
+    return written
+
+
+# ---------------------------------------------------------------------------------------------------------- in words
+
+
+def _say(interval: Interval) -> str:
+    """`41,200 (40,900 to 41,700)`; of one run, the value alone."""
+    if interval.n < 2:
+        return number(interval.value)
+    return f"{number(interval.value)} ({number(interval.low)} to {number(interval.high)})"
+
+
+def _verdict(ratio: Interval, is_one: bool) -> str:
+    if ratio.n < 2:
+        return "one run cannot tell"
+    if not is_one:
+        return "none shown"
+    return f"{100 * abs(ratio.value - 1):.1f} % {'faster' if ratio.value > 1 else 'slower'}"
+
+
+def _level(interval: Interval) -> str:
+    return f"{100 * interval.level:.0f} %" if interval.n > 1 else "-"
+
+
+def _options(cells: Any) -> list[str]:
+    return list(dict.fromkeys(name for cell in cells for name, _ in cell.options))
+
+
+def _cell_head(cells: Any) -> list[str]:
+    return ["batch size", "processes", *(Code(name) for name in _options(cells))]
+
+
+def _cell_words(cell: Cell, cells: Any) -> list[Inline]:
+    values = dict(cell.options)
+    return [f"{cell.global_batch_size:,}", f"{cell.processes}",
+            *(Code(values.get(name, "")) for name in _options(cells))]
+
+
+def _listed(cells: Sequence[Cell]) -> str:
+    """Batch sizes of cells, with their options if the study has any."""
+    return Code(", ".join(f"{cell.global_batch_size:,}" + "".join(f" ({name} {value})" for name, value in cell.options)
+                          for cell in cells))
+
+
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+# ---------------------------------------------------------------------------------------------------------- sections
+
+
+def _summary(page: Page, analysis: Analysis) -> None:
+    """What was measured, what was found, and what was not measured."""
+    cells, runs = analysis.cells, analysis.runs
+    processes = sorted({cell.processes for cell in cells})
+    if not cells:
+        page.add("Nothing was measured: no run was completed.")
+    else:
+        repeats = sorted({len(figures.repeats) for figures in cells.values()})
+        many = f"{repeats[0]}" if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
+        place = "; ".join(dict(key).get("device_name", "unknown hardware") for key in analysis.environments)
+        page.add(Text((
+            f"Measured: the training throughput of {_count(len(cells), 'cell')} (a batch size on a number of "
+            f"processes), {_count(len(runs), 'run')} in all, {many} repeats of each cell, on ", Code(place), ".")))
+        best = max(cells.values(), key=lambda figures: figures.rate.value)
+        found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {_say(best.rate)} samples/s."))]
+        for count in processes:
+            found += _pays(analysis, count)
+        page.add(found)
+    notes = []
+    if failed := [row for row in analysis.failed if row["status"] == "failed"]:
+        notes.append(f"{_count(len(failed), 'run')} failed")
+    if impossible := [row for row in analysis.failed if row["status"] == "impossible"]:
+        notes.append(f"{_count(len(impossible), 'cell')} cannot run")
+    if analysis.marks:
+        notes.append(f"{_count(len({row['run'] for row, _ in analysis.marks}), 'run is', 'runs are')} marked")
+    if wide := [figures for figures in cells.values() if figures.more_repeats]:
+        notes.append(f"{_count(len(wide), 'cell has', 'cells have')} repeats that differ too much, or too few")
+    if len(analysis.environments) > 1:
+        notes.append(f"the runs were done on {len(analysis.environments)} different environments")
+    if analysis.drift and analysis.drift.is_one:
+        notes.append(f"the machine drifted by {100 * analysis.drift.change.value:+.1f} % during the study")
+    if notes:
+        page.add(f"Look at this first: {'; '.join(notes)} (below).")
+    others = f"any number of processes but {', '.join(map(str, processes))}" if processes else "anything else"
+    page.add("Not measured: start-up, compilation, warm-up steps, evaluation and checkpoints; how well the model "
+             f"learns; {others}; other hardware.")
+
+
+def _pays(analysis: Analysis, processes: int) -> list[Inline]:
+    """Whether so many processes are faster than the fewest, at the same global batch size."""
+    own = {cell: scaling for cell, scaling in analysis.strong.items() if cell.processes == processes}
+    if not own:
+        return []
+    groups: dict[str, list[Cell]] = {"faster": [], "slower": [], "not shown to differ": []}
+    for cell, scaling in own.items():
+        speed_up = scaling.speed_up
+        word = "not shown to differ" if not speed_up.excludes(1.0) else "faster" if speed_up.value > 1 else "slower"
+        groups[word].append(cell)
+    base = next(iter(own.values())).base.processes
+    parts: list[str] = []
+    for word, members in groups.items():
+        if members:
+            parts += ["; " if parts else "", f"{word} at batch ", _listed(members)]
+    best = max(own, key=lambda cell: own[cell].speed_up.value)
+    return [Text((f"{processes} processes against {base}, the same global batch: ", *parts, ". The largest speed-up is "
+                  f"{_say(own[best].speed_up)}, at ", Code(str(best)), "."))]
+
+
+def _lines_of(analysis: Analysis, key: Callable[[Cell], Any]) -> dict[Any, list[CellFigures]]:
+    groups: dict[Any, list[CellFigures]] = {}
+    for cell, figures in analysis.cells.items():
+        groups.setdefault(key(cell), []).append(figures)
+    return groups
+
+
+def _name(processes: int, options: tuple[tuple[str, str], ...]) -> str:
+    return ", ".join([_count(processes, "process", "processes"),
+                      *(f"{name.replace('_', ' ')} {value[:24]}" for name, value in options)])
+
+
+def _throughput(page: Page, analysis: Analysis, folder: Path) -> None:
+    page.add(Heading(2, "Throughput"))
+    series = []
+    for (options, processes), members in _lines_of(analysis, lambda c: (c.options, c.processes)).items():
+        name = _name(processes, options)
+        series.append(Series(
+            name, [m.cell.global_batch_size for m in members], [m.rate for m in members],
+            [list(m.runs.rates) for m in members],
+            [f"{m.cell}: {_say(m.rate)} samples/s, {_count(m.rate.n, 'repeat')}" for m in members]))
+    page.add(pictures.draw(
+        folder, "throughput", "Samples per second against the global batch size: median, interval, and each repeat as "
+        "a point. Both axes are logarithmic.", series, x_label="global batch size (samples)", y_label="samples/s",
+        say="{:,.0f} samples/s".format))
+    cells = analysis.cells
+    page.add(Table(
+        [*_cell_head(cells), "batch per process", "samples/s", "ms per step", "repeats", "level",
+         "more repeats needed"],
+        [[*_cell_words(cell, cells), number(f.per_device_batch_size), _say(f.rate), _say(f.step_ms), f"{f.rate.n}",
+          _level(f.rate), f"{f.more_repeats or '-'}"] for cell, f in cells.items()],
+    ))
+    page.add("Medians, with the interval between two order statistics; level: the probability that it holds the "
+             f"median. More repeats are needed if half the interval is more than {100 * PRECISION:.0f} % of the median "
+             f"(for 95 % at least 6), or if there are fewer than {LEAST_REPEATS}.")
+
+
+def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
+    """Strong and weak scaling: each only if there are cells for it."""
+    for title, file, scalings, same, batch_of in (
+        ("Strong scaling", "strong", analysis.strong, "the same global batch", lambda c: c.global_batch_size),
+        ("Weak scaling", "weak", analysis.weak, "the same batch per process",
+         lambda c: c.global_batch_size / c.processes),
+    ):
+        page.add(Heading(2, title))
+        if not scalings:
+            page.add(f"Not measured: no cell has {same} on fewer processes.")
+            continue
+        series = []
+        groups: dict[Any, dict[Cell, Scaling]] = {}
+        for cell, scaling in scalings.items():
+            groups.setdefault((cell.options, batch_of(cell)), {})[cell] = scaling
+        for (options, batch), own in groups.items():
+            base = next(iter(own.values())).base
+            per_process = analysis.cells[base].rate.value / base.processes
+            points = [(cell, scaling.efficiency, analysis.cells[cell].runs.rates / per_process / cell.processes)
+                      for cell, scaling in sorted(own.items(), key=lambda item: item[0].processes)]
+            ones = analysis.cells[base].runs.rates / per_process / base.processes
+            series.append(Series(
+                f"batch {batch:,.0f}" + "".join(f", {name.replace('_', ' ')} {value[:24]}" for name, value in options),
+                [base.processes, *(cell.processes for cell, _, _ in points)],
+                [Interval(1.0, 1.0, 1.0, LEVEL, len(ones)), *(efficiency for _, efficiency, _ in points)],
+                [list(ones), *(list(values) for _, _, values in points)],
+                [f"{base}: the base case",
+                 *(f"{cell}: efficiency {_say(efficiency)}" for cell, efficiency, _ in points)]))
+        page.add(pictures.draw(
+            folder, f"efficiency-{file}", f"{title}: efficiency against the number of processes, {same}. The dashed "
+            "line is ideal.", series, x_label="processes", y_label="efficiency", log_y=False, ideal=lambda x: 1.0,
+            say="efficiency {:.3f}".format))
+        cells = analysis.cells
+        page.add(Table(
+            [*_cell_head(scalings), "samples/s", "base case, processes", "base case, samples/s", "speed-up",
+             "efficiency"],
+            [[*_cell_words(cell, scalings), _say(cells[cell].rate), f"{one.base.processes}", _say(cells[one.base].rate),
+              _say(one.speed_up), _say(one.efficiency)] for cell, one in scalings.items()],
+        ))
+    page.add("Speed-up: median rate over that of the base case, which is the fewest processes. Efficiency: speed-up, "
+             "divided by how many times as many processes. Intervals: a bootstrap of runs, and of windows within runs.")
+
+
+def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
+    page.add(Heading(2, "Step time"))
+    series = []
+    for (options, processes), members in _lines_of(analysis, lambda c: (c.options, c.processes)).items():
+        series.append(Series(
+            _name(processes, options), [m.per_device_batch_size for m in members], [m.step_ms for m in members],
+            [list(1000 * m.cell.global_batch_size / m.runs.rates) for m in members],
+            [f"{m.cell}: {_say(m.step_ms)} ms per step" for m in members]))
+    page.add(pictures.draw(
+        folder, "step-time", "Milliseconds of a step against the batch per process. Both axes are logarithmic.", series,
+        x_label="batch per process (samples)", y_label="ms per step", say="{:.3g} ms".format))
+
+
+def _ranks(page: Page, analysis: Analysis) -> None:
+    """Step time, data wait and memory over ranks: the median over runs of what each run says."""
+    lines: list[list[Inline]] = []
+    for cell, figures in analysis.cells.items():
+        ranks = [epoch["ranks"] for run in figures.repeats for epoch in run.row["epochs"][-1:]
+                 if isinstance(epoch.get("ranks"), Mapping)]
+        if not ranks or cell.processes == 1:
+            continue
+
+        def over(name: str, scale: float = 1.0, ranks: list[Any] = ranks) -> str:
+            return " / ".join(number(statistics.median(one[name][which] for one in ranks) * scale)
+                              for which in ("min", "median", "max"))
+
+        hosts = {str(one["slowest_host"]) for one in ranks}
+        lines.append([*_cell_words(cell, analysis.cells), over("own_ms"), over("data_wait_ms"),
+                      over("peak_memory_bytes", 1 / 2**20), Code(", ".join(sorted(hosts)[:3]))])
+    if lines:
+        page.add(Heading(2, "Ranks"),
+                 Table([*_cell_head(analysis.cells), "own ms per step", "data wait, ms per step", "peak memory, MiB",
+                        "host of the slowest rank"], lines),
+                 "Minimum / median / maximum over ranks, in the last epoch, median over repeats. Own time is a step "
+                 "without the exchange of gradients: the rank with the most of it is the one that the others wait for. "
+                 "If ranks differ little, the slowest is chance.")
+
+
+def _problems(page: Page, analysis: Analysis) -> None:
+    page.add(Heading(2, "Failed and marked"))
+    if analysis.failed:
+        page.add(Table(["run or cell", "status", "reason"],
+                       [[Code(row["run"]), row["status"], Code(row.get("reason") or "")] for row in analysis.failed]))
+    if analysis.marks:
+        page.add(Table(["run", "marked because"], [[Code(row["run"]), Code(words)] for row, words in analysis.marks]))
+    if not analysis.failed and not analysis.marks:
+        page.add("No run failed, and none is marked.")
+    page.add(WINDOWS_WORDS)
+    if base := analysis.base_runs:
+        page.add(Text(("Check of drift: the base case ", Code(base[0].row["run"].rsplit("-", 2)[0]), " was also run "
+                       f"first and last: {', '.join(number(run.rate) for run in base)} samples/s.")))
+    if analysis.drift:
+        change = analysis.drift.change.scaled(100)
+        page.add(f"Over the whole study the rates changed by {change.value:+.1f} % ({change.low:+.1f} to "
+                 f"{change.high:+.1f} %), each against its cell's median"
+                 + ("." if analysis.drift.is_one else ": no drift is shown."))
+
+
+def _method(page: Page, analysis: Analysis) -> None:
+    page.add(Heading(2, "How it was measured"))
+    _origin(page, analysis)
+    page.add(Text((
+        "Every run is a launch of its own, one at a time. Each repeat does every cell once, in random order. The order "
+        "is the column ", Code("order"), " of ", Code(CSV), "; ", Code(JSONL), " has every figure, and this report is "
+        "made from it alone.")))
+
+
+def _origin(page: Page, analysis: Analysis) -> None:
+    """Hardware, versions, commands, dates and seeds of a study."""
+    items: list[Inline] = []
+    for key, count in analysis.environments.items():
+        items.append(Text((f"{_count(count, 'run')}: ", Code(", ".join(f"{name} {value}" for name, value in key)))))
+    studies = {(row["study"]["date"], row["study"]["command"], row["study"]["seed"]): None
+               for row in analysis.rows if isinstance(row.get("study"), Mapping)}
+    for date, command, seed in studies:
+        items.append(Text((Code(str(date)), ": ", Code(str(command)), " (order: seed ", Code(str(seed)), ")")))
+    datasets = {str((row.get("dataset") or {}).get("name")) for row in analysis.rows if row.get("dataset")}
+    if datasets:
+        items.append(Text(("data: ", Code(", ".join(sorted(datasets))))))
+    page.add(items or "Nothing is known of it.")

@@ -26,7 +26,6 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.files import replace_synced
 from mnist_dist.study.grid import Cell, Grid, PlannedRun, plan, possible
 from mnist_dist.study.launches import Machine, command_of, contract_problem, environment_of, start
-from mnist_dist.study.report import write_report
 from mnist_dist.study.table import Row, read_contract, write_table
 
 STUDY, LOG, RUNS, OUTCOME = "study.json", "study.log", "runs", "outcome.json"
@@ -247,8 +246,9 @@ def _run(request: Request, machine: Machine) -> int:
             signal.signal(signal.SIGTERM, before)
             rows = study.rows()
             write_table(study.folder, rows)
-            written = write_report(study.folder, rows) if any(r["status"] == "completed" for r in rows) else []
-            say(f"written: {', '.join(map(str, written))}")
+            from mnist_dist.study.report import write_report  # scipy and matplotlib take a second to import
+
+            say(f"written: {', '.join(map(str, write_report(study.folder, rows)))}")
         failed = [row for row in rows if row["status"] == "failed"]
         for row in failed:
             say(f"failed: {row['run']}: {row['reason']}")

@@ -1,0 +1,222 @@
+"""From the rows of a study to what its report shows: the cells with their intervals, and what is wrong with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mnist_dist.study.grid import Cell
+from mnist_dist.study.statistics import (
+    Drift,
+    Interval,
+    Runs,
+    are_different,
+    drift_over_study,
+    factor_interval,
+    median_interval,
+    more_repeats,
+    ratio_interval,
+    steadiness,
+)
+from mnist_dist.study.table import Row
+
+STRAGGLER = 1.2  # a rank's own step time over the median of all ranks
+SHOWN_OF_ENVIRONMENT = ("device_name", "device", "torch", "accelerate", "mnist_dist", "git_commit", "step",
+                        "num_machines")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A completed run: its rate in samples/s, and its windows [w, 3] of steps, samples and seconds."""
+
+    row: Row
+    rate: float
+    windows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a cell compares with its base case: the speed-up, and the efficiency, which is ideally 1."""
+
+    base: Cell
+    speed_up: Interval
+    efficiency: Interval
+
+
+@dataclass
+class CellFigures:
+    """A cell, its repeats, and what they give."""
+
+    cell: Cell
+    repeats: list[Measured] = field(default_factory=list)
+
+    @cached_property
+    def runs(self) -> Runs:
+        """The repeats as the statistics take them."""
+        return Runs(np.array([run.rate for run in self.repeats]), [run.windows for run in self.repeats])
+
+    @cached_property
+    def rate(self) -> Interval:
+        """Samples per second over all processes."""
+        return median_interval(self.runs.rates)
+
+    @cached_property
+    def step_ms(self) -> Interval:
+        """Milliseconds for a step on a whole global batch."""
+        return median_interval(1000 * self.cell.global_batch_size / self.runs.rates)
+
+    @property
+    def per_device_batch_size(self) -> float:
+        """Samples of a global batch on one process."""
+        return self.cell.global_batch_size / self.cell.processes
+
+    @property
+    def more_repeats(self) -> int:
+        """Repeats that are missing for a conclusion."""
+        return more_repeats(self.rate)
+
+
+def cell_of(row: Mapping[str, Any]) -> Cell:
+    """The cell that a row belongs to."""
+    options = tuple((str(key), str(value)) for key, value in (row.get("options") or {}).items())
+    return Cell(row["global_batch_size"], row["processes"], options)
+
+
+def measured(row: Row) -> Measured | None:
+    """The run's rate over all its epochs; None if it did not complete or measured no step."""
+    if row["status"] != "completed":
+        return None
+    epochs = row["epochs"]
+    samples, seconds = (sum(epoch[name] for epoch in epochs) for name in ("measured_samples", "measured_seconds"))
+    if not samples or not seconds:
+        return None
+    windows = [window for epoch in epochs for window in epoch.get("windows") or []]
+    whole = [window for window in windows if len(window) == 3 and min(window) > 0]
+    return Measured(row, samples / seconds, np.array(whole, dtype=float).reshape(-1, 3))
+
+
+class Analysis:
+    """All figures of a study, each computed when it is asked for."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.runs = [run for row in rows if (run := measured(row))]
+        found: dict[Cell, CellFigures] = {}
+        for run in self.runs:
+            if run.row["role"] == "repeat":
+                cell = cell_of(run.row)
+                found.setdefault(cell, CellFigures(cell)).repeats.append(run)
+        self.cells = dict(sorted(found.items(), key=lambda item: (item[0].options, item[0].processes,
+                                                                 item[0].global_batch_size)))
+
+    @cached_property
+    def strong(self) -> dict[Cell, Scaling]:
+        """Against the fewest processes at the same global batch size: the same work, shared by more."""
+        return self._scaling(lambda cell, processes: cell.global_batch_size)
+
+    @cached_property
+    def weak(self) -> dict[Cell, Scaling]:
+        """Against the fewest processes at the same per-device batch size: more work for more processes."""
+        return self._scaling(lambda cell, processes: cell.global_batch_size * processes / cell.processes)
+
+    def _scaling(self, batch_of_base: Any) -> dict[Cell, Scaling]:
+        found = {}
+        for cell, figures in self.cells.items():
+            bases = [other for other in self.cells if other.options == cell.options
+                     and other.processes < cell.processes
+                     and other.global_batch_size == batch_of_base(cell, other.processes)]
+            if not bases:
+                continue
+            base = min(bases, key=lambda other: other.processes)
+            speed_up = ratio_interval(figures.runs, self.cells[base].runs)
+            found[cell] = Scaling(base, speed_up, speed_up.scaled(base.processes / cell.processes))
+        return found
+
+    @cached_property
+    def drift(self) -> Drift | None:
+        """Of the whole machine: the rates of all repeats against their order."""
+        pairs = [(run.row["order"], run.rate / figures.rate.value) for figures in self.cells.values()
+                 for run in figures.repeats if run.row.get("order") is not None]
+        return drift_over_study([order for order, _ in pairs], [rate for _, rate in pairs])
+
+    @cached_property
+    def base_runs(self) -> list[Measured]:
+        """The base case's runs first and last, in their order."""
+        return [run for run in self.runs if run.row["role"] in ("first", "last")]
+
+    @cached_property
+    def marks(self) -> list[tuple[Row, str]]:
+        """Completed runs that are not as they should be, with what was seen."""
+        found = []
+        for row in self.rows:
+            if row["status"] == "completed" and measured(row) is None:
+                found.append((row, "no step was measured: give more --epochs or --max-steps"))
+        for run in self.runs:
+            steady = steadiness(run.windows)
+            if steady.kind == "jump" and steady.warmup_steps:
+                found.append((run.row, f"the warm-up needed {steady.warmup_steps:,} steps more than were left out: "
+                                       f"after them a step takes {100 * steady.change:+.0f} %"))
+            elif steady.kind == "jump":
+                found.append((run.row, f"the step time jumps by {100 * steady.change:+.0f} % after {steady.step:,} "
+                                       "measured steps"))
+            elif steady.kind == "drift":
+                found.append((run.row, f"the step time drifts by {100 * steady.change:+.0f} % over the run"))
+            if slow := straggler(run.row):
+                found.append((run.row, slow))
+        return found
+
+    @property
+    def failed(self) -> list[Row]:
+        """Runs that failed, and cells that cannot run."""
+        return [row for row in self.rows if row["status"] != "completed"]
+
+    @cached_property
+    def environments(self) -> dict[tuple[tuple[str, str], ...], int]:
+        """Each hardware and software that runs were done on, with the number of runs."""
+        found: dict[tuple[tuple[str, str], ...], int] = {}
+        for run in self.runs:
+            own = run.row.get("environment") or {}
+            key = tuple((name, str(own[name])) for name in SHOWN_OF_ENVIRONMENT if own.get(name) is not None)
+            found[key] = found.get(key, 0) + 1
+        return found
+
+
+def straggler(row: Row) -> str:
+    """The rank that the others wait for, in words; "" if there is none."""
+    worst, words = STRAGGLER, ""
+    for epoch in row["epochs"]:
+        ranks = epoch.get("ranks")
+        if not isinstance(ranks, dict) or ranks.get("count", 1) < 2:
+            continue
+        own = ranks["own_ms"]
+        # with two ranks the median is the mean of both, which the slow one is part of
+        usual = own["median"] if ranks["count"] > 2 else own["min"]
+        if usual > 0 and own["max"] / usual > worst:
+            worst = own["max"] / usual
+            words = (f"rank {ranks['slowest_rank']} on {ranks['slowest_host']} is a straggler: {own['max']:.2f} ms of "
+                     f"its own per step, the others {usual:.2f} ms")
+    return words
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A cell in two studies: the factor between its rates, second over first."""
+
+    cell: Cell
+    before: Interval
+    after: Interval
+    ratio: Interval
+    is_one: bool
+
+
+def compare(before: Analysis, after: Analysis) -> list[Difference]:
+    """Cell by cell, those that both studies have."""
+    common = [cell for cell in before.cells if cell in after.cells]
+    pairs = [(after.cells[cell].runs.rates, before.cells[cell].runs.rates) for cell in common]
+    ratios = [factor_interval(*pair) for pair in pairs]
+    return [Difference(cell, before.cells[cell].rate, after.cells[cell].rate, ratio, is_one)
+            for cell, ratio, is_one in zip(common, ratios, are_different(pairs, ratios), strict=True)]

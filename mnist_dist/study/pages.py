@@ -1,0 +1,134 @@
+"""A page of text, tables and pictures, written once and rendered as Markdown and as one self-contained HTML file.
+
+Everything that comes from a run or a command line is a `Code`, and is shown as the text that it is.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+class Code(str):
+    """Text that is not ours: a name, a value, a reason."""
+
+    __slots__ = ()
+
+
+class Text(tuple):
+    """A sentence of parts, of which some are `Code`."""
+
+    __slots__ = ()
+
+
+Inline = str | Text  # type: ignore[operator]
+
+
+class Heading(NamedTuple):
+    """A heading: `level` 1 is the page's title."""
+
+    level: int
+    text: str
+
+
+class Table(NamedTuple):
+    """A table; in HTML it scrolls if it is wider than the screen."""
+
+    head: Sequence[Inline]
+    lines: Sequence[Sequence[Inline]]
+
+
+class Picture(NamedTuple):
+    """A picture that lies beside the page as NAME.png and NAME.svg; `svg` is the element that HTML has inline."""
+
+    name: str
+    alt: str
+    svg: str
+
+
+@dataclass
+class Page:
+    """Blocks in their order: a string or `Text` is a paragraph, a list of them is a bullet list."""
+
+    title: str
+    blocks: list[Inline | Heading | Table | Picture | list[Inline]] = field(default_factory=list)
+
+    def add(self, *blocks: Inline | Heading | Table | Picture | list[Inline]) -> None:
+        """Append blocks."""
+        self.blocks += blocks
+
+    def markdown(self, pictures: str) -> str:
+        """The page as Markdown; pictures are links into the folder `pictures`."""
+        parts = [f"# {_markdown(self.title)}"]
+        for block in self.blocks:
+            if isinstance(block, Heading):
+                parts.append(f"{'#' * block.level} {_markdown(block.text)}")
+            elif isinstance(block, Table):
+                lines = [[_markdown(cell) for cell in cells] for cells in (block.head, *block.lines)]
+                lines.insert(1, ["---"] * len(block.head))
+                parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+            elif isinstance(block, Picture):
+                parts.append(f"![{_markdown(block.alt)}]({pictures}/{block.name}.png)")
+            elif isinstance(block, list):
+                parts.append("\n".join(f"- {_markdown(item)}" for item in block))
+            else:
+                parts.append(_markdown(block))
+        return "\n\n".join(parts) + "\n"
+
+    def html(self) -> str:
+        """The page as one file that needs no other."""
+        body = "\n".join(_html_block(block) for block in self.blocks)
+        style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+        return (
+            f"<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
+            f"<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+            f"<meta name=\"color-scheme\" content=\"light dark\">\n<link rel=\"icon\" href=\"data:,\">\n"
+            f"<title>{html.escape(self.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+            f"<h1>{html.escape(self.title)}</h1>\n{body}\n</main>\n<div id=\"tip\" role=\"status\"></div>\n"
+            f"<script>\n{script}</script>\n</body>\n</html>\n"
+        )
+
+
+def _parts(text: Inline) -> Sequence[str]:
+    return text if isinstance(text, Text) else [text]
+
+
+def _markdown(text: Inline) -> str:
+    return "".join(_code_span(part) if isinstance(part, Code) else
+                   re.sub(r"([\\`*_<>\[\]|])", r"\\\1", part) for part in _parts(text))
+
+
+def _code_span(text: str) -> str:
+    """A Markdown code span that shows the text as it is, also in a table."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    if not text:
+        return ""
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    space = " " if text[0] == "`" or text[-1] == "`" else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _html(text: Inline) -> str:
+    return "".join(f"<code>{html.escape(part)}</code>" if isinstance(part, Code) and part else html.escape(part)
+                   for part in _parts(text))
+
+
+def _html_block(block: Inline | Heading | Table | Picture | list[Inline]) -> str:
+    if isinstance(block, Heading):
+        return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"
+    if isinstance(block, Table):
+        head = "".join(f"<th>{_html(cell)}</th>" for cell in block.head)
+        lines = "\n".join("<tr>" + "".join(f"<td>{_html(cell)}</td>" for cell in cells) + "</tr>"
+                          for cells in block.lines)
+        return f"<div class=\"wide\"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>"
+    if isinstance(block, Picture):
+        return (f"<figure>{block.svg}<figcaption>{html.escape(block.alt)}</figcaption></figure>")
+    if isinstance(block, list):
+        return "<ul>\n" + "\n".join(f"<li>{_html(item)}</li>" for item in block) + "\n</ul>"
+    return f"<p>{_html(block)}</p>"

@@ -1,0 +1,156 @@
+"""The pictures of a report: each once with matplotlib, as PNG, as SVG, and as an SVG element for the HTML page.
+
+The element takes its ink from the page, so that it is readable on dark and on light, and each point carries its value
+for the page's script. Colours are Okabe and Ito's, safe for the colour-blind; markers tell the lines apart as well.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from mnist_dist.record.files import replace_synced
+from mnist_dist.study.pages import Picture
+from mnist_dist.study.statistics import Interval
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+MARKERS = "osD^vP*X"
+INK, LINE = "#0a0b0c", "#c8c9ca"  # replaced by the page's colours
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+STYLE: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "mnist_dist", "text.parse_math": False, "font.size": 9,
+    "font.family": "sans-serif", "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "grid.color": LINE, "legend.frameon": False, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.fontsize": 8,
+}
+MOST_LINES = 16  # of a picture: more cannot be told apart
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: its name, and for each x the estimate, the repeats behind it, and what the page says of it."""
+
+    name: str
+    x: Sequence[float]
+    estimates: Sequence[Interval]
+    repeats: Sequence[Sequence[float]]
+    words: Sequence[str]
+
+
+def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label: str, y_label: str,
+         log_y: bool = True, ideal: Callable[[Any], Any] | None = None, say: Callable[[float], str] = "{:,.0f}".format
+         ) -> Picture:
+    """Write NAME.png and NAME.svg into the folder. Repeats are small points, intervals bars, `ideal` a dashed line;
+    `say` writes a repeat's value.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+        axes = figure.subplots()
+        values: dict[str, list[str]] = {}
+        xs = sorted({x for one in series for x in one.x})
+        axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
+        for number, one in enumerate(series[:MOST_LINES]):
+            _draw_series(axes, one, number, values, say)
+        if ideal is not None:
+            axes.plot(xs, [ideal(x) for x in xs], linestyle="--", color=INK, linewidth=1, label="ideal")
+        if not log_y:
+            axes.set_ylim(bottom=0)
+        _ticks(axes, xs, log_y)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(True, linewidth=0.5)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside upper left", ncols=3 if max(len(one.name) for one in series) < 16 else 1,
+                      handlelength=2.2)
+        files = {}
+        for kind, options in (("png", {"dpi": 150, "facecolor": "white"}), ("svg", {"facecolor": "white"})):
+            files[kind] = _saved(figure, kind, **options)
+            replace_synced(folder / f"{name}.{kind}", files[kind])
+        inline = _saved(figure, "svg", transparent=True)
+    more = f" The first {MOST_LINES} of {len(series)} lines are drawn." if len(series) > MOST_LINES else ""
+    return Picture(name, alt + more, _element(inline, name, values))
+
+
+def _draw_series(axes: Any, one: Series, number: int, values: dict[str, list[str]],
+                 say: Callable[[float], str]) -> None:
+    color = COLORS[number % len(COLORS)]
+    marker = MARKERS[(number // len(COLORS) + number) % len(MARKERS)]
+    # beside the median, not behind its bar
+    points = [(x * 0.97, value) for x, repeats in zip(one.x, one.repeats, strict=True) for value in repeats]
+    axes.plot(*zip(*points, strict=True), linestyle="none", marker=".", markersize=5, color=color, alpha=0.5,
+              markeredgewidth=0, gid=f"repeats-{number}")
+    values[f"repeats-{number}"] = [f"{one.name}: one run, {say(value)}" for _, value in points]
+    middle = [estimate.value for estimate in one.estimates]
+    bars = [[estimate.value - estimate.low for estimate in one.estimates],
+            [estimate.high - estimate.value for estimate in one.estimates]]
+    axes.errorbar(one.x, middle, yerr=bars, linestyle="none", ecolor=color, elinewidth=1.2, capsize=2.5)
+    axes.plot(one.x, middle, color=color, linewidth=1.2, marker=marker, markersize=5.5, label=one.name,
+              gid=f"medians-{number}")
+    values[f"medians-{number}"] = list(one.words)
+
+
+def _ticks(axes: Any, xs: Sequence[float], log_y: bool) -> None:
+    """A tick at each x that was measured, if they are few; numbers without exponents."""
+    ys = [float(value) for line in axes.lines for value in line.get_ydata()]
+    if max(ys) <= min(ys) * (1 + 1e-6):  # one value: matplotlib finds no scale for it
+        axes.set_autoscaley_on(False)
+        axes.set_ylim(0.5 * min(ys), 2 * max(ys))
+    plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
+    shown = list(itertools.islice(xs, 0, None, -(-len(xs) // 8)))
+    axes.set_xticks(shown, [f"{x:,.0f}" if x >= 10 else f"{x:g}" for x in shown])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    if log_y:
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
+    target = io.BytesIO()
+    figure.savefig(target, format=kind, metadata={"Date": None, "Creator": None} if kind == "svg" else None, **options)
+    return target.getvalue()
+
+
+def _element(svg: bytes, name: str, values: dict[str, list[str]]) -> str:
+    """The SVG as an element of a page: names unique to the picture, colours of the page, values at the points."""
+    for prefix, address in (("", SVG), ("xlink", XLINK)):
+        ElementTree.register_namespace(prefix, address)
+    root = ElementTree.fromstring(svg)
+    for metadata in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(metadata)
+    for group, words in values.items():
+        (found,) = (element for element in root.iter(f"{{{SVG}}}g") if element.get("id") == group)
+        points = list(found.iter(f"{{{SVG}}}use"))
+        for point, word in zip(points, words, strict=True):
+            point.set("class", "value")
+            point.set("data-value", word)
+            if group.startswith("medians"):
+                point.set("tabindex", "0")
+                point.set("role", "img")
+                point.set("aria-label", word)
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key == "id":
+                element.set(key, f"{name}-{value}")
+            elif key == f"{{{XLINK}}}href" and value.startswith("#"):
+                element.set(key, f"#{name}-{value[1:]}")
+            elif "url(#" in value:
+                element.set(key, value.replace("url(#", f"url(#{name}-"))
+            if key == "style":
+                element.set(key, value.replace(INK, "currentColor").replace(LINE, "var(--line)"))
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    root.set("role", "group")
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,237 @@
+"""The report: its figures are those of the table, it needs the table alone, and it shows hostile text as text."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from support import ROOT, run
+from tables import row, study, windows_of
+
+from mnist_dist.cli import main
+from mnist_dist.processes.launch import child_environment
+from mnist_dist.record.measured import over_ranks
+from mnist_dist.study.grid import Cell
+from mnist_dist.study.report import write_report
+from mnist_dist.study.table import write_table
+
+GRID = {Cell(50, 1): 1000.0, Cell(200, 1): 4000.0, Cell(50, 2): 600.0, Cell(100, 2): 1200.0, Cell(200, 2): 6000.0}
+HOSTILE = ("<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "../../../etc/passwd", "a|b`c``d", "x" * 200,
+           "line\nbreak", "![p](http://x/y.png)", "$\\frac{1}{0}$")
+
+
+class Elements(HTMLParser):
+    """Counts elements and collects what they point to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.handlers = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.links.append(value)
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+
+def cells_of(markdown, heading):
+    """The table below a heading, as lists of cells."""
+    lines = markdown.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """(folder, report.md, report.html) of a made-up study of 8 repeats that spread by 1 %."""
+    folder = tmp_path_factory.mktemp("study")
+    rows = study(GRID, 8, 0.01, seed=1)
+    rows.append({"run": "b9-p2-repeat-1", "role": "repeat", "global_batch_size": 9, "processes": 2, "options": {},
+                 "status": "failed", "reason": "MemoryError: <b>", "order": 99})
+    rows.append({"run": "b1-p2", "role": "none", "global_batch_size": 1, "processes": 2, "options": {},
+                 "status": "impossible", "reason": "a batch of 1 is smaller"})
+    write_table(folder, rows)
+    assert main(["report", str(folder)]) == 0
+    return folder, (folder / "report.md").read_text(), (folder / "report.html").read_text()
+
+
+def test_the_figures_are_those_of_the_table(report):
+    folder, markdown, _ = report
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    rates = {}
+    for one in rows[:-2]:
+        epoch = one["epochs"][0]
+        cell = (one["global_batch_size"], one["processes"])
+        rates.setdefault(cell, []).append(epoch["measured_samples"] / epoch["measured_seconds"])
+    table = cells_of(markdown, "Throughput")
+    assert [(int(line[0]), int(line[1])) for line in table] == [(50, 1), (200, 1), (50, 2), (100, 2), (200, 2)]
+    for line in table:
+        ordered = sorted(rates[int(line[0]), int(line[1])])
+        assert line[3] == f"{np.median(ordered):,.0f} ({ordered[0]:,.0f} to {ordered[-1]:,.0f})"
+        assert line[5:] == ["8", "95 %", "-"]
+    (first, second) = cells_of(markdown, "Strong scaling")
+    assert first[0] == "50" and first[5].startswith("0.596")
+    assert second[5].startswith("1.5") and second[6].startswith("0.7")
+    (weak,) = cells_of(markdown, "Weak scaling")
+    assert weak[0] == "100" and weak[4] == table[0][3] and weak[5].startswith("1.2") and weak[6].startswith("0.599")
+
+
+def test_the_first_lines_say_it_in_words(report):
+    head = report[1].split("\n## ")[0]
+    assert "throughput of 5 cells" in head and "40 runs in all, 8 repeats of each cell, on `abacus`." in head
+    assert "Highest throughput: `batch 200 on 2 processes`" in head
+    assert "2 processes against 1, the same global batch: faster at batch `200`; slower at batch `50`." in head
+    assert "1 run failed; 1 cell cannot run" in head and "Not measured: start-up" in head
+    assert "any number of processes but 1, 2" in head
+
+
+def test_failed_runs_and_how_it_was_measured_are_in_it(report):
+    for text in report[1:]:
+        assert "b9-p2-repeat-1" in text and "a batch of 1 is smaller" in text
+        assert "abacus" in text and "2026-11-25" in text and "seed " in text and "mnist-dist study" in text
+    assert "`MemoryError: <b>`" in report[1] and "<code>MemoryError: &lt;b&gt;</code>" in report[2]
+
+
+def test_the_html_needs_no_other_file(report):
+    page = Elements(report[2])
+    assert page.tags.count("script") == 1 and page.tags.count("svg") == 4 and not page.handlers
+    assert all(link.startswith(("#", "data:,")) for link in page.links), page.links
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", report[2])
+    ids = re.findall(r'\bid="([^"]+)"', report[2])
+    assert len(ids) == len(set(ids)), "each name once"
+    for place in re.findall(r"(?:url\(#|href=\"#)([^\")]+)", report[2]):
+        assert place in ids
+    assert report[2].count("data-value=\"batch 200 on 2 processes: ") == 3, "of three pictures"
+    assert "1 process: one run, " in report[2]
+    for name in ("throughput", "efficiency-strong", "efficiency-weak", "step-time"):
+        assert (report[0] / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "samples/s" in (report[0] / "pictures" / "throughput.svg").read_text()
+        assert f"(pictures/{name}.png)" in report[1]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_shown_as_text(text, tmp_path):
+    folder = tmp_path / "inside" / "study"
+    folder.mkdir(parents=True)
+    cells = [Cell(50, processes, (("lr", text), (text, "1"))) for processes in (1, 2)]
+    rows = [row(cell, 100.0, number) for cell in cells for number in range(3)]
+    rows[0]["environment"] = {"device_name": text, "torch": text}
+    rows[1]["study"] = {"command": text, "date": text, "seed": text}
+    rows[2] |= {"run": text, "status": "failed", "reason": text}
+    write_table(folder, rows)
+    assert main(["report", str(folder)]) == 0
+    shutil_names = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
+    assert shutil_names == {("inside", "study")}
+    page = Elements((folder / "report.html").read_text())
+    assert page.tags.count("script") == 1 and "img" not in page.tags and not page.handlers
+    markdown = (folder / "report.md").read_text()
+    outside = re.sub(r"\\.", "", re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", markdown))
+    assert "<script" not in outside and "<img" not in outside and "http://x" not in outside
+    assert main(["report", str(folder), str(folder)]) == 0
+    assert {path.parent for path in tmp_path.rglob("*.html")} == {folder}
+
+
+def test_marked_runs_have_their_reasons(tmp_path):
+    cell, noise = Cell(10, 2), 1 + 0.01 * np.random.default_rng(3).standard_normal(40)
+    steady = windows_of(3 * noise)
+    own = {"step_ms": 9.0, "data_wait_ms": 0.1, "peak_memory_bytes": 10**9}
+    ranks = over_ranks([{**own, "own_ms": ms, "host": f"node{ms:.0f}"} for ms in (2.0, 2.1, 7.0)])
+    rows = [
+        row(cell, 100.0, 1, windows=steady),
+        row(cell, 100.0, 2, windows=windows_of(np.where(np.arange(40) < 30, 3.0, 4.5) * noise)),
+        row(cell, 100.0, 3, windows=windows_of(np.linspace(3, 4, 40) * noise)),
+        row(cell, 100.0, 4, windows=windows_of(np.where(np.arange(40) < 8, 6.0, 3.0) * noise)),
+        row(cell, 100.0, 5, windows=steady), row(cell, 100.0, 6),
+    ]
+    rows[4]["epochs"][0]["ranks"] = ranks
+    rows[5]["epochs"][0] |= {"measured_samples": 0, "measured_seconds": 0.0}
+    (tmp_path / "pictures").mkdir()
+    write_report(tmp_path, rows)
+    marked = dict(cells_of((tmp_path / "report.md").read_text(), "Failed and marked"))
+    assert set(marked) == {f"`b10-p2-repeat-{n}`" for n in (2, 3, 4, 5, 6)}
+    assert re.search(r"jumps by \+5\d % after 1\d\d measured steps", marked["`b10-p2-repeat-2`"])
+    assert re.search(r"drifts by \+3\d % over the run", marked["`b10-p2-repeat-3`"])
+    assert re.search(r"warm-up needed [34]\d steps more than were left out", marked["`b10-p2-repeat-4`"])
+    assert "rank 2 on node7 is a straggler: 7.00 ms" in marked["`b10-p2-repeat-5`"]
+    assert "no step was measured" in marked["`b10-p2-repeat-6`"]
+
+
+def test_single_runs_and_nothing_at_all(tmp_path):
+    for number, rows in enumerate(([row(Cell(50, 1), 10.0, 1), row(Cell(50, 2), 30.0, 1)], [])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_report(folder, rows)
+        markdown = (folder / "report.md").read_text()
+        if rows:
+            assert cells_of(markdown, "Throughput")[0] == ["50", "1", "50.0", "10.0", "5,000", "1", "-", "4"]
+            assert cells_of(markdown, "Strong scaling")[0][5:] == ["3.00", "1.50"]
+            assert "not shown to differ at batch `50`" in markdown
+        else:
+            assert "Nothing was measured" in markdown
+
+
+def test_two_studies_are_compared_cell_by_cell(tmp_path, capsys):
+    slower = {**GRID, Cell(200, 1): 0.97 * 4000.0, Cell(7, 1): 1.0}
+    for name, rates, seed in (("a", GRID, 5), ("b", slower, 6), ("same", GRID, 7)):
+        (tmp_path / name).mkdir()
+        write_table(tmp_path / name, study(rates, 20, 0.015, seed))
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "compared-with-a.md" in capsys.readouterr().out
+    markdown = (tmp_path / "b" / "compared-with-a.md").read_text()
+    lines = {tuple(line[:2]): line for line in [[c.strip() for c in text.strip("|").split("|")]
+                                               for text in markdown.splitlines() if text.startswith("| ")][1:]}
+    del lines["---", "---"]
+    assert "5 cells are in both studies. 1 cell differs" in markdown and len(lines) == 5
+    assert lines["200", "1"][5].endswith("% slower") and lines["200", "1"][4].startswith("0.97")
+    assert {line[5] for cell, line in lines.items() if cell != ("200", "1")} == {"none shown"}
+    assert "Only in `b`: `batch 7 on 1 process`" in markdown
+    assert Elements((tmp_path / "b" / "compared-with-a.html").read_text()).tags.count("table") == 1
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "same")]) == 0
+    assert "No cell differs" in (tmp_path / "same" / "compared-with-a.md").read_text()
+
+
+def test_a_report_of_many_rows_imports_no_torch(tmp_path):
+    random = np.random.default_rng(4)
+    cells = [Cell(size, processes, (("lr", lr),)) for size in range(1, 11) for processes in (1, 2) for lr in "abcde"]
+    rows = [row(cell, 1000 * np.exp(0.02 * random.standard_normal()), number,
+                windows=windows_of(3 + 0.1 * random.standard_normal(20))) for cell in cells for number in range(5)]
+    write_table(tmp_path, rows)
+    code = ("import sys; from mnist_dist.cli import main; status = main(['report', sys.argv[1]]); "
+            "print(status, sorted({'torch', 'accelerate', 'wandb'} & set(sys.modules)))")
+    done = run([sys.executable, "-c", code, tmp_path], cwd=ROOT, **child_environment())
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+    assert "The first 16 of 10 lines" not in (tmp_path / "report.md").read_text()
+
+
+BAD = {
+    "no study": (["report", "none"], "none has no runs.jsonl: name the folder of a study"),
+    "three": (["report", "a", "b", "c"], "report takes one study or two, got 3 folders"),
+    "damaged": (["report", "damaged"], "line 2, is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
+    words, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "runs.jsonl").write_text(json.dumps(row(Cell(1, 1), 1.0, 1)) + "\n{\"run\": 1\n")
+    assert main(words) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and message in errors
+
+
+def test_without_scipy_it_says_what_to_install(monkeypatch, tmp_path, capsys):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for words in (["report", str(tmp_path)], ["study", "--output-dir", str(tmp_path / "s")]):
+        assert main(words) == 2
+        assert "pip install 'mnist-dist[study]'" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
