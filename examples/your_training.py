@@ -27,7 +27,15 @@ model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 128), nn.GEL
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-meter = Meter(synchronize=accelerator.wait_for_everyone)
+
+def synchronize():
+    """Wait for the GPU, if there is one, and for the other processes."""
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    accelerator.wait_for_everyone()
+
+
+meter = Meter(synchronize=synchronize)
 for epoch in range(options.epochs):
     with meter:
         for x, y in loader:

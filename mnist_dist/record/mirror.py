@@ -1,4 +1,4 @@
-"""Weights & Biases: a mirror of the run's folder that never stops a run and never makes it wait for long.
+"""Weights & Biases: a mirror of the folder of a run or a study. It never stops a run and never makes it wait for long.
 
 All calls of wandb run in one thread. The run waits for each call up to a time limit; a call that takes longer stays in
 the thread, and the run continues. If the server cannot be reached, the run is recorded offline, to be synced later.
@@ -79,13 +79,13 @@ class Mirror:
         self._late = False  # a call has exceeded its limit: it is waited for at the end only
         self._errors: list[str] = []
 
-    def start(self, config: TrainConfig, run_id: str, settings: Mapping[str, Any]) -> None:
+    def start(self, config: TrainConfig, run_id: str, settings: Mapping[str, Any], job_type: str = "train") -> None:
         """Begin a run with these settings; after a failure online try offline, then continue without W&B."""
         if config.wandb == "disabled":
             return
         self._worker = Worker()
         warnings: list[str] = []
-        future = self._worker.submit(lambda: _started(config, self.folder, run_id, settings, warnings.append))
+        future = self._worker.submit(lambda: _started(config, self.folder, run_id, settings, job_type, warnings.append))
         try:
             self.run, self.mode = future.result(START_SECONDS)
         except FutureTimeout:
@@ -123,22 +123,26 @@ class Mirror:
             self._late = True
             self.warn(f"W&B took more than {LOG_SECONDS:g} s for an epoch: the run continues without waiting for it")
 
+    def send(self, task: Callable[[Any], None]) -> None:
+        """Do something with W&B's run, in the thread; `finish` waits for it."""
+        self._call(lambda: task(self.run), 0)
+
     def log_results(self, summary: RunSummary, labels: Sequence[int], guesses: Sequence[int]) -> None:
         """The run's summary, pictures, model, and the confusion matrix of the test images; `finish` waits for them."""
-        def task() -> None:
+        def task(run: Any) -> None:
             import wandb
 
-            self.run.summary.update({"batch_size": summary.global_batch_size, **asdict(summary)})
-            last = self.run.step
+            run.summary.update({"batch_size": summary.global_batch_size, **asdict(summary)})
+            last = run.step
             images = {Path(name).stem: wandb.Image(str(self.folder / name)) for name in (PREDICTIONS, CURVES)}
             matrix = wandb.plot.confusion_matrix(y_true=labels, preds=guesses, class_names=[str(i) for i in range(10)])
-            self.run.log({**images, "confusion_matrix": matrix}, step=last)
-            artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
+            run.log({**images, "confusion_matrix": matrix}, step=last)
+            artifact = wandb.Artifact(f"model-{run.id}", type="model")
             for name in (MODEL, CONFIG):
                 artifact.add_file(str(self.folder / name))
-            self.run.log_artifact(artifact)
+            run.log_artifact(artifact)
 
-        self._call(task, 0)
+        self.send(task)
 
     def finish(self, exit_code: int = 0) -> None:
         """End the run in W&B; waits at most `END_SECONDS` for this and all calls before it."""
@@ -159,7 +163,7 @@ class Mirror:
         return f"wandb sync {Path(self.run.dir).parent}"
 
 
-def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[str, Any],
+def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[str, Any], job_type: str,
              warn: Callable[[str], None]) -> tuple[Any, Mode]:
     """(wandb's run, its mode); (None, "disabled") if it cannot start."""
     mode = wandb_mode(config.wandb, warn)
@@ -168,7 +172,8 @@ def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[s
 
         try:
             run = wandb.init(
-                project=config.wandb_project, mode=mode, dir=str(folder), id=run_id,
+                project=config.wandb_project, mode=mode, dir=str(folder), job_type=job_type,
+                id=None if os.environ.get("WANDB_SWEEP_ID") else run_id,  # a sweep's agent has given the run its id
                 resume="allow" if mode == "online" else None,  # offline it has no effect, and 0.22 warns about that
                 name=config.run_name or folder.name, group=config.wandb_group,
                 tags=[tag.strip() for tag in (config.tags or "").split(",") if tag.strip()],

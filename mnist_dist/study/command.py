@@ -20,6 +20,7 @@ from mnist_dist.study.study import Request, run_study
 from mnist_dist.study.table import read_table
 
 T = TypeVar("T")
+TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too; another script does not get them
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
 
 
@@ -78,18 +79,22 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         axes=axes,
     )
     folder = Path(given.output_dir)
-    fixed = {flag_of(name): value for name, value in training.items()}
+    group = folder.resolve().name
+    tracking = {name: training.pop(name) for name in TRACKING if script is not None and name in training}
+    fixed = {flag_of(name): value for name, value in training.items() if name not in TRACKING}
     words = [_word(name, value) for name, value in training.items()]
     if script is None:
         TrainConfig(**training)  # what is wrong for every cell is an error
-        for name, value in {"checkpoint_every": "never", "wandb_group": folder.resolve().name}.items():
+        for name, value in {"checkpoint_every": "never", "wandb_group": group}.items():
             if name not in training:
                 words.append(_word(name, value))
+        tracking = {name: training[name] for name in TRACKING if name in training}
     return Request(
         grid=grid, folder=folder, options=(*words, *rest), fixed={**fixed, **({"--": list(rest)} if rest else {})},
         script=script, command=shlex.join(["mnist-dist", *argv]),
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
+        tracking=TrainConfig(**{"wandb_group": group, **tracking}),
         check=_check(training) if script is None else lambda cell: None,
     )
 

@@ -53,7 +53,9 @@ def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label
     `say` writes a repeat's value.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+        columns = 3 if max(len(one.name) for one in series) < 16 else 1
+        legend_lines = -(-(min(len(series), MOST_LINES) + (ideal is not None)) // columns)
+        figure = Figure(figsize=(5.2, 3.4 + 0.19 * legend_lines), layout="constrained")
         axes = figure.subplots()
         values: dict[str, list[str]] = {}
         xs = sorted({x for one in series for x in one.x})
@@ -70,8 +72,7 @@ def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(True, linewidth=0.5)
         axes.set_axisbelow(True)
-        figure.legend(loc="outside upper left", ncols=3 if max(len(one.name) for one in series) < 16 else 1,
-                      handlelength=2.2)
+        figure.legend(loc="outside upper left", ncols=columns, handlelength=2.2)
         files = {}
         for kind, options in (("png", {"dpi": 150, "facecolor": "white"}), ("svg", {"facecolor": "white"})):
             files[kind] = _saved(figure, kind, **options)

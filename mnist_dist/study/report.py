@@ -197,7 +197,8 @@ def _lines_of(analysis: Analysis, key: Callable[[Cell], Any]) -> dict[Any, list[
     return groups
 
 
-def _name(processes: int, options: tuple[tuple[str, str], ...]) -> str:
+def name_of_line(processes: int, options: tuple[tuple[str, str], ...]) -> str:
+    """`2 processes, lr 0.001`: of a line in a picture."""
     return ", ".join([_count(processes, "process", "processes"),
                       *(f"{name.replace('_', ' ')} {value[:24]}" for name, value in options)])
 
@@ -206,7 +207,7 @@ def _throughput(page: Page, analysis: Analysis, folder: Path) -> None:
     page.add(Heading(2, "Throughput"))
     series = []
     for (options, processes), members in _lines_of(analysis, lambda c: (c.options, c.processes)).items():
-        name = _name(processes, options)
+        name = name_of_line(processes, options)
         series.append(Series(
             name, [m.cell.global_batch_size for m in members], [m.rate for m in members],
             [list(m.runs.rates) for m in members],
@@ -257,7 +258,7 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
                  *(f"{cell}: efficiency {_say(efficiency)}" for cell, efficiency, _ in points)]))
         page.add(pictures.draw(
             folder, f"efficiency-{file}", f"{title}: efficiency against the number of processes, {same}. The dashed "
-            "line is ideal.", series, x_label="processes", y_label="efficiency", log_y=False, ideal=lambda x: 1.0,
+            "line is ideal.", series, x_label="processes", y_label="efficiency (1 is ideal)", log_y=False, ideal=lambda x: 1.0,
             say="efficiency {:.3f}".format))
         cells = analysis.cells
         page.add(Table(
@@ -275,7 +276,7 @@ def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
     series = []
     for (options, processes), members in _lines_of(analysis, lambda c: (c.options, c.processes)).items():
         series.append(Series(
-            _name(processes, options), [m.per_device_batch_size for m in members], [m.step_ms for m in members],
+            name_of_line(processes, options), [m.per_device_batch_size for m in members], [m.step_ms for m in members],
             [list(1000 * m.cell.global_batch_size / m.runs.rates) for m in members],
             [f"{m.cell}: {_say(m.step_ms)} ms per step" for m in members]))
     page.add(pictures.draw(

@@ -180,33 +180,42 @@ def steadiness(windows: np.ndarray) -> Steadiness:
     """Look for a jump or a drift in the step times of a run's windows [w, 3].
 
     A jump is found by the largest rank sum statistic over all places of the jump (Lausen & Schumacher 1992, Biometrics
-    48(1)), with Bonferroni's bound, and a drift by Kendall's test; which of the two it is, by the fit with the smaller
-    absolute residuals.
+    48(1)) with Bonferroni's bound, a drift by Kendall's; which of the two it is, by the fit with the smaller absolute
+    residuals. Neighbouring windows depend on each other, so that n of them are worth n (1 - r) / (1 + r), where r is
+    the correlation of neighbouring residuals of the fit.
     """
     n = len(windows)
     if n < LEAST_WINDOWS:
         return Steadiness("too short to tell")
-    times, steps = windows[:, 2] / windows[:, 0], windows[:, 0]
-    ranks = stats.rankdata(times)
-    after = np.arange(1, n)
+    times, steps, place = windows[:, 2] / windows[:, 0], windows[:, 0], np.arange(n)
+    ranks, after = stats.rankdata(times), np.arange(1, n)
     z = (np.cumsum(ranks)[:-1] - after * (n + 1) / 2) / np.sqrt(after * (n - after) * (n + 1) / 12)
     at = int(np.argmax(np.abs(z))) + 1  # windows before the jump
-    p_jump = 2 * (n - 1) * float(stats.norm.sf(np.abs(z).max()))
     before, behind = float(np.median(times[:at])), float(np.median(times[at:]))
-    jump = behind / before - 1
-    line = stats.theilslopes(times, np.arange(n))
-    drift = float(line.slope * (n - 1) / (line.intercept or 1.0))
-    p_drift = float(stats.kendalltau(np.arange(n), times).pvalue)
+    off_jump = times - np.where(place < at, before, behind)
+    p_jump = 2 * (n - 1) * float(stats.norm.sf(np.abs(z).max() * _worth(off_jump)))
+    line = stats.theilslopes(times, place)
+    off_line = times - (line.intercept + line.slope * place)
+    tau = float(stats.kendalltau(place, times).statistic)
+    p_drift = 2 * float(stats.norm.sf(abs(tau) * _worth(off_line) / math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))))
+    jump, drift = behind / before - 1, float(line.slope * (n - 1) / line.intercept) if line.intercept > 0 else math.inf
     is_jump = p_jump < SIGNIFICANT and abs(jump) >= LEAST_CHANGE
     is_drift = p_drift < SIGNIFICANT and abs(drift) >= LEAST_CHANGE
     if not (is_jump or is_drift):
         return Steadiness("steady")
-    off_jump = float(np.abs(times - np.where(np.arange(n) < at, before, behind)).sum())
-    off_line = float(np.abs(times - (line.intercept + line.slope * np.arange(n))).sum())
-    done = int(steps[:at].sum())
-    if is_jump and (off_jump <= off_line or not is_drift):
+    if is_jump and (not is_drift or np.abs(off_jump).sum() <= np.abs(off_line).sum()):
+        done = int(steps[:at].sum())
         return Steadiness("jump", jump, done, done if jump < 0 and at < n / 2 else 0)
     return Steadiness("drift", drift)
+
+
+def _worth(residuals: np.ndarray) -> float:
+    """The factor by which a statistic shrinks if windows depend on each other: the root of the part that counts."""
+    ranks = stats.rankdata(residuals)
+    if np.ptp(ranks) == 0:
+        return 1.0
+    correlation = float(np.clip(np.corrcoef(ranks[:-1], ranks[1:])[0, 1], 0.0, 0.95))
+    return math.sqrt((1 - correlation) / (1 + correlation))
 
 
 @dataclass(frozen=True)
@@ -223,6 +232,8 @@ def drift_over_study(orders: Sequence[float], relative_rates: Sequence[float]) -
     """
     if len(orders) < LEAST_WINDOWS:
         return None
+    if np.ptp(relative_rates) == 0:
+        return Drift(Interval(0.0, 0.0, 0.0, LEVEL, len(orders)), False)
     line = stats.theilslopes(relative_rates, orders, LEVEL)
     span = max(orders) - min(orders)
     change = Interval(line.slope * span, line.low_slope * span, line.high_slope * span, LEVEL, len(orders))

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mnist_dist import runner
+from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.files import replace_synced
 from mnist_dist.study.grid import Cell, Grid, PlannedRun, plan, possible
@@ -46,6 +47,7 @@ class Request:
     seed: int
     cell_timeout: float
     oversubscribe: bool
+    tracking: TrainConfig  # its options of W&B are for the run there that holds the study's table and report
     check: Callable[[Cell], None]  # raises `UserError` for a cell that the training refuses
 
 
@@ -191,7 +193,7 @@ def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> lis
     """Print what will be run, and what cannot be; returns the runs that are pending."""
     pending = [run for run in study.runs if not study.is_done(run)]
     count, kind = machine.devices
-    cells = list(dict.fromkeys(run.cell for run in study.runs))
+    cells = sorted({run.cell for run in study.runs}, key=lambda c: (c.options, c.processes, c.global_batch_size))
     say(f"{len(cells)} cells, {len(study.runs)} runs on {count} {kind}, of which {len(study.runs) - len(pending)} are "
         f"done; the others take about {say_duration(estimate(pending, study.rows(), study.fixed))}")
     for cell in cells:
@@ -249,6 +251,11 @@ def _run(request: Request, machine: Machine) -> int:
             from mnist_dist.study.report import write_report  # scipy and matplotlib take a second to import
 
             say(f"written: {', '.join(map(str, write_report(study.folder, rows)))}")
+        from mnist_dist.study.mirror import mirror_study
+
+        hint = mirror_study(study.folder, rows, request.tracking, study.mark.split("-")[1], request.command, say)
+        if hint:
+            say(f"W&B was offline: to bring this study there, {hint}; each run's folder has a run of its own")
         failed = [row for row in rows if row["status"] == "failed"]
         for row in failed:
             say(f"failed: {row['run']}: {row['reason']}")

@@ -10,13 +10,15 @@ import re
 import sys
 import threading
 import time
+from dataclasses import fields
 
 import pytest
-from support import ROOT, epoch_record, mnist_dist, result_of, run, run_summary
+from support import ROOT, epoch_record, mnist_dist, records_of, result_of, run, run_summary
 
+from mnist_dist.cli import parse, training_config
 from mnist_dist.config import TrainConfig
 from mnist_dist.record import mirror
-from mnist_dist.record.figures import GROUP_OF
+from mnist_dist.record.figures import GROUP_OF, RunSummary
 from mnist_dist.record.worker import THREAD_NAME
 
 KEY = "0123456789012345678901234567890123456789"
@@ -31,20 +33,6 @@ def tracked(small_dir, tmp_path_factory):
                       "--output-dir", "run", cwd=folder, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     return folder / "run", done
-
-
-def records_of(folder):
-    """What W&B's own reader finds in the one offline run of a folder, by type."""
-    (offline,) = (folder / "wandb").glob("offline-run-*")
-    done = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline], cwd=folder)
-    if done.returncode == 2 and "Usage:" in done.stderr:
-        pytest.skip("this version of wandb cannot read its own files back: 0.31 can")
-    assert done.returncode == 0, done.stderr
-    records: dict[str, list] = {}
-    for line in done.stdout.splitlines():
-        record = json.loads(line)
-        records.setdefault(record["type"], []).append(record[record["type"]])
-    return records
 
 
 def test_the_folder_is_whole(tracked):
@@ -267,3 +255,36 @@ def test_a_run_ends_although_wandb_hangs(where, size, small_dir, tmp_path):
     print(f"{where} on {size}: the run ends {after:.1f} s after its last result")
     assert done.returncode == 0 and "W&B" in done.stderr, done.stderr
     assert result_of(tmp_path / "run")["status"] == "completed" and after < 15
+
+
+def test_the_sweeps_command_is_one_of_ours():
+    import yaml
+
+    sweep = yaml.safe_load((ROOT / "launch" / "wandb_sweep.yaml").read_text())
+    assert (ROOT / sweep["program"]).exists() and sweep["method"] == "grid"
+    assert sweep["metric"]["name"] in {option.name for option in fields(RunSummary)}
+    for size in sweep["parameters"]["batch-size"]["values"]:  # the agent writes each parameter as --name=value
+        words = [f"--{name}={size if 'values' in given else given['value']}" for name, given in
+                 sweep["parameters"].items()]
+        config = training_config(parse(["train", *words]))
+        assert (config.batch_size, config.epochs, config.checkpoint_every) == (size, 2, "never")
+
+
+def test_a_run_of_a_sweep_keeps_the_id_that_its_agent_gave(monkeypatch, tmp_path):
+    import wandb
+
+    ids = []
+
+    def init(**options):
+        ids.append(options["id"])
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(mirror, "wandb_mode", lambda *_: "offline")
+    for sweep in (None, "abc"):
+        if sweep:
+            monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
+        made = mirror.Mirror(tmp_path, lambda line: None)
+        made.start(TrainConfig(), "ours", {})
+        made.finish()
+    assert ids == ["ours", None]

@@ -9,10 +9,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from support import ROOT, run
+from support import ROOT, run, run_here
 from tables import row, study, windows_of
 
-from mnist_dist.cli import main
 from mnist_dist.processes.launch import child_environment
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.study.grid import Cell
@@ -57,7 +56,7 @@ def report(tmp_path_factory):
     rows.append({"run": "b1-p2", "role": "none", "global_batch_size": 1, "processes": 2, "options": {},
                  "status": "impossible", "reason": "a batch of 1 is smaller"})
     write_table(folder, rows)
-    assert main(["report", str(folder)]) == 0
+    assert run_here(["report", str(folder)]) == 0
     return folder, (folder / "report.md").read_text(), (folder / "report.html").read_text()
 
 
@@ -115,26 +114,31 @@ def test_the_html_needs_no_other_file(report):
         assert f"(pictures/{name}.png)" in report[1]
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_shown_as_text(text, tmp_path):
+def test_hostile_text_is_shown_as_text(tmp_path):
     folder = tmp_path / "inside" / "study"
     folder.mkdir(parents=True)
-    cells = [Cell(50, processes, (("lr", text), (text, "1"))) for processes in (1, 2)]
-    rows = [row(cell, 100.0, number) for cell in cells for number in range(3)]
-    rows[0]["environment"] = {"device_name": text, "torch": text}
-    rows[1]["study"] = {"command": text, "date": text, "seed": text}
-    rows[2] |= {"run": text, "status": "failed", "reason": text}
+    rows = []
+    for text in HOSTILE:
+        for processes in (1, 2):
+            rows += [row(Cell(50, processes, (("lr", text), (text, "1"))), 100.0, number) for number in range(3)]
+        rows[-1]["environment"] = {"device_name": text, "torch": text}
+        rows[-2]["study"] = {"command": text, "date": text, "seed": text}
+        rows[-3] |= {"run": text, "status": "failed", "reason": text}
     write_table(folder, rows)
-    assert main(["report", str(folder)]) == 0
-    shutil_names = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
-    assert shutil_names == {("inside", "study")}
-    page = Elements((folder / "report.html").read_text())
-    assert page.tags.count("script") == 1 and "img" not in page.tags and not page.handlers
-    markdown = (folder / "report.md").read_text()
-    outside = re.sub(r"\\.", "", re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", markdown))
-    assert "<script" not in outside and "<img" not in outside and "http://x" not in outside
-    assert main(["report", str(folder), str(folder)]) == 0
+    for words in ([folder], [folder, folder]):
+        assert run_here(["report", *map(str, words)]) == 0
+    assert {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()} == {
+        ("inside", "study")}
     assert {path.parent for path in tmp_path.rglob("*.html")} == {folder}
+    for stem in ("report", "compared-with-study"):
+        page = Elements((folder / f"{stem}.html").read_text())
+        assert page.tags.count("script") == 1 and "img" not in page.tags and not page.handlers
+        code = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
+        markdown = (folder / f"{stem}.md").read_text()
+        outside = re.sub(r"\\.", "", code.sub("", markdown))
+        assert "<script" not in outside and "<img" not in outside and "http://x" not in outside
+        for text in HOSTILE:
+            assert " ".join(text.split()).replace("|", "\\|") in markdown, "shown as it is"
 
 
 def test_marked_runs_have_their_reasons(tmp_path):
@@ -181,7 +185,7 @@ def test_two_studies_are_compared_cell_by_cell(tmp_path, capsys):
     for name, rates, seed in (("a", GRID, 5), ("b", slower, 6), ("same", GRID, 7)):
         (tmp_path / name).mkdir()
         write_table(tmp_path / name, study(rates, 20, 0.015, seed))
-    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert run_here(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "compared-with-a.md" in capsys.readouterr().out
     markdown = (tmp_path / "b" / "compared-with-a.md").read_text()
     lines = {tuple(line[:2]): line for line in [[c.strip() for c in text.strip("|").split("|")]
@@ -192,21 +196,21 @@ def test_two_studies_are_compared_cell_by_cell(tmp_path, capsys):
     assert {line[5] for cell, line in lines.items() if cell != ("200", "1")} == {"none shown"}
     assert "Only in `b`: `batch 7 on 1 process`" in markdown
     assert Elements((tmp_path / "b" / "compared-with-a.html").read_text()).tags.count("table") == 1
-    assert main(["report", str(tmp_path / "a"), str(tmp_path / "same")]) == 0
+    assert run_here(["report", str(tmp_path / "a"), str(tmp_path / "same")]) == 0
     assert "No cell differs" in (tmp_path / "same" / "compared-with-a.md").read_text()
 
 
 def test_a_report_of_many_rows_imports_no_torch(tmp_path):
     random = np.random.default_rng(4)
-    cells = [Cell(size, processes, (("lr", lr),)) for size in range(1, 11) for processes in (1, 2) for lr in "abcde"]
+    cells = [Cell(size, processes, (("lr", f"{lr}"),)) for size in (1, 2) for processes in (1, 2) for lr in range(20)]
     rows = [row(cell, 1000 * np.exp(0.02 * random.standard_normal()), number,
-                windows=windows_of(3 + 0.1 * random.standard_normal(20))) for cell in cells for number in range(5)]
+                windows=windows_of(3 + 0.1 * random.standard_normal(20))) for cell in cells for number in range(3)]
     write_table(tmp_path, rows)
     code = ("import sys; from mnist_dist.cli import main; status = main(['report', sys.argv[1]]); "
             "print(status, sorted({'torch', 'accelerate', 'wandb'} & set(sys.modules)))")
     done = run([sys.executable, "-c", code, tmp_path], cwd=ROOT, **child_environment())
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
-    assert "The first 16 of 10 lines" not in (tmp_path / "report.md").read_text()
+    assert "The first 16 of 40 lines are drawn" in (tmp_path / "report.md").read_text()
 
 
 BAD = {
@@ -222,7 +226,7 @@ def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "runs.jsonl").write_text(json.dumps(row(Cell(1, 1), 1.0, 1)) + "\n{\"run\": 1\n")
-    assert main(words) == 2
+    assert run_here(words) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and message in errors
 
@@ -232,6 +236,6 @@ def test_without_scipy_it_says_what_to_install(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for words in (["report", str(tmp_path)], ["study", "--output-dir", str(tmp_path / "s")]):
-        assert main(words) == 2
+        assert run_here(words) == 2
         assert "pip install 'mnist-dist[study]'" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()

@@ -65,7 +65,8 @@ def test_intervals_of_few_values_say_what_they_are_worth():
     assert median_interval(range(20)) == Interval(9.5, 5.0, 14.0, 0.95, 20)
 
 
-@pytest.mark.parametrize("kind", ["normal", "skewed", "two humps"])
+@pytest.mark.parametrize("kind", ["normal", pytest.param("skewed", marks=pytest.mark.long),
+                                  pytest.param("two humps", marks=pytest.mark.long)])
 def test_ratio_intervals_hold_the_truth(kind):
     random = np.random.default_rng(8)
     for n in (5, 8, 20):

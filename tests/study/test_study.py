@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, result_of
+from support import ROOT, mnist_dist, records_of, result_of, run_here
 
-from mnist_dist.cli import main
 from mnist_dist.processes.launch import child_environment
 from mnist_dist.study.table import read_table
 
@@ -21,8 +20,9 @@ STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 
 def study(folder, *words, sizes="10,20", repeats=2, rest=()):
     """`mnist-dist study` of the stand-in; the exit status."""
-    return main(["study", "--script", STAND_IN, "--batch-sizes", sizes, "--repeats", str(repeats), "--output-dir",
-                 str(folder), *map(str, words), *(["--", *rest] if rest else [])])
+    wandb = [] if "--wandb" in words else ["--wandb", "disabled"]
+    return run_here(["study", "--script", STAND_IN, "--batch-sizes", sizes, "--repeats", str(repeats), "--output-dir",
+                 str(folder), *wandb, *map(str, words), *(["--", *rest] if rest else [])])
 
 
 def stamps(folder):
@@ -94,10 +94,11 @@ def test_a_broken_run_is_run_anew_and_alone(tmp_path):
     assert {name for name, stamp in stamps(tmp_path).items() if stamp != before[name]} == {"b20-p1-repeat-1"}
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)])
 def test_stopped_in_the_middle_and_continued(number, status, tmp_path):
     words = ["study", "--script", STAND_IN, "--batch-sizes", "10,20,30", "--repeats", "2", "--output-dir",
-             str(tmp_path), "--", "--seconds", "0.4"]
+             str(tmp_path), "--wandb", "disabled", "--", "--seconds", "0.3"]
     running = subprocess.Popen([sys.executable, "-m", "mnist_dist", *words], cwd=ROOT, env=child_environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -114,7 +115,7 @@ def test_stopped_in_the_middle_and_continued(number, status, tmp_path):
     if number != signal.SIGKILL:
         assert errors.count("\n") == 1 and "the same command continues the study" in errors
         assert "stopped by Ctrl-C or SIGTERM" in {row["reason"] for row in read_table(tmp_path)}
-    assert main(words) == 0
+    assert run_here(words) == 0
     after, rows = stamps(tmp_path), read_table(tmp_path)
     assert {name: after[name] for name in before} == before, "no finished run is run twice"
     assert len(rows) == len({row["run"] for row in rows}) == 8 and {row["status"] for row in rows} == {"completed"}
@@ -131,12 +132,30 @@ def test_two_processes_of_a_script(tmp_path, capsys):
 def test_our_own_training(small_dir, tmp_path):
     words = ["study", "--batch-sizes", "100", "--repeats", "1", "--lrs", "1e-3", "--output-dir", str(tmp_path / "s"),
              "--data-dir", str(small_dir), "--epochs", "1", "--wandb", "disabled"]
-    assert main(words) == 0
+    assert run_here(words) == 0
     row = read_table(tmp_path / "s")[1]
     assert row["run"] == "b100-p1-lr-0.001-repeat-1" and row["config"]["lr"] == 1e-3
     assert row["config"]["wandb_group"] == "s" and row["config"]["checkpoint_every"] == "never"
     assert row["epochs"] == result_of(tmp_path / "s" / "runs" / row["run"])["epochs"]
     assert (tmp_path / "s" / "runs" / row["run"] / "output.txt").read_text().startswith("1 process on ")
+
+
+def test_the_study_is_in_wandb_with_its_table_and_report(tmp_path):
+    folder = tmp_path / "s"
+    done = mnist_dist("study", "--script", STAND_IN, "--batch-sizes", "10,20", "--repeats", 1, "--output-dir", folder,
+                      "--wandb", "offline", "--tags", "a,b", "--", "--trouble", "20:memory", cwd=tmp_path)
+    assert done.returncode == 1, "one run fails"
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    assert f"wandb sync {offline}" in done.stdout
+    records = records_of(folder)
+    assert records["run"][0]["run_group"] == "s" and records["run"][0]["job_type"] == "study"
+    logged = {item for record in records["history"] for item in record["item"]}
+    assert {"runs", "throughput_table", "pictures/throughput"} <= {name.split(".")[0] for name in logged}
+    (artifact,) = (one for one in records["artifact"] if one["type"] == "study")  # W&B keeps its tables as others
+    names = {entry["path"] for entry in artifact["manifest"]["contents"]}
+    assert {"report.md", "report.html", "runs.jsonl", "runs.csv", "pictures/throughput.svg"} <= names
+    assert {row["status"] for row in read_table(folder) if row["global_batch_size"] == 10} == {"completed"}, (
+        "a script gets no option of W&B")
 
 
 def test_a_dry_run_starts_and_writes_nothing(tmp_path, capsys):
@@ -167,7 +186,7 @@ BAD = {
 def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
     words, message = BAD[case]
     monkeypatch.chdir(tmp_path)
-    assert main(["study", *words]) == 2
+    assert run_here(["study", *words]) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and message in errors
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(("run", "study.json"))]
@@ -180,3 +199,21 @@ def test_another_study_is_not_mixed_in(tmp_path, capsys):
     (tmp_path / "study.json").write_text(json.dumps({"mark": "m"}))
     assert study(tmp_path, repeats=1) == 2
     assert "study.json cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_example_is_studied(tmp_path):
+    """Another model on made-up data, with plain Accelerate: 2 batch sizes on 1 and 2 processes, 2 repeats."""
+    script = str(ROOT / "examples" / "your_training.py")
+    words = ["study", "--script", script, "--batch-sizes", "100,400", "--processes", "1,2", "--repeats", "2",
+             "--output-dir", str(tmp_path), "--wandb", "disabled", "--", "--epochs", "1"]
+    assert run_here(words) == 0
+    rows = read_table(tmp_path)
+    assert len(rows) == 10 and {row["status"] for row in rows} == {"completed"}
+    for row in rows:
+        steps = 20_000 // row["global_batch_size"] - 5
+        assert row["epochs"][0]["measured_samples"] == steps * row["global_batch_size"]
+        assert sum(count for count, _, _ in row["epochs"][0]["windows"]) == steps
+        assert row["environment"]["num_processes"] == row["processes"] and row["environment"]["torch"]
+    report = (tmp_path / "report.md").read_text()
+    assert "4 cells" in report and "## Strong scaling" in report and "| 400 | 2 |" in report
