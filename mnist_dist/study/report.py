@@ -258,8 +258,8 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
                  *(f"{cell}: efficiency {_say(efficiency)}" for cell, efficiency, _ in points)]))
         page.add(pictures.draw(
             folder, f"efficiency-{file}", f"{title}: efficiency against the number of processes, {same}. The dashed "
-            "line is ideal.", series, x_label="processes", y_label="efficiency (1 is ideal)", log_y=False, ideal=lambda x: 1.0,
-            say="efficiency {:.3f}".format))
+            "line is ideal.", series, x_label="processes", y_label="efficiency (1 is ideal)", log_y=False,
+            ideal=lambda x: 1.0, say="efficiency {:.3f}".format))
         cells = analysis.cells
         page.add(Table(
             [*_cell_head(scalings), "samples/s", "base case, processes", "base case, samples/s", "speed-up",
