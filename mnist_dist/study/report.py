@@ -10,7 +10,7 @@ from typing import Any
 
 from mnist_dist.record.files import replace_synced
 from mnist_dist.study import pictures
-from mnist_dist.study.analysis import Analysis, CellFigures, Scaling, compare
+from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
 from mnist_dist.study.grid import Cell
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
@@ -19,6 +19,7 @@ from mnist_dist.study.table import CSV, JSONL, Row
 from mnist_dist.tables import number
 
 REPORT, PICTURES = "report", "pictures"
+MOST_NAMED = 200  # runs in the list of their order
 WINDOWS_WORDS = ("A run whose step times jump or drift by 5 % or more is marked (rank tests over windows of "
                  "consecutive steps, p below 0.001).")
 
@@ -49,19 +50,21 @@ def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequ
     names = [folder.resolve().name for folder, _ in (before, after)]
     page = Page(f"{names[1]} compared with {names[0]}")
     found = [one for one in differences if one.is_one]
-    many = f"{_count(len(found), 'cell differs', 'cells differ')}" if found else "No cell differs"
+    many = _count(len(found), "cell differs", "cells differ") if found else "No cell differs"
     page.add(
-        f"{_count(len(differences), 'cell is', 'cells are')} in both studies. {many} in throughput: the interval of "
-        "the factor does not hold 1, and a Mann-Whitney test finds it among all cells at a false discovery rate of "
-        f"{100 * (1 - LEVEL):.0f} %. The factor is the median over all pairs of a run of the second and a run of the "
-        "first (Hodges and Lehmann)."
+        f"{_count(len(differences), 'cell is', 'cells are')} in both studies. {many}. A factor is the median over all "
+        "pairs of a run of the second and a run of the first (Hodges and Lehmann). A cell differs if the interval of a "
+        "factor does not hold 1, and a Mann-Whitney test finds it among all factors at a false discovery rate of "
+        f"{100 * (1 - LEVEL):.0f} %. Throughput is what a run had; undisturbed is the rate of the 10th percentile of "
+        "its step times, which other load on the machine changes least."
     )
     if differences:
         page.add(Table(
-            [*_cell_head(cell for cell in second.cells), "first, samples/s", "second, samples/s", "second / first",
-             "difference"],
-            [[*_cell_words(one.cell, second.cells), _say(one.before), _say(one.after), _say(one.ratio),
-              _verdict(one.ratio, one.is_one)] for one in differences],
+            [*_cell_head(second.cells), "first, samples/s", "second, samples/s", "throughput, second / first",
+             "difference", "undisturbed, second / first", "difference"],
+            [[*_cell_words(one.cell, second.cells), _say(one.before), _say(one.after),
+              *(word for factor in (one.throughput, one.undisturbed) for word in _factor(factor))]
+             for one in differences],
         ))
     for name, analysis, other in ((names[0], first, second), (names[1], second, first)):
         only = [cell for cell in analysis.cells if cell not in other.cells]
@@ -93,12 +96,16 @@ def _say(interval: Interval) -> str:
     return f"{number(interval.value)} ({number(interval.low)} to {number(interval.high)})"
 
 
-def _verdict(ratio: Interval, is_one: bool) -> str:
-    if ratio.n < 2:
-        return "one run cannot tell"
-    if not is_one:
-        return "none shown"
-    return f"{100 * abs(ratio.value - 1):.1f} % {'faster' if ratio.value > 1 else 'slower'}"
+def _factor(factor: Factor | None) -> tuple[str, str]:
+    """A factor, and its difference in words."""
+    if factor is None:
+        return "-", "too few windows"
+    interval = factor.interval
+    if interval.n < 2:
+        return _say(interval), "one run cannot tell"
+    if not factor.is_one:
+        return _say(interval), "none shown"
+    return _say(interval), f"{100 * abs(interval.value - 1):.1f} % {'faster' if interval.value > 1 else 'slower'}"
 
 
 def _level(interval: Interval) -> str:
@@ -297,16 +304,18 @@ def _ranks(page: Page, analysis: Analysis) -> None:
             return " / ".join(number(statistics.median(one[name][which] for one in ranks) * scale)
                               for which in ("min", "median", "max"))
 
+        exchange = statistics.median(one["step_ms"]["median"] - one["own_ms"]["median"] for one in ranks)
         hosts = {str(one["slowest_host"]) for one in ranks}
-        lines.append([*_cell_words(cell, analysis.cells), over("own_ms"), over("data_wait_ms"),
+        lines.append([*_cell_words(cell, analysis.cells), over("own_ms"), number(exchange), over("data_wait_ms"),
                       over("peak_memory_bytes", 1 / 2**20), Code(", ".join(sorted(hosts)[:3]))])
     if lines:
         page.add(Heading(2, "Ranks"),
-                 Table([*_cell_head(analysis.cells), "own ms per step", "data wait, ms per step", "peak memory, MiB",
-                        "host of the slowest rank"], lines),
+                 Table([*_cell_head(analysis.cells), "own ms per step", "exchange, ms per step",
+                        "data wait, ms per step", "peak memory, MiB", "host of the slowest rank"], lines),
                  "Minimum / median / maximum over ranks, in the last epoch, median over repeats. Own time is a step "
                  "without the exchange of gradients: the rank with the most of it is the one that the others wait for. "
-                 "If ranks differ little, the slowest is chance.")
+                 "The exchange is the rest of the step, waiting for that rank included. If ranks differ little, the "
+                 "slowest is chance.")
 
 
 def _problems(page: Page, analysis: Analysis) -> None:

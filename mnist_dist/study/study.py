@@ -283,6 +283,7 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
     """One run: its outcome is written, its row added, and a line printed."""
     folder = study.run_folder(run)
     command = command_of(run, folder, request.options, request.script)
+    typed = shlex.join(["python", *command[1:]])  # a table is shown to others: no paths of this machine
     outcome: dict[str, Any] = {"status": "failed", "reason": "stopped by Ctrl-C or SIGTERM", "started": None,
                                "seconds": None}
     if sys.stdout.isatty():
@@ -291,7 +292,7 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
         outcome = start(run, folder, command, environment_of(run, machine, study.mark, request.script),
                         request.cell_timeout)
     finally:
-        replace_synced(folder / OUTCOME, json.dumps({**outcome, "command": shlex.join(command)}).encode())
+        replace_synced(folder / OUTCOME, json.dumps({**outcome, "command": typed}).encode())
         study.forget(run)
     rows = study.rows()
     write_table(study.folder, rows)

@@ -1,4 +1,4 @@
-"""A training of some milliseconds, without torch, for tests of the study. `--trouble BATCH:KIND` makes a run fail."""
+"""A training of some milliseconds, without torch, for tests of the study. `--trouble BATCH:KIND,…` makes runs fail."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ parser.add_argument("--trouble", default="")
 parser.add_argument("--seconds", type=float, default=0.0)
 parser.add_argument("--lr")
 given = parser.parse_args()
-batch, _, kind = given.trouble.partition(":")
+kind = dict(pair.split(":") for pair in given.trouble.split(",") if pair).get(str(given.batch_size))
 with open(given.output_dir.parents[1] / "started.txt", "a") as file:
     file.write(f"{given.output_dir.name}\n")
-if batch == str(given.batch_size):
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif kind == "memory":
-        raise MemoryError("no room for the batch")
-    elif kind == "hang":
-        time.sleep(600)
-    elif kind == "silent":
-        sys.exit(0)
+if kind == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif kind == "memory":
+    raise MemoryError("no room for the batch")
+elif kind == "hang":
+    time.sleep(600)
+elif kind == "silent":
+    sys.exit(0)
 time.sleep(given.seconds)
 result = {
     "status": "completed", "environment": {"num_processes": int(os.environ.get("WORLD_SIZE", 1))},
     "summary": {"global_batch_size": given.batch_size},
     "epochs": [{"measured_samples": 100 * given.batch_size, "measured_seconds": 0.5 + given.batch_size / 1000}],
 }
-if batch == str(given.batch_size) and kind == "breach":
+if kind == "breach":
     del result["summary"], result["epochs"][0]["measured_seconds"]
 if os.environ.get("RANK", "0") == "0":
     (given.output_dir / "result.json").write_text(json.dumps(result))

@@ -191,9 +191,10 @@ def test_two_studies_are_compared_cell_by_cell(tmp_path, capsys):
     lines = {tuple(line[:2]): line for line in [[c.strip() for c in text.strip("|").split("|")]
                                                for text in markdown.splitlines() if text.startswith("| ")][1:]}
     del lines["---", "---"]
-    assert "5 cells are in both studies. 1 cell differs" in markdown and len(lines) == 5
+    assert "5 cells are in both studies. 1 cell differs." in markdown and len(lines) == 5
     assert lines["200", "1"][5].endswith("% slower") and lines["200", "1"][4].startswith("0.97")
     assert {line[5] for cell, line in lines.items() if cell != ("200", "1")} == {"none shown"}
+    assert {line[7] for line in lines.values()} == {"too few windows"}
     assert "Only in `b`: `batch 7 on 1 process`" in markdown
     assert Elements((tmp_path / "b" / "compared-with-a.html").read_text()).tags.count("table") == 1
     assert run_here(["report", str(tmp_path / "a"), str(tmp_path / "same")]) == 0

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, mnist_dist, records_of, result_of, run_here
+from support import ROOT, mnist_dist, records_of, result_of, run, run_here
 
 from mnist_dist.processes.launch import child_environment
 from mnist_dist.study.table import read_table
@@ -69,20 +69,39 @@ def test_the_same_command_runs_nothing_twice_and_another_grid_adds(tmp_path):
     assert len(read_table(tmp_path)) == 12
 
 
+TROUBLES = {
+    20: ("kill", "ended by SIGKILL, perhaps because memory ran out"),
+    30: ("memory", "MemoryError: no room for the batch"),
+    40: ("hang", "no result after 2 s (--cell-timeout): ended"),
+    50: ("silent", "it left no result.json in its --output-dir"),
+    60: ("breach", "its result.json has no summary, summary.global_batch_size, epochs[].measured_seconds"),
+}
+
+
 def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
-    for kind, reason in {"kill": "ended by SIGKILL, perhaps because memory ran out",
-                         "memory": "MemoryError: no room for the batch",
-                         "hang": "no result after 2 s (--cell-timeout): ended",
-                         "silent": "it left no result.json in its --output-dir",
-                         "breach": "its result.json has no summary, summary.global_batch_size, "
-                                   "epochs[].measured_seconds"}.items():
-        folder = tmp_path / kind
-        assert study(folder, "--cell-timeout", 2, sizes="10,20,30", repeats=1, rest=["--trouble", f"20:{kind}"]) == 1
-        rows = {row["run"]: row for row in read_table(folder)}
-        failed = [row["run"] for row in rows.values() if row["status"] == "failed"]
-        assert len(rows) == 5 and failed == ["b20-p1-repeat-1"]
-        assert rows["b20-p1-repeat-1"]["reason"] == reason
-        assert reason in capsys.readouterr().out and reason in (folder / "report.md").read_text()
+    trouble = ",".join(f"{size}:{kind}" for size, (kind, _) in TROUBLES.items())
+    assert study(tmp_path, "--cell-timeout", 2, sizes="10,20,30,40,50,60,70", repeats=1,
+                 rest=["--trouble", trouble]) == 1
+    rows = {row["global_batch_size"]: row for row in read_table(tmp_path) if row["role"] == "repeat"}
+    assert len(rows) == 7 and {size for size, row in rows.items() if row["status"] == "completed"} == {10, 70}
+    printed, report = capsys.readouterr().out, (tmp_path / "report.md").read_text()
+    for size, (_, reason) in TROUBLES.items():
+        assert rows[size]["status"] == "failed" and rows[size]["reason"] == reason
+        assert reason in printed and reason in report
+    assert len(started(tmp_path)) == 9, "none is tried twice by one command"
+
+
+def test_values_that_are_no_file_names_stay_in_the_folder(tmp_path):
+    folder = tmp_path / "inside" / "study"
+    values = ["../../x", "<script>alert(1)</script>", "\"'`|", "y" * 200, "a/b"]
+    assert study(folder, "--lrs", ",".join(values), sizes="10", repeats=1) == 0
+    rows = [row for row in read_table(folder) if row["role"] == "repeat"]
+    assert sorted(row["options"]["lr"] for row in rows) == sorted(values)
+    assert all((folder / "runs" / row["run"] / "result.json").exists() for row in rows)
+    assert {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()} == {
+        ("inside", "study")}
+    html = (folder / "report.html").read_text()
+    assert html.count("<script") == 1 and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 
 
 def test_a_broken_run_is_run_anew_and_alone(tmp_path):
@@ -156,6 +175,15 @@ def test_the_study_is_in_wandb_with_its_table_and_report(tmp_path):
     assert {"report.md", "report.html", "runs.jsonl", "runs.csv", "pictures/throughput.svg"} <= names
     assert {row["status"] for row in read_table(folder) if row["global_batch_size"] == 10} == {"completed"}, (
         "a script gets no option of W&B")
+
+
+def test_the_parent_imports_no_torch(tmp_path):
+    code = ("import sys; from mnist_dist import cli; status, _ = cli._status(sys.argv[1:]); "
+            "print(status, sorted({'torch', 'accelerate'} & set(sys.modules)), 'scipy' in sys.modules, flush=True); "
+            "import os; os._exit(0)")
+    done = run([sys.executable, "-c", code, "study", "--script", STAND_IN, "--batch-sizes", "10", "--repeats", "1",
+                "--output-dir", tmp_path, "--wandb", "offline"], cwd=ROOT, **child_environment())
+    assert done.stdout.splitlines()[-1] == "0 [] True", done.stderr
 
 
 def test_a_dry_run_starts_and_writes_nothing(tmp_path, capsys):
