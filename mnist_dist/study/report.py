@@ -14,14 +14,14 @@ from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, co
 from mnist_dist.study.grid import Cell
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
-from mnist_dist.study.statistics import LEAST_REPEATS, LEVEL, PRECISION, Interval
+from mnist_dist.study.statistics import LEAST_CHANGE, LEAST_REPEATS, LEVEL, PRECISION, SIGNIFICANT, Interval
 from mnist_dist.study.table import CSV, JSONL, Row
 from mnist_dist.tables import number
 
 REPORT, PICTURES = "report", "pictures"
 MOST_NAMED = 200  # runs in the list of their order
-WINDOWS_WORDS = ("A run whose step times jump or drift by 5 % or more is marked (rank tests over windows of "
-                 "consecutive steps, p below 0.001).")
+WINDOWS_WORDS = (f"A run whose step times jump or drift by {100 * LEAST_CHANGE:.0f} % or more is marked (rank tests "
+                 f"over windows of consecutive steps, p below {SIGNIFICANT:g}).")
 
 
 def write_report(folder: Path, rows: Sequence[Row]) -> list[Path]:
@@ -345,6 +345,9 @@ def _method(page: Page, analysis: Analysis) -> None:
         "Every run is a launch of its own, one at a time. Each repeat does every cell once, in random order. The order "
         "is the column ", Code("order"), " of ", Code(CSV), "; ", Code(JSONL), " has every figure, and this report is "
         "made from it alone.")))
+    order = [row["run"] for row in sorted(analysis.rows, key=lambda row: row.get("order") or 0) if row.get("order")]
+    more = f" and {len(order) - MOST_NAMED:,} more" if len(order) > MOST_NAMED else ""
+    page.add(Text(("Order of the runs: ", Code(", ".join(map(str, order[:MOST_NAMED]))), f"{more}.")))
 
 
 def _origin(page: Page, analysis: Analysis) -> None:
