@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -20,6 +22,11 @@ def replace_synced(path: Path, content: bytes) -> None:
     write_synced(temporary, content)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def replace_json(path: Path, values: Any) -> None:
+    """Replace a file by these values as JSON, atomically. Raises `ValueError` if a number is not finite."""
+    replace_synced(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:

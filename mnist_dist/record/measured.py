@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.record.environment import processor_name
-from mnist_dist.record.files import replace_synced
+from mnist_dist.record.files import replace_json
 from mnist_dist.record.folder import RESULT
 
 
@@ -58,7 +57,6 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self._samples: list[int] = []
-        self._marks: list[float] = []
         self._start()
         return self
 
@@ -95,4 +93,4 @@ class Meter:
             "summary": {"global_batch_size": global_batch_size},
             "epochs": self.epochs,
         }
-        replace_synced(Path(folder) / RESULT, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        replace_json(Path(folder) / RESULT, result)

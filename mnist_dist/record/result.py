@@ -11,7 +11,7 @@ from typing import Any
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
-from mnist_dist.record.files import replace_synced
+from mnist_dist.record.files import replace_json
 from mnist_dist.record.folder import RESULT
 
 
@@ -29,7 +29,7 @@ class RunResult:
 
 def write_result(folder: Path, result: RunResult) -> None:
     """Write the run's `result.json`, atomically."""
-    replace_synced(folder / RESULT, (json.dumps(asdict(result), indent=1, allow_nan=False) + "\n").encode())
+    replace_json(folder / RESULT, asdict(result))
 
 
 def read_result(folder: Path) -> RunResult:

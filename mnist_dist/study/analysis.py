@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_dist.study.grid import Cell
+from mnist_dist.study.grid import Cell, cell_of
 from mnist_dist.study.statistics import (
     LEAST_WINDOWS,
     Drift,
@@ -23,7 +23,7 @@ from mnist_dist.study.statistics import (
     ratio_interval,
     steadiness,
 )
-from mnist_dist.study.table import Row
+from mnist_dist.study.table import Row, rate_of
 
 STRAGGLER = 1.2  # a rank's own step time over the median of all ranks
 SHOWN_OF_ENVIRONMENT = ("device_name", "device", "torch", "accelerate", "mnist_dist", "git_commit", "step",
@@ -93,23 +93,14 @@ class CellFigures:
         return more_repeats(self.rate)
 
 
-def cell_of(row: Mapping[str, Any]) -> Cell:
-    """The cell that a row belongs to."""
-    options = tuple((str(key), str(value)) for key, value in (row.get("options") or {}).items())
-    return Cell(row["global_batch_size"], row["processes"], options)
-
-
 def measured(row: Row) -> Measured | None:
-    """The run's rate over all its epochs; None if it did not complete or measured no step."""
-    if row["status"] != "completed":
+    """The run with its rate; None if it did not complete or measured no step."""
+    rate = rate_of(row)
+    if rate is None:
         return None
-    epochs = row["epochs"]
-    samples, seconds = (sum(epoch[name] for epoch in epochs) for name in ("measured_samples", "measured_seconds"))
-    if not samples or not seconds:
-        return None
-    windows = [window for epoch in epochs for window in epoch.get("windows") or []]
+    windows = [window for epoch in row["epochs"] for window in epoch.get("windows") or []]
     whole = [window for window in windows if len(window) == 3 and min(window) > 0]
-    return Measured(row, samples / seconds, np.array(whole, dtype=float).reshape(-1, 3))
+    return Measured(row, rate, np.array(whole, dtype=float).reshape(-1, 3))
 
 
 class Analysis:
@@ -123,8 +114,7 @@ class Analysis:
             if run.row["role"] == "repeat":
                 cell = cell_of(run.row)
                 found.setdefault(cell, CellFigures(cell)).repeats.append(run)
-        self.cells = dict(sorted(found.items(), key=lambda item: (item[0].options, item[0].processes,
-                                                                 item[0].global_batch_size)))
+        self.cells = {cell: found[cell] for cell in sorted(found, key=lambda cell: cell.place)}
 
     @cached_property
     def strong(self) -> dict[Cell, Scaling]:
@@ -166,7 +156,7 @@ class Analysis:
         """Completed runs that are not as they should be, with what was seen."""
         found = []
         for row in self.rows:
-            if row["status"] == "completed" and measured(row) is None:
+            if row["status"] == "completed" and rate_of(row) is None:
                 found.append((row, "no step was measured: give more --epochs or --max-steps"))
         for run in self.runs:
             steady = steadiness(run.windows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from mnist_dist.config import TrainConfig, checked, flag_of
 from mnist_dist.errors import UserError
+from mnist_dist.processes.launch import read_launch
 from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid
 from mnist_dist.study.launches import look_at_machine
 from mnist_dist.study.study import Request, run_study
@@ -34,7 +34,7 @@ def study(given: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run, continue or print a study; returns the exit status. Raises `MnistDistError`."""
     request = request_from(given, argv)
     need_statistics()
-    machine = look_at_machine(os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    machine = look_at_machine(read_launch().use_cpu)
     return run_study(request, machine, dry_run=given.dry_run)
 
 

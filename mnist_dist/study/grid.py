@@ -38,10 +38,25 @@ class Cell:
             name += f"-{key.replace('_', '-')}-{safe}{mark}"
         return name
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """By this cells are listed: options, processes, batch size."""
+        return self.options, self.processes, self.global_batch_size
+
+    def as_row(self) -> dict[str, Any]:
+        """The fields of the cell in a row of the table and in `study.json`; `cell_of` reads them."""
+        return {"global_batch_size": self.global_batch_size, "processes": self.processes, "options": dict(self.options)}
+
     def __str__(self) -> str:
         others = "".join(f", {key.replace('_', ' ')} {value}" for key, value in self.options)
         processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
         return f"batch {self.global_batch_size:,} on {processes}{others}"
+
+
+def cell_of(row: Mapping[str, Any]) -> Cell:
+    """The cell that a row belongs to."""
+    options = tuple((str(key), str(value)) for key, value in (row.get("options") or {}).items())
+    return Cell(row["global_batch_size"], row["processes"], options)
 
 
 @dataclass(frozen=True)

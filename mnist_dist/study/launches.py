@@ -105,23 +105,23 @@ def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: di
     if folder.is_dir():
         (folder / OUTPUT).write_text(printed, encoding="utf-8", errors="replace")
     if not reason:
-        reason = contract_problem(run, folder)
+        try:
+            whole_result(run, folder)
+        except UserError as error:
+            reason = str(error)
     return {"status": "failed" if reason else "completed", "reason": " ".join(reason.split())[:500],
             "started": begun.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}
 
 
-def contract_problem(run: PlannedRun, folder: Path) -> str:
-    """What is wrong with the result that the run has left; "" if it is whole and of this cell."""
-    try:
-        values = read_contract(folder)
-    except UserError as error:
-        return str(error)
+def whole_result(run: PlannedRun, folder: Path) -> dict[str, Any]:
+    """The result that the run has left. Raises `UserError` with what is wrong if it is not whole or not of its cell."""
+    values = read_contract(folder)
     if values["status"] != "completed":
-        return f"its status is {values['status']}"
+        raise UserError(f"its status is {values['status']}")
     for what, found, wanted in (
         ("processes", values["environment"]["num_processes"], run.cell.processes),
         ("samples in a global batch", values["summary"]["global_batch_size"], run.cell.global_batch_size),
     ):
         if found != wanted:
-            return f"its result.json is of {found} {what}, not of {wanted}"
-    return ""
+            raise UserError(f"its result.json is of {found} {what}, not of {wanted}")
+    return values

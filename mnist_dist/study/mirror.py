@@ -8,9 +8,10 @@ from typing import Any
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.record.mirror import Mirror
-from mnist_dist.study.analysis import Analysis, cell_of, measured
+from mnist_dist.study.analysis import Analysis
+from mnist_dist.study.grid import cell_of
 from mnist_dist.study.report import PICTURES, REPORT, name_of_line
-from mnist_dist.study.table import CSV, JSONL, Row
+from mnist_dist.study.table import CSV, JSONL, Row, rate_of
 
 COLUMNS = ("run", "batch size", "processes", "options", "samples/s", "ms per step", "status", "reason")
 
@@ -58,7 +59,6 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
 
 
 def _line(row: Row) -> list[Any]:
-    cell, run = cell_of(row), measured(row)
-    rate = run.rate if run else None
+    cell, rate = cell_of(row), rate_of(row)
     return [row["run"], cell.global_batch_size, cell.processes, ", ".join(f"{k} {v}" for k, v in cell.options), rate,
             rate and 1000 * cell.global_batch_size / rate, row["status"], row.get("reason") or ""]

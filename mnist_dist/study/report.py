@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,24 +197,30 @@ def _pays(analysis: Analysis, processes: int) -> list[Inline]:
                   f"{_say(own[best].speed_up)}, at ", Code(str(best)), "."))]
 
 
-def _lines_of(analysis: Analysis, key: Callable[[Cell], Any]) -> dict[Any, list[CellFigures]]:
+def _lines_of(analysis: Analysis) -> list[tuple[str, list[CellFigures]]]:
+    """The lines of a picture over batch sizes, with their names: one for each number of processes and each value of an
+    option.
+    """
     groups: dict[Any, list[CellFigures]] = {}
     for cell, figures in analysis.cells.items():
-        groups.setdefault(key(cell), []).append(figures)
-    return groups
+        groups.setdefault((cell.options, cell.processes), []).append(figures)
+    return [(name_of_line(processes, options), members) for (options, processes), members in groups.items()]
 
 
 def name_of_line(processes: int, options: tuple[tuple[str, str], ...]) -> str:
     """`2 processes, lr 0.001`: of a line in a picture."""
-    return ", ".join([_count(processes, "process", "processes"),
-                      *(f"{name.replace('_', ' ')} {value[:24]}" for name, value in options)])
+    return _count(processes, "process", "processes") + _short(options)
+
+
+def _short(options: tuple[tuple[str, str], ...]) -> str:
+    """The options of a line in a picture, which has little room."""
+    return "".join(f", {name.replace('_', ' ')} {value[:24]}" for name, value in options)
 
 
 def _throughput(page: Page, analysis: Analysis, folder: Path) -> None:
     page.add(Heading(2, "Throughput"))
     series = []
-    for (options, processes), members in _lines_of(analysis, lambda c: (c.options, c.processes)).items():
-        name = name_of_line(processes, options)
+    for name, members in _lines_of(analysis):
         series.append(Series(
             name, [m.cell.global_batch_size for m in members], [m.rate for m in members],
             [list(m.runs.rates) for m in members],
@@ -257,7 +263,7 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
                       for cell, scaling in sorted(own.items(), key=lambda item: item[0].processes)]
             ones = analysis.cells[base].runs.rates / per_process / base.processes
             series.append(Series(
-                f"batch {batch:,.0f}" + "".join(f", {name.replace('_', ' ')} {value[:24]}" for name, value in options),
+                f"batch {batch:,.0f}{_short(options)}",
                 [base.processes, *(cell.processes for cell, _, _ in points)],
                 [Interval(1.0, 1.0, 1.0, LEVEL, len(ones)), *(efficiency for _, efficiency, _ in points)],
                 [list(ones), *(list(values) for _, _, values in points)],
@@ -281,9 +287,9 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
 def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
     page.add(Heading(2, "Step time"))
     series = []
-    for (options, processes), members in _lines_of(analysis, lambda c: (c.options, c.processes)).items():
+    for name, members in _lines_of(analysis):
         series.append(Series(
-            name_of_line(processes, options), [m.per_device_batch_size for m in members], [m.step_ms for m in members],
+            name, [m.per_device_batch_size for m in members], [m.step_ms for m in members],
             [list(1000 * m.cell.global_batch_size / m.runs.rates) for m in members],
             [f"{m.cell}: {_say(m.step_ms)} ms per step" for m in members]))
     page.add(pictures.draw(

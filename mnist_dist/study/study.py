@@ -24,10 +24,10 @@ from filelock import FileLock, Timeout
 from mnist_dist import runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
-from mnist_dist.record.files import replace_synced
-from mnist_dist.study.grid import Cell, Grid, PlannedRun, plan, possible
-from mnist_dist.study.launches import Machine, command_of, contract_problem, environment_of, start
-from mnist_dist.study.table import Row, read_contract, write_table
+from mnist_dist.record.files import replace_json
+from mnist_dist.study.grid import Cell, Grid, PlannedRun, cell_of, plan, possible
+from mnist_dist.study.launches import Machine, command_of, environment_of, start, whole_result
+from mnist_dist.study.table import Row, rate_of, write_table
 
 STUDY, LOG, RUNS, OUTCOME = "study.json", "study.log", "runs", "outcome.json"
 # For an estimate before any run: a start, and what a step and a sample cost on a CPU core pair, in seconds.
@@ -68,36 +68,35 @@ class Study:
         """Write `study.json`."""
         values = {
             "mark": self.mark, "script": self.script, "fixed": self.fixed, "grids": self.grids,
-            "runs": [{**_cell_values(run.cell), "role": run.role, "number": run.number} for run in self.runs],
-            "impossible": [{**_cell_values(cell), "reason": reason} for cell, reason in self.impossible.items()],
+            "runs": [{**run.cell.as_row(), "role": run.role, "number": run.number} for run in self.runs],
+            "impossible": [{**cell.as_row(), "reason": reason} for cell, reason in self.impossible.items()],
         }
-        replace_synced(self.folder / STUDY, (json.dumps(values, indent=1) + "\n").encode())
+        replace_json(self.folder / STUDY, values)
 
     def run_folder(self, run: PlannedRun) -> Path:
         """Where the run leaves its files."""
         return self.folder / RUNS / run.name
 
-    def is_done(self, run: PlannedRun) -> bool:
-        """Whether the run's result is whole."""
-        return not contract_problem(run, self.run_folder(run))
-
     def row(self, order: int, run: PlannedRun) -> Row | None:
         """The run's row of the table; None if it was not run yet."""
-        folder, done = self.run_folder(run), self.is_done(run)
+        folder = self.run_folder(run)
+        try:
+            values = whole_result(run, folder)
+        except UserError:
+            values = None
         try:
             outcome = json.loads((folder / OUTCOME).read_bytes())
         except (OSError, ValueError):
-            if not done:
+            if values is None:
                 return None
             # the study was killed after the run's end: the result is what counts
             outcome = {"reason": "", "started": None, "seconds": None}
         grid = max((g for g in self.grids if g["first_run"] <= order), key=lambda g: g["first_run"])
-        values = read_contract(folder) if done else {}
         return {
-            "run": run.name, "role": run.role, "repeat": run.number, "order": order, **_cell_values(run.cell),
-            **outcome, "status": "completed" if done else "failed",
+            "run": run.name, "role": run.role, "repeat": run.number, "order": order, **run.cell.as_row(),
+            **outcome, "status": "failed" if values is None else "completed",
             "study": {"command": grid["command"], "seed": grid["seed"], "date": grid["date"], "script": self.script},
-            **{name: value for name, value in values.items() if name != "status"},
+            **{name: value for name, value in (values or {}).items() if name != "status"},
         }
 
     def rows(self) -> list[Row]:
@@ -106,20 +105,12 @@ class Study:
             if run.name not in self._rows and (row := self.row(order, run)):
                 self._rows[run.name] = row
         rows = [self._rows[run.name] for run in self.runs if run.name in self._rows]
-        return rows + [{"run": cell.name, "role": "none", "repeat": None, "order": None, **_cell_values(cell),
+        return rows + [{"run": cell.name, "role": "none", "repeat": None, "order": None, **cell.as_row(),
                         "status": "impossible", "reason": reason} for cell, reason in self.impossible.items()]
 
     def forget(self, run: PlannedRun) -> None:
         """The run is done anew: its row is read again."""
         self._rows.pop(run.name, None)
-
-
-def _cell_values(cell: Cell) -> dict[str, Any]:
-    return {"global_batch_size": cell.global_batch_size, "processes": cell.processes, "options": dict(cell.options)}
-
-
-def _cell_from(values: Mapping[str, Any]) -> Cell:
-    return Cell(values["global_batch_size"], values["processes"], tuple(values["options"].items()))
 
 
 def open_study(folder: Path) -> Study:
@@ -128,8 +119,8 @@ def open_study(folder: Path) -> Study:
         values = json.loads((folder / STUDY).read_bytes())
         return Study(
             folder, values["mark"], values["script"], values["fixed"], values["grids"],
-            [PlannedRun(_cell_from(run), run["role"], run["number"]) for run in values["runs"]],
-            {_cell_from(cell): cell["reason"] for cell in values["impossible"]},
+            [PlannedRun(cell_of(run), run["role"], run["number"]) for run in values["runs"]],
+            {cell_of(cell): cell["reason"] for cell in values["impossible"]},
         )
     except FileNotFoundError:
         return Study(folder)
@@ -175,7 +166,7 @@ def estimate(pending: Sequence[PlannedRun], rows: Sequence[Row], fixed: Mapping[
     seen: dict[Cell, list[float]] = {}
     for row in rows:
         if row["status"] == "completed" and row["seconds"]:
-            seen.setdefault(_cell_from(row), []).append(row["seconds"])
+            seen.setdefault(cell_of(row), []).append(row["seconds"])
     known = {cell: statistics.median(seconds) for cell, seconds in seen.items()}
     factor = statistics.median(seconds / rough(cell) for cell, seconds in known.items()) if known else 1.0
     return sum(known.get(run.cell, factor * rough(run.cell)) for run in pending)
@@ -191,11 +182,13 @@ def say_duration(seconds: float) -> str:
 
 def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> list[PlannedRun]:
     """Print what will be run, and what cannot be; returns the runs that are pending."""
-    pending = [run for run in study.runs if not study.is_done(run)]
+    rows = study.rows()
+    done = {row["run"] for row in rows if row["status"] == "completed"}
+    pending = [run for run in study.runs if run.name not in done]
     count, kind = machine.devices
-    cells = sorted({run.cell for run in study.runs}, key=lambda c: (c.options, c.processes, c.global_batch_size))
+    cells = sorted({run.cell for run in study.runs}, key=lambda cell: cell.place)
     say(f"{len(cells)} cells, {len(study.runs)} runs on {count} {kind}, of which {len(study.runs) - len(pending)} are "
-        f"done; the others take about {say_duration(estimate(pending, study.rows(), study.fixed))}")
+        f"done; the others take about {say_duration(estimate(pending, rows, study.fixed))}")
     for cell in cells:
         own = [run for run in study.runs if run.cell == cell]
         drift = sum(run.role != "repeat" for run in own)
@@ -292,14 +285,13 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
         outcome = start(run, folder, command, environment_of(run, machine, study.mark, request.script),
                         request.cell_timeout)
     finally:
-        replace_synced(folder / OUTCOME, json.dumps({**outcome, "command": typed}).encode())
+        replace_json(folder / OUTCOME, {**outcome, "command": typed})
         study.forget(run)
     rows = study.rows()
     write_table(study.folder, rows)
     if outcome["status"] == "completed":
-        epochs = read_contract(folder)["epochs"]
-        samples, seconds = (sum(epoch[name] for epoch in epochs) for name in ("measured_samples", "measured_seconds"))
-        what = f"{samples / seconds:,.0f} samples/s" if seconds else "nothing measured"
+        rate = next(rate_of(row) for row in rows if row["run"] == run.name)
+        what = "nothing measured" if rate is None else f"{rate:,.0f} samples/s"
     else:
         what = f"failed: {outcome['reason']}"
     rest = f"; about {say_duration(estimate(left, rows, study.fixed))} left" if left else ""

@@ -59,6 +59,14 @@ def _is_figure(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
+def rate_of(row: Row) -> float | None:
+    """Samples per second of a run, over all its epochs; None if it did not complete or measured no step."""
+    if row["status"] != "completed":
+        return None
+    samples, seconds = (sum(epoch[name] for epoch in row["epochs"]) for name in NEEDED_OF_EPOCH)
+    return samples / seconds if samples and seconds else None
+
+
 def write_table(folder: Path, rows: Iterable[Row]) -> None:
     """Write the rows as `runs.jsonl` and `runs.csv`, each atomically."""
     rows = list(rows)
