@@ -7,6 +7,7 @@ import argparse
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,7 +19,8 @@ parser.add_argument("--output-dir", required=True)
 parser.add_argument("--epochs", type=int, default=2)
 options = parser.parse_args()
 
-accelerator = Accelerator(split_batches=True)  # a batch of the loader is shared by the processes
+# a batch of the loader is shared by the processes
+accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
 torch.manual_seed(0)
 inputs = torch.randn(20_000, 32)
 targets = torch.sin(inputs).sum(dim=1, keepdim=True)
