@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 LEVEL = 0.95
 RESAMPLES = 4000
@@ -193,20 +193,28 @@ def steadiness(windows: np.ndarray) -> Steadiness:
     at = int(np.argmax(np.abs(z))) + 1  # windows before the jump
     before, behind = float(np.median(times[:at])), float(np.median(times[at:]))
     off_jump = times - np.where(place < at, before, behind)
-    p_jump = 2 * (n - 1) * float(stats.norm.sf(np.abs(z).max() * _worth(off_jump)))
-    line = stats.theilslopes(times, place)
-    off_line = times - (line.intercept + line.slope * place)
+    jump, z_jump = behind / before - 1, float(np.abs(z).max())
     tau = float(stats.kendalltau(place, times).statistic)
-    p_drift = 2 * float(stats.norm.sf(abs(tau) * _worth(off_line) / math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))))
-    jump, drift = behind / before - 1, float(line.slope * (n - 1) / line.intercept) if line.intercept > 0 else math.inf
-    is_jump = p_jump < SIGNIFICANT and abs(jump) >= LEAST_CHANGE
-    is_drift = p_drift < SIGNIFICANT and abs(drift) >= LEAST_CHANGE
-    if not (is_jump or is_drift):
-        return Steadiness("steady")
+    z_drift = abs(tau) / math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
+    # dependence only lowers a statistic: what is not significant without it needs no look at the residuals
+    is_jump = abs(jump) >= LEAST_CHANGE and _p(z_jump, n - 1) < SIGNIFICANT and (
+        _p(z_jump * _worth(off_jump), n - 1) < SIGNIFICANT)
+    if _p(z_drift) >= SIGNIFICANT:
+        is_drift = False
+    else:
+        line = stats.theilslopes(times, place)
+        off_line = times - (line.intercept + line.slope * place)
+        drift = float(line.slope * (n - 1) / line.intercept) if line.intercept > 0 else math.inf
+        is_drift = abs(drift) >= LEAST_CHANGE and _p(z_drift * _worth(off_line)) < SIGNIFICANT
     if is_jump and (not is_drift or np.abs(off_jump).sum() <= np.abs(off_line).sum()):
         done = int(steps[:at].sum())
         return Steadiness("jump", jump, done, done if jump < 0 and at < n / 2 else 0)
-    return Steadiness("drift", drift)
+    return Steadiness("drift", drift) if is_drift else Steadiness("steady")
+
+
+def _p(z: float, places: int = 1) -> float:
+    """The two-sided probability of a normal value, by Bonferroni's bound for the largest of so many."""
+    return 2 * places * float(special.ndtr(-z))
 
 
 def _worth(residuals: np.ndarray) -> float:
