@@ -32,6 +32,7 @@ STYLE: Any = {
     "xtick.color": INK, "ytick.color": INK, "grid.color": LINE, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "legend.fontsize": 8,
 }
+BACKGROUND = "background"  # white in the files; the page has its own
 MOST_LINES = 16  # of a picture: more cannot be told apart
 
 
@@ -73,13 +74,13 @@ def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label
         axes.grid(True, linewidth=0.5)
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper left", ncols=columns, handlelength=2.2)
-        files = {}
-        for kind, options in (("png", {"dpi": 150, "facecolor": "white"}), ("svg", {"facecolor": "white"})):
-            files[kind] = _saved(figure, kind, **options)
-            replace_synced(folder / f"{name}.{kind}", files[kind])
-        inline = _saved(figure, "svg", transparent=True)
+        figure.patch.set_gid(BACKGROUND)
+        axes.patch.set_visible(False)
+        svg, png = _saved(figure, "svg"), _saved(figure, "png", dpi=150)
+        for kind, content in (("svg", svg), ("png", png)):
+            replace_synced(folder / f"{name}.{kind}", content)
     more = f" The first {MOST_LINES} of {len(series)} lines are drawn." if len(series) > MOST_LINES else ""
-    return Picture(name, alt + more, _element(inline, name, values))
+    return Picture(name, alt + more, _element(svg, name, values))
 
 
 def _draw_series(axes: Any, one: Series, number: int, values: dict[str, list[str]],
@@ -120,7 +121,9 @@ def _ticks(axes: Any, xs: Sequence[float], log_y: bool) -> None:
 
 def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     target = io.BytesIO()
-    figure.savefig(target, format=kind, metadata={"Date": None, "Creator": None} if kind == "svg" else None, **options)
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else None
+    figure.savefig(target, format=kind, facecolor="white", metadata=metadata, **options)
+    figure.set_layout_engine("none")  # it stays as the first call made it
     return target.getvalue()
 
 
@@ -131,8 +134,11 @@ def _element(svg: bytes, name: str, values: dict[str, list[str]]) -> str:
     root = ElementTree.fromstring(svg)
     for metadata in root.findall(f"{{{SVG}}}metadata"):
         root.remove(metadata)
+    groups = {element.get("id"): element for element in root.iter(f"{{{SVG}}}g")}
+    for path in groups[BACKGROUND]:
+        path.set("style", "fill: none")
     for group, words in values.items():
-        (found,) = (element for element in root.iter(f"{{{SVG}}}g") if element.get("id") == group)
+        found = groups[group]
         points = list(found.iter(f"{{{SVG}}}use"))
         for point, word in zip(points, words, strict=True):
             point.set("class", "value")

@@ -71,8 +71,8 @@ def test_ratio_intervals_hold_the_truth(kind):
     random = np.random.default_rng(8)
     for n in (5, 8, 20):
         pairs = [(runs(2 * draw(kind, n, random)), runs(draw(kind, n, random))) for _ in range(200)]
-        held = [(interval := ratio_interval(*pair, seed=seed)).low <= 2 <= interval.high
-                for seed, pair in enumerate(pairs)]
+        held = [(interval := ratio_interval(*pair)).low <= 2 <= interval.high
+                for pair in pairs]
         assert np.mean(held) >= 0.94 and interval.level == 0.95, n
     few = ratio_interval(runs([1, 2, 3]), runs([1, 2, 3]))
     assert few.level == pytest.approx(0.9)
@@ -178,3 +178,31 @@ def test_the_machines_drift_is_seen():
 def test_the_order_statistics_are_scipys():
     statistics._order_statistics.cache_clear()
     assert statistics._order_statistics(5, 0.95) is None and statistics._order_statistics(6, 0.95) == (0, 5)
+
+
+def test_ranks_and_kendalls_tau_are_scipys():
+    from scipy.stats import kendalltau, rankdata
+
+    random = np.random.default_rng(16)
+    for values in (random.random(40), random.integers(5, size=33).astype(float), np.array([1.0, 2.0, 2.0, 1.0])):
+        first, second = np.triu_indices(len(values), 1)
+        assert statistics._ranks(values) == pytest.approx(rankdata(values))
+        tau = statistics._kendall(values[second] - values[first])
+        assert tau == pytest.approx(kendalltau(range(len(values)), values).statistic)
+    assert statistics._kendall(np.zeros(6)) == 0.0
+
+
+def test_neighbouring_windows_of_a_long_run_are_joined():
+    random = np.random.default_rng(17)
+    noise = 1 + 0.02 * random.standard_normal(4001)
+    jump = steadiness(windows_of(np.where(np.arange(4001) < 1000, 3.0, 3.6) * noise))
+    assert jump.kind == "jump" and jump.change == pytest.approx(0.2, abs=0.02)
+    assert jump.step == pytest.approx(7000, abs=7 * 4001 / statistics.MOST_WINDOWS + 7)
+    assert steadiness(windows_of(3 * noise)).kind == "steady"
+
+
+def test_the_drift_of_a_study_of_many_runs_is_found_in_any_order_of_its_rows():
+    random = np.random.default_rng(18)
+    orders = random.permutation(np.arange(1, 5001))
+    drift = drift_over_study(orders, 1 + 0.04 * orders / 5000 + 0.01 * random.standard_normal(5000))
+    assert drift.is_one and drift.change.low < 0.04 < drift.change.high and drift.change.n == 5000
