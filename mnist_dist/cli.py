@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 
 from mnist_dist import __version__
 from mnist_dist.config import TrainConfig, flag_of
-from mnist_dist.errors import LostProcess, MnistDistError, UserError
+from mnist_dist.errors import MnistDistError, OfThisProcess, UserError
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.record.config_file import merged, read_config
 from mnist_dist.record.worker import any_left
@@ -208,27 +209,34 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: returns the exit status, or ends the process if a normal exit could wait for ever."""
-    status, lost = _status(sys.argv[1:] if argv is None else argv)
-    if lost or any_left():  # Python's exit would wait for the lost process, or for a W&B that does not answer
+    status, at_once = _status(sys.argv[1:] if argv is None else argv)
+    if at_once or any_left():  # Python's exit would wait for the other processes, or for a W&B that does not answer
         sys.stdout.flush()
         os._exit(status)
     return status
 
 
 def _status(argv: Sequence[str]) -> tuple[int, bool]:
-    """(exit status, whether a process of the run was lost) of a command; a failure is one line on standard error."""
+    """The exit status of a command, and whether other processes of its run may be lost. A failure is one line on
+    standard error.
+    """
     launch = read_launch()
     try:
         return run(argv, launch), False
     except MnistDistError as error:
-        lost = isinstance(error, LostProcess)
-        if lost or launch.rank == 0:
+        alone = isinstance(error, OfThisProcess)
+        if alone or launch.rank == 0:
             print(f"mnist-dist: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(1.0)  # a launcher ends rank 0 when this one ends, and rank 0 has a line to print
-        return error.exit_status, lost
+        return error.exit_status, alone
     except KeyboardInterrupt:
         return 130, False
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left, as head does
         return 1, False
+    except Exception:
+        if launch.size == 1:
+            raise
+        traceback.print_exc()
+        return 1, True

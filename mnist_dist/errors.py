@@ -23,7 +23,11 @@ class Diverged(MnistDistError):
     exit_status = 3
 
 
-class LostProcess(MnistDistError):
+class OfThisProcess(MnistDistError):
+    """What the other processes of the run do not know, so that this one tells it, and waits for none of them."""
+
+
+class LostProcess(OfThisProcess):
     """Another process of the run died or stopped answering."""
 
 

@@ -41,12 +41,12 @@ def _child(target: str, argv: Sequence[str], environment: Mapping[str, str], cwd
     sys.exit(getattr(importlib.import_module(module), name)(argv))
 
 
-def run_forked(argv: Sequence[object], *, cwd: Path, size: int = 1, timeout: float = 120,
+def run_forked(argv: Sequence[object], *, cwd: Path, size: int = 1, timeout: float = 120, patience: float = 3.0,
                target: str = "mnist_dist.cli:main", environment: Mapping[str, str] | None = None
                ) -> subprocess.CompletedProcess[str]:
     """`target(argv)` on `size` ranks; the exit status is that of the first rank that fails, as under a launcher.
 
-    Raises `subprocess.TimeoutExpired`. A rank that ends with an error ends the others after a second.
+    Raises `subprocess.TimeoutExpired`. A rank that ends with an error ends the others after `patience` seconds.
     """
     words = [str(word) for word in argv]
     common = {**os.environ, **(environment or {})}
@@ -65,19 +65,19 @@ def run_forked(argv: Sequence[object], *, cwd: Path, size: int = 1, timeout: flo
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
             ranks.append(_context.Process(target=_child, args=(target, words, {**common, **own}, str(cwd), files)))
             ranks[-1].start()
-        status = _wait(ranks, timeout)
+        status = _wait(ranks, timeout, patience)
         printed, errors = (Path(path).read_text() for path in files)
     if status is None:
         raise subprocess.TimeoutExpired(words, timeout, printed, errors)
     return subprocess.CompletedProcess(words, status, printed, errors)
 
 
-def _wait(ranks: Sequence[multiprocessing.Process], timeout: float) -> int | None:
+def _wait(ranks: Sequence[multiprocessing.Process], timeout: float, patience: float) -> int | None:
     """The exit status of the first rank that failed, else 0; None if one was killed for taking too long."""
     deadline, failed = time.monotonic() + timeout, 0
     while alive := [rank for rank in ranks if rank.exitcode is None]:
         if not failed and (failed := next((rank.exitcode for rank in ranks if rank.exitcode), 0)):
-            deadline = min(deadline, time.monotonic() + 3.0)
+            deadline = min(deadline, time.monotonic() + patience)
         if time.monotonic() > deadline:
             for rank in alive:
                 rank.kill()

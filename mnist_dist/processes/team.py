@@ -7,6 +7,7 @@ same order. It knows nothing of training.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mnist_dist.errors import LostProcess, MnistDistError, UserError
+from mnist_dist.processes.heartbeat import BEAT_SECONDS, SILENT_SECONDS, Heartbeats
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # For tasks with a time limit of their own, such as a download. A process that dies is noticed at once all the same.
 PATIENT_TIMEOUT = timedelta(hours=1)
-ALIVE_SECONDS = 3.0  # after a failure, how long the survivors wait for each other's sign of life
 
 
 class Team:
@@ -43,6 +44,8 @@ class Team:
         # spent exchanging tensors, which is mostly waiting for slower ranks; 0 on a GPU, where the host does not wait
         self.exchange_seconds = 0.0
         if self.size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self.heartbeats = Heartbeats(store, self.rank, self.size)  # before the collectives that make the groups
             self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
             self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
@@ -132,29 +135,37 @@ class Team:
     def end(self) -> None:
         """Final barrier, then end Accelerate. Without the barrier one run in ten crashes at exit. Collective."""
         self.barrier()
+        if self.size > 1:
+            self.heartbeats.stop()
+            self.barrier()  # so that no rank's thread is in the store when it ends
         self.accelerator.end_training()
 
-    def lost_process(self, step: int, error: BaseException) -> LostProcess | None:
-        """After a failed collective: the error that names the lost ranks; None if all are alive. Not collective."""
-        missing = [rank for rank in self._silent_ranks() if rank != self.rank] if self.size > 1 else []
-        if not missing:
+    def lost_process(self, step: int, error: RuntimeError) -> LostProcess | None:
+        """After a failed collective: the error that names the lost ranks, or those that are alive and do not come;
+        None if the error is this rank's own. Takes some seconds. Not collective.
+        """
+        if self.size == 1:
             return None
-        who = f"process {', '.join(map(str, missing))} of {self.size}"
-        return LostProcess(f"process {self.rank} lost {who} after step {step}: {str(error).strip().splitlines()[0]}")
+        reason = str(error).strip().splitlines()[0]
+        self.heartbeats.is_stuck = True
+        self.heartbeats.ask()
+        deadline = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
+        while not (missing := self._others(self.heartbeats.silent())) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if missing:
+            return LostProcess(f"process {self.rank} lost {self._named(missing)} after step {step}: {reason}")
+        if not re.search("timed? ?out", reason, re.IGNORECASE):
+            return None
+        busy = self._others(self.heartbeats.busy())
+        for_whom = self._named(busy) if busy else "another process"
+        return LostProcess(f"process {self.rank} waited in vain for {for_whom}, which is alive, after step {step}: "
+                           f"{reason}")
 
-    def _silent_ranks(self) -> list[int]:
-        """The ranks that give no sign of life within a few seconds."""
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"mnist_dist/alive/{self.rank}", "1")
-            deadline = time.monotonic() + ALIVE_SECONDS
-            missing = set(range(self.size))
-            while missing and time.monotonic() < deadline:
-                missing = {rank for rank in missing if not store.check([f"mnist_dist/alive/{rank}"])}
-                time.sleep(0.1)
-            return sorted(missing)
-        except (RuntimeError, OSError):  # without a launcher's agent, rank 0 keeps the store
-            return [0]
+    def _others(self, ranks: Iterable[int]) -> list[int]:
+        return sorted(rank for rank in ranks if rank != self.rank)
+
+    def _named(self, ranks: Iterable[int]) -> str:
+        return f"process {', '.join(map(str, ranks))} of {self.size}"
 
 
 def ddp_options(compression: str) -> DistributedDataParallelKwargs:

@@ -17,7 +17,7 @@ import torch
 from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
-from mnist_dist.errors import Diverged, LostProcess, MnistDistError, Stopped, UserError
+from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
@@ -53,14 +53,19 @@ def train(config: TrainConfig, launch: Launch) -> None:
                            patient=True)
         run = Run(config, launch, team, console, team.run_on("every", lambda: load(name, config.data_dir)))
         run.go()
-    except LostProcess:
-        raise  # a barrier would wait for it
+    except OfThisProcess:
+        raise  # a barrier would wait for others
     except MnistDistError as error:
         if run:
             # before any rank ends: a launcher would then end the main one, which has a line to print
             team.run_on("main", partial(run.mirror.finish, error.exit_status), patient=True)
         team.end()
         raise
+    except torch.OutOfMemoryError as error:
+        step = run.global_step if run else 0
+        raise OfThisProcess(f"process {team.rank} of {team.size} has no GPU memory left after step {step}: give a "
+                            "smaller batch or more --gradient-accumulation-steps, or end what else runs on this GPU "
+                            f"({str(error).splitlines()[0]})") from error
     except RuntimeError as error:
         lost = team.lost_process(run.global_step if run else 0, error)
         if lost is None:

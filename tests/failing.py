@@ -1,0 +1,42 @@
+"""`mnist-dist train`, in which rank 1 fails at its sixth step, as the variable FAILS_BY tells."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+import torch
+
+from mnist_dist import cli
+from mnist_dist.processes import heartbeat, team
+from mnist_dist.training.steps.plain import PlainStep
+
+
+def fail() -> None:
+    """End, hang, or raise what torch raises."""
+    how = os.environ["FAILS_BY"]
+    if how == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+    if how == "assert":
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)
+
+
+def main(argv: Sequence[str]) -> int:
+    """As `mnist_dist.cli.main`."""
+    for module in (heartbeat, team):  # sooner than in earnest
+        module.BEAT_SECONDS, module.SILENT_SECONDS = 0.1, 1.0  # type: ignore[attr-defined]
+    if os.environ.get("RANK") == "1":
+        take = PlainStep.take
+
+        def failing(self: PlainStep, step: int) -> float:
+            if step == 5:
+                fail()
+            return take(self, step)
+
+        PlainStep.take = failing  # type: ignore[method-assign]
+    return cli.main(argv)
