@@ -42,12 +42,13 @@ class Heartbeats:
         self._thread.join(2.0)
 
     def ask(self) -> None:
-        """From now on, look at the others."""
-        self._seen = {}
-        self._asked_at = time.monotonic()
+        """From now on, until `rest`, look at the others."""
+        if self._asked_at is None:
+            self._seen = {}
+            self._asked_at = time.monotonic()
 
     def rest(self) -> None:
-        """From now on, do not."""
+        """From now on, do not look at them."""
         self._asked_at = None
 
     def silent(self) -> list[int]:
@@ -61,6 +62,14 @@ class Heartbeats:
         silent = [rank for rank in range(self.size)
                   if time.monotonic() - seen.get(rank, since) > SILENT_SECONDS]
         return [0] if self.rank in silent else silent  # this rank's own sign is missing: the store does not answer
+
+    def look(self) -> list[int]:
+        """Ask, and wait until it is clear which ranks are silent: some seconds, if none is."""
+        self.ask()
+        deadline = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
+        while not (silent := self.silent()) and time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 5)
+        return silent
 
     def busy(self) -> list[int]:
         """The ranks that were seen since `ask` and are not stuck."""
@@ -76,11 +85,11 @@ class Heartbeats:
                 count += 1
                 self._beat(count)
                 if self._asked_at is not None:
-                    self._look()
+                    self._read()
         except (RuntimeError, OSError):  # the store is closed or lost: from now on all are silent
             return
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         signs = self.store.multi_get([KEY.format(rank) for rank in range(self.size)])
         for rank, sign in enumerate(signs):
             if sign != self._signs.get(rank):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mnist_dist.errors import LostProcess, MnistDistError, UserError
-from mnist_dist.processes.heartbeat import BEAT_SECONDS, SILENT_SECONDS, Heartbeats
+from mnist_dist.processes.heartbeat import Heartbeats
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # For tasks with a time limit of their own, such as a download. A process that dies is noticed at once all the same.
 PATIENT_TIMEOUT = timedelta(hours=1)
+POLL_SECONDS = 50e-6  # between two looks at an event
+ASK_SECONDS = 2.0  # of waiting for the device; then this rank looks for the others' signs of life
 
 
 class Team:
@@ -41,13 +43,20 @@ class Team:
         self.size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
-        # spent exchanging tensors, which is mostly waiting for slower ranks; 0 on a GPU, where the host does not wait
+        self.timeout_s = timeout_s
+        self._releases: list[Callable[[], None]] = []
+        # spent exchanging tensors, which is mostly waiting for slower ranks; 0 if the host does not wait
         self.exchange_seconds = 0.0
         if self.size > 1:
             store = dist.distributed_c10d._get_default_store()
             self.heartbeats = Heartbeats(store, self.rank, self.size)  # before the collectives that make the groups
             self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
             self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    @property
+    def queues(self) -> bool:
+        """Whether the host queues its work for the device and does not wait for it: on a GPU."""
+        return self.device.type == "cuda"
 
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduce in place: `tensor` becomes the sum over ranks, on every rank, and is returned. Collective."""
@@ -74,7 +83,7 @@ class Team:
 
     def exchanged_since(self, begin: float) -> None:
         """Since this reading of `time.perf_counter` this rank has been exchanging tensors with others."""
-        if self.device.type == "cpu":
+        if not self.queues:
             self.exchange_seconds += time.perf_counter() - begin
 
     def average(self, tensors: Iterable[Tensor]) -> None:
@@ -124,16 +133,53 @@ class Team:
 
     def barrier(self) -> None:
         """Wait until every rank is here. Collective."""
-        self.accelerator.wait_for_everyone()
+        if self.size > 1:
+            dist.barrier(group=self._host)
 
     def synchronize(self) -> None:
         """Wait until the device has worked off its queue and every rank is here. Collective."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self.wait_for_device()
         self.barrier()
 
+    def wait_for_device(self) -> None:
+        """Wait until the device has worked off its queue. Raises as `wait_for`."""
+        if self.queues:
+            event = torch.cuda.Event()
+            event.record()
+            self.wait_for(event)
+
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Wait until the device has come to this event. Raises `RuntimeError`, as a failed collective does, if it waits
+        for a rank that is lost, or longer than --timeout.
+
+        CUDA's own ways to wait have no time limit, and no signal ends them: a recorded all-reduce that lacks a rank
+        would hold them for ever.
+        """
+        begin = time.monotonic()
+        while not event.query():
+            time.sleep(POLL_SECONDS)
+            waited = time.monotonic() - begin
+            if self.size == 1 or waited < ASK_SECONDS:
+                continue
+            self.heartbeats.ask()
+            if self._others(self.heartbeats.silent()):
+                raise RuntimeError("the GPU waits for it")
+            if waited > self.timeout_s:
+                raise RuntimeError(f"timed out after {self.timeout_s:g} s, in which the GPU waits")
+        if self.size > 1:
+            self.heartbeats.rest()
+
+    def before_end(self, release: Callable[[], None]) -> None:
+        """Call `release` before the ranks part, when the device's queue is empty."""
+        self._releases.append(release)
+
     def end(self) -> None:
-        """Final barrier, then end Accelerate. Without the barrier one run in ten crashes at exit. Collective."""
+        """Release what was kept, final barrier, then end Accelerate. Without the barrier one run in ten crashes at
+        exit. Collective.
+        """
+        self.wait_for_device()
+        for release in self._releases:
+            release()
         self.barrier()
         if self.size > 1:
             self.heartbeats.stop()
@@ -148,11 +194,7 @@ class Team:
             return None
         reason = str(error).strip().splitlines()[0]
         self.heartbeats.is_stuck = True
-        self.heartbeats.ask()
-        deadline = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
-        while not (missing := self._others(self.heartbeats.silent())) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if missing:
+        if missing := self._others(self.heartbeats.look()):
             return LostProcess(f"process {self.rank} lost {self._named(missing)} after step {step}: {reason}")
         if not re.search("timed? ?out", reason, re.IGNORECASE):
             return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mnist_dist.record.measured import in_windows
+from mnist_dist.training.marks import HostMarks, Marks
 
 
 def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:
@@ -64,14 +65,14 @@ class Stopwatch:
 
     `synchronize` waits for the device and the other ranks; it is called at both ends of a window, never inside.
     Warm-up windows (the first steps) are counted separately: their time and samples are not in the rate.
-    Step times are the host's, from one lap to the next within a window: on a GPU the host runs ahead of the device by a
-    bounded queue, so that their median is the device's over a window that is longer than the queue.
+    Step times are the times between `marks` within a window; steps between two marks share their time equally.
     `exchange_clock` tells the seconds that this rank has spent exchanging tensors with the others.
     """
 
     synchronize: Callable[[], None]
     clock: Callable[[], float] = time.perf_counter
     exchange_clock: Callable[[], float] = lambda: 0.0
+    marks: Marks | None = None  # default: of the clock
     seconds: float = 0.0
     samples: int = 0
     steps: int = 0
@@ -87,10 +88,13 @@ class Stopwatch:
         """Open a window; its steps report themselves with `lap`."""
         self.synchronize()
         exchanged = self.exchange_clock()
-        opened = Window(self.clock, self.clock())
+        marks = self.marks or HostMarks(self.clock)
+        start = self.clock()
+        opened = Window(marks)
         yield opened
+        opened.mark()
         self.synchronize()
-        elapsed = self.clock() - opened.start
+        elapsed = self.clock() - start
         if warmup:
             self.warmup_seconds += elapsed
             self.warmup_samples += sum(opened.samples)
@@ -101,8 +105,8 @@ class Stopwatch:
         self.waited += opened.waited
         self.exchanged += self.exchange_clock() - exchanged
         self.step_samples += opened.samples
-        marks = [opened.start, *opened.laps]
-        self.step_seconds += [after - before for before, after in pairwise(marks)]
+        for (done, before), (upto, after) in pairwise(opened.laps):
+            self.step_seconds += (upto - done) * [marks.seconds(before, after) / (upto - done)]
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint in the middle of an epoch; single step times are not kept."""
@@ -140,14 +144,22 @@ class Stopwatch:
 class Window:
     """An open window of a `Stopwatch`."""
 
-    clock: Callable[[], float]
-    start: float
-    laps: list[float] = field(default_factory=list)
+    marks: Marks
     samples: list[int] = field(default_factory=list)  # of each step, over all processes
+    laps: list[tuple[int, Any]] = field(default_factory=list)  # steps done, and a mark
     waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.laps.append((0, self.marks.mark()))
 
     def lap(self, samples: int, waited: float) -> None:
         """One optimizer step ended, over this many samples of all processes; `waited` seconds of it for data."""
-        self.laps.append(self.clock())
         self.samples.append(samples)
         self.waited += waited
+        if len(self.samples) % self.marks.every == 0:
+            self.mark()
+
+    def mark(self) -> None:
+        """Mark the steps since the last mark, if there are any."""
+        if len(self.samples) > self.laps[-1][0]:
+            self.laps.append((len(self.samples), self.marks.mark()))

@@ -50,7 +50,8 @@ class Pacer:
         signal, agreed, per_step = self.team.max(self.signals.number, due, per_step)
         self.stop_signal, self._clock_is_due = int(signal), bool(agreed)
         if per_step:
-            self._poll_steps = max(1, math.floor(POLL_SECONDS / per_step))
+            # at most twice as many as before: the first steps of a GPU are only queued, which takes no time
+            self._poll_steps = max(1, min(2 * self._poll_steps, math.floor(POLL_SECONDS / per_step)))
 
     def wants_pause(self, epoch: int, step: int) -> bool:
         """Whether to pause for a checkpoint or a signal, `step` steps of the epoch being done."""

@@ -27,6 +27,7 @@ from mnist_dist.record.folder import CHECKPOINTS, append_metrics, open_folder, w
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result
+from mnist_dist.training.marks import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer
 from mnist_dist.training.results import describe_environment, leave_results, peak_memory_bytes
@@ -86,6 +87,9 @@ def mixed_precision(config: TrainConfig, launch: Launch) -> str:
         raise UserError(f"the launcher's mixed precision must be no, fp16 or bf16; got {wanted!r}")
     if wanted == "fp16" and runs_on_cpu(launch):
         raise UserError("--mixed-precision fp16 needs a GPU, and this run is on the CPU: give bf16 or no")
+    if wanted != "no" and config.reproducible:  # the launcher may have set it
+        raise UserError(f"--reproducible and mixed precision {wanted} exclude each other: give --mixed-precision no, "
+                        "or drop --reproducible")
     return wanted
 
 
@@ -142,7 +146,8 @@ class Run:
         end = self.num_batches
         if self.config.max_steps is not None:
             end = min(end, self.config.max_steps - epoch * self.num_batches)
-        watch = Stopwatch(self.team.synchronize, exchange_clock=lambda: self.team.exchange_seconds, **self.watch)
+        watch = Stopwatch(self.team.synchronize, exchange_clock=lambda: self.team.exchange_seconds,
+                          marks=DeviceMarks(self.team.wait_for) if self.team.queues else None, **self.watch)
         for done in trainer.steps(epoch, range(self.step, end), watch, pacer, self._show_progress):
             self.step, self.watch = done, watch.state()
             trainer.train_loss(epoch, done)  # no checkpoint of a run that has diverged

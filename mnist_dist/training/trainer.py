@@ -120,6 +120,7 @@ class Trainer:
         finite. The losses are then whole on the main rank and zero elsewhere. Collective.
         """
         total = self.team.sum(self.losses.clone())
+        self.team.wait_for_device()  # with a time limit, which reading the losses has not
         losses = total[:num_steps].tolist()
         for step, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -140,7 +141,9 @@ class Trainer:
         for step, (images, labels) in enumerate(self.test_loader):
             for k, shard in enumerate(self.test_batches.shards(step, self.num_shards)):
                 sums_K3[k] += batch_sums(self.module(scale(images[shard], self.dtype)), labels[shard])
-        figures = test_figures(add_in_order(self.team.gather(sums_K3)).tolist())
+        total_3 = add_in_order(self.team.gather(sums_K3))
+        self.team.wait_for_device()
+        figures = test_figures(total_3.tolist())
         if figures["test_count"] != len(self.sets.test):
             raise AssertionError(f"evaluated {figures['test_count']} of {len(self.sets.test)} test images")
         return figures

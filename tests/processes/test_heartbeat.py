@@ -1,4 +1,7 @@
-"""Signs of life: a rank that ends is silent, one that hangs is not, and a store that blocks blocks nobody."""
+"""Signs of life: a rank that ends is silent, one that hangs is not, and a store that blocks blocks nobody.
+
+What waits for the device ends when a rank is silent, or after the time limit.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import time
 
 import pytest
 
-from mnist_dist.processes import heartbeat
+from mnist_dist.processes import heartbeat, team
 from mnist_dist.processes.heartbeat import Heartbeats
+from mnist_dist.processes.team import Team
 
 
 class Store:
@@ -78,3 +82,44 @@ def test_a_store_that_does_not_answer_is_rank_0s(ranks):
     assert ranks[1].silent() == [] and time.monotonic() - begin < 0.1
     time.sleep(0.8)
     assert ranks[1].silent() == [0]
+
+
+class Event:
+    """An event that the device has come to when it is asked for the n-th time."""
+
+    def __init__(self, asks=10**9):
+        self.left = asks
+
+    def query(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def waiting(ranks, timeout_s):
+    """A team of rank 0, without the collectives."""
+    made = Team.__new__(Team)
+    made.rank, made.size, made.timeout_s, made.heartbeats = 0, len(ranks), timeout_s, ranks[0]
+    return made
+
+
+def test_waiting_for_the_device_ends_when_it_has_come(ranks):
+    waiting(ranks, 5.0).wait_for(Event(5))
+    alone = waiting(ranks[:1], 0.0)
+    alone.wait_for(Event(2000))  # one rank waits for no other, so that there is no time limit
+    assert ranks[0].silent() == []
+
+
+def test_waiting_for_the_device_ends_when_a_rank_is_lost_or_takes_too_long(ranks, monkeypatch):
+    monkeypatch.setattr(team, "ASK_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match="timed out after 1 s"):
+        waiting(ranks, 1.0).wait_for(Event())
+    lost = waiting(ranks, 1.0).lost_process(7, RuntimeError("timed out"))
+    assert "waited in vain for process 1, 2 of 3, which is alive, after step 7: timed out" in str(lost)
+    assert waiting(ranks, 1.0).lost_process(7, RuntimeError("an error of this rank")) is None
+    ranks[1].stop()
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="waits for it"):
+        waiting(ranks, 60.0).wait_for(Event())
+    assert time.monotonic() - begin < 5
+    lost = waiting(ranks, 60.0).lost_process(7, RuntimeError("the GPU waits for it"))
+    assert "process 0 lost process 1 of 3 after step 7" in str(lost)

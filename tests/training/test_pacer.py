@@ -73,8 +73,12 @@ def test_a_clock_that_is_due_on_another_rank_is_due_here():
 def test_it_looks_up_about_every_half_second():
     pacer, clock = pacer_of(0, "epochs", 10**6)
     assert pacer.next_stop(0, 0) == 1, "its speed is not known yet"
-    clock.now += 1 / 256
-    pacer.poll(1)
+    for steps in (1, 2, 4, 8, 16, 32, 64):
+        clock.now += steps / 256
+        pacer.poll(steps)
+        assert pacer.next_stop(0, 0) == 2 * steps, "at most twice as far as before"
+    clock.now += 128 / 256
+    pacer.poll(128)
     assert pacer.next_stop(0, 1) == 1 + int(POLL_SECONDS * 256)
     clock.now += 3.0
     pacer.poll(1)

@@ -86,13 +86,19 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
     if compiles:
         build = functools.cache(lambda: CompiledStep(parts))
         try:
-            # once per machine first: the other ranks find its code in the compiler's cache
-            parts.team.run_on("machine", lambda: build() and None, patient=True)
-            return parts.team.run_on("every", build, patient=True)
+            if not parts.team.queues:
+                # once per machine first: the other ranks find its code in the compiler's cache. Code for a GPU they
+                # would not find, because the key holds the GPU's number
+                parts.team.run_on("machine", lambda: build() and None, patient=True)
+            step = parts.team.run_on("every", build, patient=True)
         except UserError as error:
             if config.compile == "on":
                 raise
             warn(f"{error}; continuing with the plain step")
+        else:
+            if parts.team.queues:
+                step.record()
+            return step
     if config.reproducible:
         return ShardedStep(parts, config.logical_shards)
     return PlainStep(parts, config.local_sgd_steps)

@@ -121,8 +121,6 @@ class CompiledStep:
         else:
             self._accumulate = compile_once(self._accumulate_gradient, rows, self.full)
             self._apply = compile_once(self._apply_gradient)
-        if self.device.type == "cuda":
-            self._record()
 
     def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gradients of sum(loss of these samples) / `count`, and that sum of losses."""
@@ -164,8 +162,9 @@ class CompiledStep:
         self.flat.zero_()
 
     @torch.no_grad()
-    def _record(self) -> None:
-        """On a GPU: record the step as a CUDA graph, which a replay runs without the host.
+    def record(self) -> None:
+        """On a GPU: record the step as a CUDA graph, which a replay runs without the host. Collective: the graph holds
+        an all-reduce, so that every rank records at the same time, after all have compiled.
 
         The graph finds its batch by a cursor in the GPU's memory, and adds its loss to the losses there. CUDA
         loads code at the first run and must not do so while recording; an empty batch changes only Adam's step counts.
@@ -180,11 +179,15 @@ class CompiledStep:
         with torch.cuda.stream(side):
             self._step_at_cursor()
         torch.cuda.current_stream().wait_stream(side)
-        for count in self.state["step"]:
-            count.zero_()
+        self.team.wait_for_device()
         self.graph = torch.cuda.CUDAGraph()
+        # NCCL's communicator cannot end while a graph that holds its operations is alive
+        self.team.before_end(self.graph.reset)
         with torch.cuda.graph(self.graph):
             self._step_at_cursor()
+        for count in self.state["step"]:
+            count.zero_()
+        torch.cuda.reset_peak_memory_stats()  # the compiler's trials are no part of training
 
     def _step_at_cursor(self) -> None:
         rows_PB = self.order.index_select(0, self.cursor)[0]

@@ -39,7 +39,7 @@ class PlainStep:
         self.model = self.accelerator.prepare_model(parts.module, evaluation_mode=not self.exchanges_gradients)
         self.parameters = list(parts.module.parameters())
         self.gradients_ready = 0.0  # when this rank's gradients were complete, before they are exchanged
-        if self.team.size > 1 and self.exchanges_gradients and self.team.device.type == "cpu":
+        if self.team.size > 1 and self.exchanges_gradients and not self.team.queues:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._note_gradient)
         self.loader = make_loader(parts.images, parts.batches)

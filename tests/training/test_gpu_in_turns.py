@@ -1,0 +1,57 @@
+"""What ranks with a GPU do in turns, on the CPU: compile, record, replay, evaluate, save, stop, exit.
+
+The GPU is a stand-in (stand_in_gpu.py), in real processes with real collectives. Nothing here runs CUDA.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from forked import run_forked
+from safetensors.torch import load_file
+from stand_in_gpu import RULE_BROKEN
+from support import mnist_dist, result_of
+
+WORDS = ["--compile", "on", "--batch-size", 97, "--lr", "1e-3", "--wandb", "disabled", "--timeout", 20]
+
+
+def on_stand_in(data_dir, name, *words, cwd, size, **environment):
+    return run_forked(["train", "--data-dir", data_dir, "--output-dir", name, *WORDS, *words], cwd=cwd, size=size,
+                      target="stand_in_gpu:main", patience=15, environment=environment)
+
+
+@pytest.mark.parametrize(("size", "words"), [
+    (2, []), pytest.param(1, [], marks=pytest.mark.long), pytest.param(3, [], marks=pytest.mark.long),
+    pytest.param(2, ["--gradient-accumulation-steps", 3], marks=pytest.mark.long),
+])
+def test_a_run_has_the_bits_of_the_compiled_step(size, words, small_dir, tmp_path):
+    """Whole, and cut in the middle of an epoch and continued; it ends without a graph that is alive."""
+    for name, more in (("whole", ["--epochs", 3]), ("cut", ["--epochs", 3, "--max-steps", 17]),
+                       ("cut", ["--epochs", 3, "--resume"])):
+        done = on_stand_in(small_dir, name, "--checkpoint-every", "4steps", *words, *more, cwd=tmp_path, size=size)
+        assert done.returncode == 0, done.stderr
+    done = mnist_dist("train", "--data-dir", small_dir, "--output-dir", "cpu", "--epochs", 3, "--processes", size,
+                      *WORDS, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "whole", "cut")]
+    assert all(torch.equal(ours[name], weights[0][name]) for ours in weights[1:] for name in weights[0])
+    on_cpu, whole = result_of(tmp_path / "cpu"), result_of(tmp_path / "whole")
+    for ours, theirs in zip(whole["epochs"], on_cpu["epochs"], strict=True):
+        for figure in ("train_loss", "test_nll_sum", "measured_samples", "step"):
+            assert ours[figure] == theirs[figure], figure
+        assert ours["step_ms_p50"] > 0 and sum(window[1] for window in ours["windows"]) == ours["measured_samples"]
+
+
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_a_lost_rank_ends_the_others_though_the_queue_is_stuck(killed, small_dir, tmp_path):
+    done = on_stand_in(small_dir, "run", "--batch-size", 2, "--epochs", 100, cwd=tmp_path, size=2,
+                       KILL_AT=f"{killed}:700")
+    assert done.returncode not in (0, RULE_BROKEN)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("mnist-dist: error: ")]
+    assert len(errors) == 1 and f"process {1 - killed} lost process {killed} of 2 after step" in errors[0], done.stderr
+
+
+def test_a_stop_leaves_a_checkpoint(small_dir, tmp_path):
+    done = on_stand_in(small_dir, "run", "--epochs", 10**6, cwd=tmp_path, size=2, STOP_AT="1:40")
+    assert done.returncode == 143, done.stderr
+    assert "stopped by SIGTERM after step" in done.stderr and list((tmp_path / "run" / "checkpoints").iterdir())
