@@ -5,8 +5,8 @@ is done with events. What is stood in for are the calls of `torch.cuda`. A recor
 puts into the queue. All other operations of the main thread wait until the queue is empty, as those of a GPU come after
 what is in its queue. A rank that is lost leaves the queue of the others stuck, as NCCL does: no exception arrives.
 
-The process fails, with status 99, if a rank records while another does something else, or if the ranks part while a
-graph is alive.
+The process fails, with status 99, if a rank compiles or records while another does something else, or if the ranks part
+while a graph is alive.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -126,6 +127,15 @@ def on_host(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def meet(own: Team, what: str) -> None:
+    """All ranks must come here, and nowhere else."""
+    if own.size > 1:
+        try:
+            dist.monitored_barrier(own._host, timeout=timedelta(seconds=15))
+        except RuntimeError:
+            broken(f"a rank {what} alone")
+
+
 def put_in() -> None:
     """Replace what is CUDA's, in this process."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
@@ -144,20 +154,20 @@ def put_in() -> None:
 
     for name in ("max", "share", "barrier"):  # over gloo, while the GPU works
         setattr(Team, name, on_host(getattr(Team, name)))
-    record = CompiledStep.record
+    compile_step, record = CompiledStep._compile, CompiledStep.record
+
+    def compile_together(self: CompiledStep) -> None:
+        meet(self.team, "compiles")
+        compile_step(self)
 
     def record_together(self: CompiledStep) -> None:
-        if self.team.size > 1:
-            try:  # all ranks must come here, and nowhere else
-                dist.monitored_barrier(self.team._host, timeout=team.timedelta(seconds=15))
-            except RuntimeError:
-                broken("a rank records alone")
+        meet(self.team, "records")
         record(self)
         assert self.graph is not None
         self.graph.function = self._step_at_cursor  # type: ignore[attr-defined]
         Ordered().__enter__()  # until the process ends; not earlier, because a mode keeps torch from compiling
 
-    CompiledStep.record = record_together  # type: ignore[method-assign]
+    CompiledStep._compile, CompiledStep.record = compile_together, record_together  # type: ignore[method-assign]
     end = Team.end
 
     def end_without_graphs(self: Team) -> None:

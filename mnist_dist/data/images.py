@@ -35,16 +35,19 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What DataLoader calls with a whole batch's indices: images [B, 1, 28, 28] and labels [B]."""
-        picked = torch.tensor(indices, dtype=torch.int64)
-        there = picked.to(self.labels.device, non_blocking=True)
+    def __getitems__(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What DataLoader calls with a whole batch's indices: images [B, 1, 28, 28] and labels [B].
+
+        No copy waits for the device if the indices are where the images are.
+        """
+        picked = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
         if self.is_resident:
-            return self.images[there], self.labels[there]
+            return self.images[picked], self.labels[picked]
         # from pinned memory the copy to a GPU is asynchronous; the allocator keeps the batch until it is done
         batch = torch.empty(len(picked), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
         torch.index_select(self.images, 0, picked, out=batch)
-        return batch.to(there.device, non_blocking=True), self.labels[there]
+        there = picked.pin_memory().to(self.labels.device, non_blocking=True)
+        return batch.to(self.labels.device, non_blocking=True), self.labels[there]
 
     def to(self, device: torch.device) -> Images:
         """The same images with batches on `device`, and in its memory if they take at most half of what is free."""

@@ -21,15 +21,18 @@ NO_INDEX = -1  # pads the rows of `GlobalBatchSampler.rows`
 
 
 class GlobalBatchSampler:
-    """Yields this rank's indices of each global batch, `passes` lists per batch (gradient accumulation).
+    """Yields this rank's indices of each global batch, `passes` tensors per batch (gradient accumulation), int64.
 
-    The padding that `DistributedSampler` adds to even out the ranks is dropped; a rank's list may then be shorter than
-    the others', or empty in a small last batch, but every rank yields the same number of lists. `go_to` chooses the
-    epoch and its steps.
+    They are parts of the epoch's order, which is copied to `device` once: a copy per step would wait for a GPU.
+    The padding that `DistributedSampler` adds to even out the ranks is dropped; a rank's tensor may then be shorter
+    than the others', or empty in a small last batch, but every rank yields the same number of tensors. `go_to` chooses
+    the epoch and its steps.
     """
 
-    def __init__(self, sampler: DistributedSampler, global_batch_size: int, passes: int = 1) -> None:
+    def __init__(self, sampler: DistributedSampler, global_batch_size: int, passes: int = 1,
+                 device: torch.device | str = "cpu") -> None:
         self.sampler = sampler
+        self.device = device
         self.global_batch_size = global_batch_size
         self.passes = passes
         self.num_samples = len(sampler.dataset)  # type: ignore[arg-type]
@@ -62,8 +65,13 @@ class GlobalBatchSampler:
         return [slice((shard - start) % num_shards // size, None, num_shards // size)
                 for shard in range(rank, num_shards, size)]
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.sampler)  # this rank's share: position p of the epoch is order[p // size]
+    def _order(self) -> Tensor:
+        """This rank's share of the epoch's order, on the host: position p of the epoch is element p // size."""
+        # through numpy: torch.tensor takes five times as long for a list
+        return torch.from_numpy(np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler)))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = self._order().to(self.device)
         size = self.sampler.num_replicas
         for step in range(self.first_step, self.end_step):
             own = self.own_positions(step)
@@ -72,13 +80,12 @@ class GlobalBatchSampler:
                 yield order[cut + length * i // self.passes : cut + length * (i + 1) // self.passes]
 
     def rows(self) -> Tensor:
-        """All the lists of the epoch as rows of int64 [steps * passes, longest list], padded with `NO_INDEX`.
+        """All of the epoch's as rows of int64 [steps * passes, longest], padded with `NO_INDEX`, on the host.
 
         The same as `__iter__`, computed on tensors: at batch 1 a Python loop over the steps takes as long as training.
         """
         rank, size = self.sampler.rank, self.sampler.num_replicas
-        # through numpy: torch.tensor takes five times as long for a list
-        order = torch.from_numpy(np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler)))
+        order = self._order()
         start = torch.arange(self.num_batches) * self.global_batch_size
         stop = (start + self.global_batch_size).clamp(max=self.num_samples)
         first = start + (rank - start) % size
@@ -96,7 +103,7 @@ def share_out(images: Images, global_batch_size: int, *, rank: int, size: int, s
               passes: int = 1) -> GlobalBatchSampler:
     """The batches of this rank's share of `images`."""
     sampler: DistributedSampler = DistributedSampler(images, num_replicas=size, rank=rank, shuffle=shuffle, seed=seed)
-    return GlobalBatchSampler(sampler, global_batch_size, passes)
+    return GlobalBatchSampler(sampler, global_batch_size, passes, images.images.device)
 
 
 def make_loader(images: Images, batches: GlobalBatchSampler) -> DataLoader:

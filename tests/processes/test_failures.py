@@ -10,7 +10,7 @@ from forked import run_forked
     ("memory", "mnist-dist: error: process 1 of 3 has no GPU memory left after step 0: give a smaller batch", "lost"),
     ("assert", "RuntimeError: CUDA error: device-side assert triggered", "lost"),
     ("kill", "", "lost"),
-    ("hang", "", "waited in vain for"),
+    pytest.param("hang", "", "waited in vain for", marks=pytest.mark.long),
 ])
 def test_the_failure_of_a_rank(how, own, of_the_others, small_dir, tmp_path):
     done = run_forked(["train", "--data-dir", small_dir, "--wandb", "disabled", "--timeout", "3", "--compile", "off",

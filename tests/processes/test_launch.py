@@ -27,7 +27,7 @@ from support import (
 
 @pytest.mark.parametrize(("file", "words", "size"), [
     ("train.sh", [], 1), ("cpu_processes.sh", [2], 2), pytest.param("one_gpu.sh", [], 1, marks=pytest.mark.long),
-    ("all_gpus.sh", [], 1),
+    pytest.param("all_gpus.sh", [], 1, marks=pytest.mark.long),
 ])
 def test_the_files_in_launch(file, words, size, no_hint, small_dir, tmp_path):
     if not distribution_is_installed():
@@ -74,7 +74,7 @@ def test_number_that_differs_from_the_launchers_is_refused(small_dir, tmp_path):
 
 def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
     """A launcher that says there are two, of which one came, is not trained alone."""
-    done = mnist_dist_launched("train", "--data-dir", small_dir, "--timeout", 3, cwd=tmp_path, WORLD_SIZE="2", RANK="0",
+    done = mnist_dist_launched("train", "--data-dir", small_dir, "--timeout", 1, cwd=tmp_path, WORLD_SIZE="2", RANK="0",
                       LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     assert_one_line_error(done, "2 processes of this launch could not be joined")
     assert not (tmp_path / "runs").exists()

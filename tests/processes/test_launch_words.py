@@ -101,6 +101,6 @@ def test_a_launchers_precision_is_checked_unless_an_option_replaces_it():
     assert mixed_precision(TrainConfig(dtype="float64"), launch) == "no"
     for precision in ("fp16", "bf16"):  # the launcher's, which the option does not show
         launch = read_launch({"ACCELERATE_MIXED_PRECISION": precision})
-        with pytest.raises(UserError, match="fp16 needs a GPU|--reproducible and mixed precision bf16 exclude each"):
+        with pytest.raises(UserError, match=r"fp16 needs a GPU|--reproducible and mixed precision bf16 exclude each"):
             mixed_precision(TrainConfig(reproducible=True), launch)
         assert mixed_precision(TrainConfig(reproducible=True, mixed_precision="no"), launch) == "no"

@@ -21,9 +21,13 @@ def batch_sampler(num_samples, batch, rank, size, passes=1, epoch=0, shuffle=Tru
     return GlobalBatchSampler(sampler, batch, passes)
 
 
+def lists_of(sampler):
+    return [indices.tolist() for indices in sampler]
+
+
 def batches_of(num_samples, batch, rank, size, passes=1, **options):
     """This rank's batches, the passes of each joined."""
-    lists = list(batch_sampler(num_samples, batch, rank, size, passes, **options))
+    lists = lists_of(batch_sampler(num_samples, batch, rank, size, passes, **options))
     return [sum(lists[i : i + passes], []) for i in range(0, len(lists), passes)]
 
 
@@ -44,7 +48,7 @@ def test_ranks_together_have_the_batches_of_one_process(num_samples, batch, size
 @pytest.mark.parametrize("size", [1, 3])
 def test_passes_cut_a_batch_and_lose_nothing(passes, size):
     for rank in range(size):
-        lists = list(batch_sampler(61, 7, rank, size, passes))
+        lists = lists_of(batch_sampler(61, 7, rank, size, passes))
         assert len(lists) == passes * 9 == len(batch_sampler(61, 7, rank, size, passes))
         assert batches_of(61, 7, rank, size, passes) == batches_of(61, 7, rank, size)
 
@@ -56,7 +60,7 @@ def test_rows_are_the_lists_filled_up(num_samples, batch, size, passes):
     for rank in range(size):
         sampler = batch_sampler(num_samples, batch, rank, size, passes)
         rows = [[index for index in row if index != NO_INDEX] for row in sampler.rows().tolist()]
-        assert rows == list(sampler)
+        assert rows == lists_of(sampler)
 
 
 def test_order_depends_on_seed_and_epoch_and_nothing_else():
@@ -69,7 +73,7 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch():
     whole = batches_of(1009, 100, 1, 3)
     sampler = batch_sampler(1009, 100, 1, 3)
     sampler.go_to(0, range(4, 9))
-    assert list(sampler) == whole[4:9] and len(sampler) == 5
+    assert lists_of(sampler) == whole[4:9] and len(sampler) == 5
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -93,7 +97,7 @@ def test_the_prepared_loader_shows_each_sample_once(size):
 def batch_sampler_with_seed(num_samples, batch, rank, size, epoch):
     sampler = DistributedSampler(range(num_samples), num_replicas=size, rank=rank, shuffle=True, seed=1)
     sampler.set_epoch(epoch)
-    return list(GlobalBatchSampler(sampler, batch))
+    return lists_of(GlobalBatchSampler(sampler, batch))
 
 
 @pytest.mark.parametrize("num_shards", [4, 8])
