@@ -27,6 +27,12 @@ class OfThisProcess(MnistDistError):
     """What the other processes of the run do not know, so that this one tells it, and waits for none of them."""
 
 
+class NotJoined(OfThisProcess):
+    """This process could not join the others."""
+
+    exit_status = 2
+
+
 class LostProcess(OfThisProcess):
     """Another process of the run died or stopped answering."""
 

@@ -30,6 +30,7 @@ class Launch:
     size: int = 1  # the world size
     local_rank: int = 0
     local_size: int = 1
+    master_address: str = "localhost"  # of the machine where the processes find each other
     is_launched: bool = False  # by a launcher that starts the processes of a run (perhaps one)
     use_cpu: bool = False  # although there may be a GPU
     mixed_precision: str = "no"  # as the launcher says it, not checked: an option may replace it
@@ -62,7 +63,7 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
         return Launch(**common)
     # without a local size, all processes are taken to be on this machine
     launch = Launch(rank=rank or 0, size=size, local_rank=local_rank or 0, local_size=local_size or size,
-                    is_launched=True, **common)
+                    master_address=environment.get("MASTER_ADDR", "localhost"), is_launched=True, **common)
     for name, value in zip(TORCH, (launch.rank, launch.size, launch.local_rank, launch.local_size), strict=True):
         environment.setdefault(name, str(value))
     return launch

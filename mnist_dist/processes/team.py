@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mnist_dist.errors import LostProcess, MnistDistError, UserError
+from mnist_dist.errors import LostProcess, MnistDistError, NotJoined, UserError
 from mnist_dist.processes.heartbeat import Heartbeats
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
@@ -220,7 +220,9 @@ def ddp_options(compression: str) -> DistributedDataParallelKwargs:
 
 
 def join(launch: Launch, *, timeout_s: float, kwargs_handlers: Sequence[Any] = (), **accelerator_options: Any) -> Team:
-    """Join the processes of this launch. Raises `UserError` if they cannot be joined as asked. Collective."""
+    """Join the processes of this launch. Raises `UserError` if they cannot be joined as asked, on the first process of
+    each machine one that is always told: `NotJoined`. Collective.
+    """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -231,12 +233,18 @@ def join(launch: Launch, *, timeout_s: float, kwargs_handlers: Sequence[Any] = (
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)), *kwargs_handlers],
             **accelerator_options,
         )
+        team = Team(accelerator, timeout_s)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the {launch.size} processes of this launch could not be joined: {reason}") from error
+        kind = NotJoined if launch.local_rank == 0 else UserError
+        remedy = ""
+        if launch.num_machines > 1:
+            remedy = (f": check that every machine reaches {launch.master_address}, and set GLOO_SOCKET_IFNAME "
+                      "on each to the network interface between them")
+        raise kind(f"the {launch.size} processes of this launch could not be joined ({reason}){remedy}") from error
     if accelerator.num_processes != launch.size:
         raise UserError(
             f"{launch.size} processes were asked for, but this one finds {accelerator.num_processes}: start with "
             f"`mnist-dist train --processes {launch.size}`, or set ACCELERATE_USE_CPU=true for CPU processes"
         )
-    return Team(accelerator, timeout_s)
+    return team

@@ -19,6 +19,7 @@ from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
 from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError
 from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.network import choose_interface
 from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.record.checkpoint import Checkpoint, load_newest, save_checkpoint
@@ -42,12 +43,16 @@ def train(config: TrainConfig, launch: Launch) -> None:
         torch.set_num_threads(1)
     if config.compile == "auto" and launch.compiles:
         config = replace(config, compile="on")
+    interface = choose_interface(launch)
     team = join(
         launch, timeout_s=config.timeout, mixed_precision=mixed_precision(config, launch),
         dynamo_backend="no",  # it would compile the model alone: we compile the whole step
         kwargs_handlers=[ddp_options(config.gradient_compression)],
     )
     console = Console(team.is_main)
+    if interface and launch.num_machines > 1:
+        console.say(f"{launch.num_machines} machines, over the network interface {interface}: GLOO_SOCKET_IFNAME names "
+                    "another")
     run = None
     try:
         name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),

@@ -1,0 +1,57 @@
+"""The network interface over which the processes of a run reach each other. Needs no torch.
+
+gloo takes the one that this machine's own name resolves to. On Debian that is the loopback interface, which no other
+machine reaches. So the one that routes to the master is named to it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, MutableMapping
+
+from mnist_dist.processes.launch import Launch
+
+VARIABLE = "GLOO_SOCKET_IFNAME"
+ELSEWHERE = "192.0.2.1"  # no machine has this address (RFC 5737); the default route leads there
+
+
+def choose_interface(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> str | None:
+    """Name gloo the interface that routes to the master, unless the variable is set; returns what it has named.
+
+    On the master itself its name may be a loopback address; then it is the interface of the default route. Nothing is
+    named if all is on one machine.
+    """
+    if launch.size == 1 or environment.get(VARIABLE):
+        return None
+    places = [launch.master_address]
+    if launch.num_machines > 1:
+        places.append(ELSEWHERE)
+    found = next((name for place in places for name in interfaces_to(place)), None)
+    if found:
+        environment[VARIABLE] = found
+    return found
+
+
+def interfaces_to(host: str) -> Iterator[str]:
+    """The interfaces that route to the addresses of `host`, without the loopback interface. Sends nothing."""
+    import psutil
+
+    try:
+        addresses = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)
+    except OSError:
+        return
+    for family, kind, _, _, address in addresses:
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # chooses a route, and with it this machine's own address
+                own = probe.getsockname()[0]
+        except OSError:
+            continue
+        for name, its in psutil.net_if_addrs().items():
+            if any(one.family == family and one.address.split("%")[0] == own and not _is_loopback(own) for one in its):
+                yield name
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
