@@ -26,9 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+        if marker := item.get_closest_marker("cuda"):
+            needed = marker.args[0] if marker.args else 1
+            if needed > gpus:
+                item.add_marker(pytest.mark.skip(reason=f"needs CUDA GPUs: {needed}; on this machine: {gpus}"))
 
 
 @pytest.fixture(autouse=True)

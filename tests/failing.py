@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from mnist_dist import cli
 from mnist_dist.processes import heartbeat
+from mnist_dist.training.steps.compiled import CompiledStep
 from mnist_dist.training.steps.plain import PlainStep
 
 
@@ -26,16 +28,22 @@ def fail() -> None:
     time.sleep(1000)
 
 
+def make_fail(kind: Any) -> None:
+    """Steps of this kind fail at the sixth of an epoch."""
+    take = kind.take
+
+    def failing(self: Any, step: int) -> float:
+        if step == 5:
+            fail()
+        return take(self, step)
+
+    kind.take = failing
+
+
 def main(argv: Sequence[str]) -> int:
     """As `mnist_dist.cli.main`."""
     heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = 0.1, 1.0  # sooner than in earnest
     if os.environ.get("RANK") == "1":
-        take = PlainStep.take
-
-        def failing(self: PlainStep, step: int) -> float:
-            if step == 5:
-                fail()
-            return take(self, step)
-
-        PlainStep.take = failing  # type: ignore[method-assign]
+        for kind in (PlainStep, CompiledStep):
+            make_fail(kind)
     return cli.main(argv)

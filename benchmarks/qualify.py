@@ -1,0 +1,168 @@
+"""`./launch/qualify.sh [OUTPUT]`: does this machine train as it should, and how fast? On its GPUs, else on its CPU.
+
+Five parts, each a command of its own with a time limit: the machine, the tests that are for it, the benchmark beside
+other libraries, the tutorial reproduced, and a small scaling study. Each leaves its output and a JSON file in OUTPUT as
+it ends, and `qualify.md` there tells all. The same command again goes on with what has not passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from benchmarks.machine import describe
+from mnist_dist import runner
+from mnist_dist.processes.launch import child_environment, num_cores
+from mnist_dist.record.files import replace_json, replace_synced
+from mnist_dist.tables import table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = "qualify.md"
+GPU_MEMORY = "nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader"
+
+
+class Part(NamedTuple):
+    """A part: the words after `python`, and how many seconds it may take."""
+
+    name: str
+    title: str
+    words: Sequence[object]
+    limit: float
+
+
+def parts(output: Path, data_dir: str, gpus: int) -> list[Part]:
+    """What is done on a machine with so many GPUs; 0 is its CPU."""
+    processes = [count for count in (1, 2, 4, 8, 16) if count <= (gpus or min(2, num_cores()))]
+    chosen = ["-m", "cuda and not long", "-n", min(4, num_cores()), "--dist", "load"] if gpus else ["-n", 2]
+    tests = ROOT / "tests" / "training"
+    options = ["--data-dir", data_dir, "--wandb", "disabled"]
+    return [
+        Part("tests", "Tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, tests,
+                                f"--junitxml={output / 'tests.xml'}"], 400),
+        Part("benchmark", "Benchmark", ["-m", "benchmarks", "--quick", "--data-dir", data_dir, "--output",
+                                        output / "benchmark"], 900),
+        Part("reproduce", "The tutorial", ["-m", "mnist_dist", "reproduce", *([] if gpus else ["--quick"]), *options,
+                                           "--output-dir", output / "reproduce"], 400),
+        Part("study", "Scaling study", ["-m", "mnist_dist", "study", *options, "--compile", "on", "--epochs", 2,
+                                        "--batch-sizes", "200,4000", "--processes", ",".join(map(str, processes)),
+                                        "--repeats", 3, "--output-dir", output / "study"], 900),
+    ]
+
+
+def carry_out(part: Part, output: Path) -> dict[str, Any]:
+    """The part's outcome, which is also in OUTPUT; one that has passed is not done again."""
+    kept = output / f"{part.name}.json"
+    if kept.exists() and (outcome := json.loads(kept.read_bytes()))["status"] == "passed":
+        print(f"{part.title}: has passed already", flush=True)
+        return outcome
+    print(f"{part.title}: …", end=" ", flush=True)
+    begin = time.monotonic()
+    try:
+        done = runner.run([sys.executable, *part.words], timeout=part.limit, cwd=ROOT, environment=child_environment())
+        printed = done.stdout + done.stderr
+        status = "passed" if done.returncode == 0 else f"failed: exit status {done.returncode}"
+    except subprocess.TimeoutExpired:
+        printed, status = "", f"failed: took more than {part.limit:g} s"
+    replace_synced(output / f"{part.name}.txt", printed.encode())
+    outcome = {"status": status, "seconds": round(time.monotonic() - begin, 1),
+               "command": " ".join(["python", *map(str, part.words)]), "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+    replace_json(kept, outcome)
+    print(f"{status}, {outcome['seconds']:.0f} s", flush=True)
+    return outcome
+
+
+def machine(output: Path) -> dict[str, Any]:
+    """Hardware and versions, also in OUTPUT."""
+    import torch
+
+    found = describe()
+    if found["gpus"]:
+        found["cuda"] = torch.version.cuda
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if shutil.which("nvidia-smi"):
+            found["nvidia-smi"] = subprocess.run(GPU_MEMORY.split(), capture_output=True, text=True, timeout=60
+                                                 ).stdout.strip().splitlines()
+    replace_json(output / "machine.json", found)
+    return found
+
+
+def page(output: Path, found: dict[str, Any], outcomes: dict[str, tuple[str, dict[str, Any]]]) -> str:
+    """What passed, what failed and the figures, as Markdown."""
+    where = ", ".join(found["gpus"]) or f"{found['processor']}, {found['cores']} cores, no GPU"
+    failed = [title for title, outcome in outcomes.values() if outcome["status"] != "passed"]
+    lines = [f"# {where}", "", "All parts passed." if not failed else f"**Failed: {', '.join(failed)}.**", ""]
+    lines += table(["part", "status", "seconds", "date", "command"], [
+        [title, outcome["status"], f"{outcome['seconds']:.0f}", outcome["date"], f"`{outcome['command']}`"]
+        for title, outcome in outcomes.values()])
+    versions = {**found["versions"], "CUDA": found.get("cuda"), "NCCL": found.get("nccl")}
+    lines += [f"{found['processor']}, {found['cores']} cores; {found['system']}; commit {found['commit']}; "
+              + ", ".join(f"{name} {version}" for name, version in versions.items() if version), ""]
+    lines += [f"- {line}" for line in found.get("nvidia-smi", [])]
+    lines += ["", "## Tests", "", *_tests(output / "tests.xml"), ""]
+    for title, path in (("Benchmark", "benchmark.md"), ("The tutorial", "reproduce/report.md"),
+                        ("Scaling study", "study/report.md")):
+        lines += [f"## {title}", "", *_embedded(output / path, path), ""]
+    return "\n".join(lines)
+
+
+def _tests(path: Path) -> Iterator[str]:
+    """How many passed; each that did not, and why those that were skipped were."""
+    if not path.exists():
+        yield "No result."
+        return
+    reasons: dict[str, int] = {}
+    passed = 0
+    for case in ElementTree.parse(path).iter("testcase"):
+        if (skipped := case.find("skipped")) is not None:
+            reasons[skipped.get("message", "")] = reasons.get(skipped.get("message", ""), 0) + 1
+            continue
+        bad = [found for kind in ("failure", "error") for found in case.iter(kind)]
+        passed += not bad
+        for found in bad:
+            yield f"- **failed**: `{case.get('classname')}::{case.get('name')}`: `{_line(found.get('message', ''))}`"
+    yield f"- passed: {passed}"
+    for reason, count in reasons.items():
+        yield f"- skipped: {count} ({_line(reason)})"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:200].replace("`", "'")
+
+
+def _embedded(path: Path, link: str) -> list[str]:
+    """Another report below a heading of this one, with a link to it. Its pictures stay there."""
+    if not path.exists():
+        return ["No result."]
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("![")]
+    return [f"[{link}]({link})", "", *(re.sub(r"^(#+) ", r"#\1 ", line) for line in lines)]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Carry out the parts that have not passed; 0 if all have."""
+    made = argparse.ArgumentParser(prog="./launch/qualify.sh", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("output", nargs="?", default="qualify", metavar="OUTPUT", help="folder (default: qualify)")
+    made.add_argument("--data-dir", default="data", metavar="DIR", help="folder with MNIST (default: data)")
+    given = made.parse_args(words)
+    output = Path(given.output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    found = machine(output)
+    outcomes = {}
+    for part in parts(output, str(Path(given.data_dir).resolve()), len(found["gpus"])):
+        outcomes[part.name] = part.title, carry_out(part, output)
+        replace_synced(output / PAGE, page(output, found, outcomes).encode())
+    print(f"written: {output / PAGE}")
+    return 0 if all(outcome["status"] == "passed" for _, outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

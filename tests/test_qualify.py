@@ -1,0 +1,66 @@
+"""`launch/qualify.sh`: each part's outcome is kept, the page tells all, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import qualify
+from benchmarks.qualify import Part
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.a" name="good"/>
+<testcase classname="tests.a" name="bad"><failure message="assert 1 == 2 | `x`">more</failure></testcase>
+<testcase classname="tests.a" name="away"><skipped message="needs CUDA GPUs: 2; on this machine: 1"/></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture
+def some_parts(tmp_path, monkeypatch):
+    """A part that passes and notes that it ran, one that fails until a file is there, and one that takes too long."""
+    output, ran, mended = tmp_path / "out", tmp_path / "ran", tmp_path / "mended"
+
+    def chosen(folder, data_dir, gpus):
+        assert folder == output and data_dir == str(tmp_path / "data")
+        return [
+            Part("tests", "Tests", ["-c", f"open({str(ran)!r}, 'a').write('x'); print('so it is')"], 60),
+            Part("benchmark", "Benchmark", ["-c", f"import os, sys; print('oh', file=sys.stderr); "
+                                                  f"sys.exit(3 * (not os.path.exists({str(mended)!r})))"], 60),
+            Part("study", "Scaling study", ["-c", "import time; time.sleep(60)"], 0.5),
+        ]
+
+    monkeypatch.setattr(qualify, "parts", chosen)
+    return output, ran, mended
+
+
+def test_outcomes_and_page(some_parts, tmp_path, capsys):
+    output, ran, mended = some_parts
+    output.mkdir()
+    (output / "tests.xml").write_text(JUNIT)
+    (output / "benchmark.md").write_text("# Speed\n\n![picture](b.png)\n\n| a |\n|---|\n| 1 |\n")
+    words = [str(output), "--data-dir", str(tmp_path / "data")]
+    assert qualify.main(words) == 1
+    outcomes = {name: json.loads((output / f"{name}.json").read_text()) for name in ("tests", "benchmark", "study")}
+    assert [outcome["status"] for outcome in outcomes.values()] == [
+        "passed", "failed: exit status 3", "failed: took more than 0.5 s"]
+    assert (output / "tests.txt").read_text() == "so it is\n" and (output / "benchmark.txt").read_text() == "oh\n"
+    page = (output / "qualify.md").read_text()
+    for line in ("**Failed: Benchmark, Scaling study.**", "- passed: 1", "| Tests | passed |", "## Speed",
+                 "- **failed**: `tests.a::bad`: `assert 1 == 2 | 'x'`",
+                 "- skipped: 1 (needs CUDA GPUs: 2; on this machine: 1)", "[benchmark.md](benchmark.md)"):
+        assert line in page, page
+    assert "![" not in page
+    mended.touch()
+    assert qualify.main(words) == 1
+    assert ran.read_text() == "x", "what has passed is not done again"
+    assert json.loads((output / "benchmark.json").read_text())["status"] == "passed"
+    assert "Tests: has passed already" in capsys.readouterr().out
+
+
+def test_the_parts_are_for_the_machine(tmp_path):
+    on_cpu, on_two = ({part.name: [str(word) for word in part.words] for part in qualify.parts(tmp_path, "data", gpus)}
+                      for gpus in (0, 2))
+    assert "cuda and not long" in on_two["tests"] and "cuda and not long" not in on_cpu["tests"]
+    assert on_two["study"][on_two["study"].index("--processes") + 1] == "1,2"
+    assert on_cpu.keys() == on_two.keys() == {"tests", "benchmark", "reproduce", "study"}
