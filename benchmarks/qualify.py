@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +24,11 @@ from xml.etree import ElementTree
 
 from benchmarks.machine import describe
 from mnist_dist import runner
+from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
 from mnist_dist.record.files import replace_json, replace_synced
+from mnist_dist.record.gains import gain_from, keep_gain
+from mnist_dist.study.table import read_table
 from mnist_dist.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +58,7 @@ def parts(output: Path, data_dir: str, gpus: int) -> list[Part]:
                                         output / "benchmark"], 900),
         Part("reproduce", "The tutorial", ["-m", "mnist_dist", "reproduce", *([] if gpus else ["--quick"]), *options,
                                            "--output-dir", output / "reproduce"], 400),
-        Part("study", "Scaling study", ["-m", "mnist_dist", "study", *options, "--compile", "on", "--epochs", 2,
+        Part("study", "Scaling study", ["-m", "mnist_dist", "study", *options, "--compiles", "on,off", "--epochs", 2,
                                         "--batch-sizes", "200,4000", "--processes", ",".join(map(str, processes)),
                                         "--repeats", 3, "--output-dir", output / "study"], 900),
     ]
@@ -95,6 +101,22 @@ def machine(output: Path) -> dict[str, Any]:
     return found
 
 
+def compiling(folder: Path, found: dict[str, Any]) -> str:
+    """Keep what compiling saves, for `--compile auto`, and say it; "" if it was not measured."""
+    try:
+        rows = read_table(folder)
+    except UserError:
+        return ""
+    gain = gain_from(rows)
+    if gain is None:
+        return ""
+    saved = 1e6 * gain.saved_seconds_per_step
+    words = f"Compiling takes {gain.compile_seconds:.1f} s and saves {saved:.0f} µs per step or more (medians)"
+    if not found["gpus"]:
+        return f"{words}. On the CPU `--compile auto` has a rule of its own."
+    return f"{words}: `--compile auto` reads it from {keep_gain(found['gpus'][0], gain)}."
+
+
 def page(output: Path, found: dict[str, Any], outcomes: dict[str, tuple[str, dict[str, Any]]]) -> str:
     """What passed, what failed and the figures, as Markdown."""
     where = ", ".join(found["gpus"]) or f"{found['processor']}, {found['cores']} cores, no GPU"
@@ -107,6 +129,7 @@ def page(output: Path, found: dict[str, Any], outcomes: dict[str, tuple[str, dic
     lines += [f"{found['processor']}, {found['cores']} cores; {found['system']}; commit {found['commit']}; "
               + ", ".join(f"{name} {version}" for name, version in versions.items() if version), ""]
     lines += [f"- {line}" for line in found.get("nvidia-smi", [])]
+    lines += ["", found.get("compiling", "")]
     lines += ["", "## Tests", "", *_tests(output / "tests.xml"), ""]
     for title, path in (("Benchmark", "benchmark.md"), ("The tutorial", "reproduce/report.md"),
                         ("Scaling study", "study/report.md")):
@@ -155,11 +178,22 @@ def main(words: Sequence[str] | None = None) -> int:
     given = made.parse_args(words)
     output = Path(given.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
+    # what an earlier command left behind, if it was killed, would disturb the measurements
+    mark = uuid.uuid5(uuid.NAMESPACE_URL, str(output)).hex
+    runner.end_tree(mark)
+    os.environ[runner.MARK] = ":".join(filter(None, [os.environ.get(runner.MARK), mark]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = machine(output)
     outcomes = {}
-    for part in parts(output, str(Path(given.data_dir).resolve()), len(found["gpus"])):
-        outcomes[part.name] = part.title, carry_out(part, output)
-        replace_synced(output / PAGE, page(output, found, outcomes).encode())
+    try:
+        for part in parts(output, str(Path(given.data_dir).resolve()), len(found["gpus"])):
+            outcomes[part.name] = part.title, carry_out(part, output)
+            if part.name == "study" and (gain := compiling(output / "study", found)):
+                found["compiling"] = gain
+            replace_synced(output / PAGE, page(output, found, outcomes).encode())
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", flush=True)
+        return 130
     print(f"written: {output / PAGE}")
     return 0 if all(outcome["status"] == "passed" for _, outcome in outcomes.values()) else 1
 

@@ -15,6 +15,7 @@ from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
+from mnist_dist.record.gains import Gain, keep_gain
 from mnist_dist.training.steps import WORTH_COMPILING_STEPS, wants_compiling
 from mnist_dist.training.steps.compiled import compiler_failure
 
@@ -22,7 +23,8 @@ LINEAR = "layers.1.weight"
 
 
 def wanted(num_batches, *, device="cpu", precision="no", resident=True, before=None, **options):
-    team = SimpleNamespace(device=torch.device(device), accelerator=SimpleNamespace(mixed_precision=precision))
+    team = SimpleNamespace(device=torch.device(device), accelerator=SimpleNamespace(mixed_precision=precision),
+                           run_on=lambda where, task: task())
     parts = SimpleNamespace(team=team, images=SimpleNamespace(is_resident=resident),
                             batches=SimpleNamespace(num_batches=num_batches))
     return wants_compiling(TrainConfig(**options), parts, before)
@@ -32,7 +34,19 @@ def test_auto_compiles_where_the_run_has_steps_enough():
     assert wanted(WORTH_COMPILING_STEPS, epochs=1) and wanted(WORTH_COMPILING_STEPS // 20, epochs=20)
     assert not wanted(WORTH_COMPILING_STEPS - 1, epochs=1)
     assert not wanted(60_000, max_steps=100)
-    assert not wanted(60_000, device="cuda") and not wanted(60_000, precision="fp16")
+    assert not wanted(60_000, precision="fp16")
+
+
+def test_auto_on_a_gpu_needs_what_was_measured_on_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    assert not wanted(60_000, device="cuda"), "nothing is known"
+    keep_gain("A100", Gain(1.0, 1e-3, "2"))
+    assert not wanted(60_000, device="cuda"), "of another kind"
+    keep_gain("H100", Gain(10.0, 1e-3, "2"))
+    assert wanted(10_001, device="cuda", epochs=1) and not wanted(10_000, device="cuda", epochs=1)
+    assert not wanted(60_000, device="cuda", resident=False) and not wanted(60_000, device="cuda", precision="fp16")
+    assert not wanted(60_000, device="cuda", before="plain") and wanted(1, device="cuda", before="compiled")
 
 
 def test_a_continued_run_keeps_its_kind_of_step():

@@ -16,11 +16,12 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.data import Images
 from mnist_dist.errors import UserError
 from mnist_dist.processes.team import Team
+from mnist_dist.record.gains import read_gain
 from mnist_dist.training.model import MLP
 from mnist_dist.training.sampling import GlobalBatchSampler
 
-# On two cores a step saves 0.7 to 0.9 ms at any batch size, and compiling costs 2 s with a warm cache, 6 s without,
-# 12 s on a machine's first time: 2,000 to 17,000 steps pay for it (docs/performance.md).
+# On the CPU: on two cores a step saves 0.7 to 0.9 ms at any batch size, and compiling costs 2 s with a warm cache, 6 s
+# without, 12 s on a machine's first time: 2,000 to 17,000 steps pay for it (docs/performance.md).
 WORTH_COMPILING_STEPS = 5000
 
 
@@ -59,8 +60,9 @@ class Step(Protocol):
 def wants_compiling(config: TrainConfig, parts: StepParts, before: str | None = None) -> bool:
     """Whether this run's step is to be compiled: as asked, and with `auto` if that pays within the run.
 
-    A run that is continued keeps the kind of step that it had `before`, because its bits depend on it. Until it has
-    been measured on a GPU, `auto` is for the CPU. Raises `UserError`.
+    A run that is continued keeps the kind of step that it had `before`, because its bits depend on it. What pays on a
+    GPU was measured on one of its kind (record/gains.py), or is not known: then the step is the plain one. Raises
+    `UserError`. Collective.
     """
     precision = parts.team.accelerator.mixed_precision
     if precision == "fp16" and config.compile == "on":  # the launcher may have set it
@@ -70,11 +72,16 @@ def wants_compiling(config: TrainConfig, parts: StepParts, before: str | None = 
                         "free: give --compile off")
     if config.compile != "auto":
         return config.compile == "on"
-    if parts.team.device.type != "cpu" or precision == "fp16" or config.clashes_with_compile:
+    if precision == "fp16" or config.clashes_with_compile or not parts.images.is_resident:
         return False
     if before is not None:
         return before == "compiled"
-    return min(config.epochs * parts.batches.num_batches, config.max_steps or math.inf) >= WORTH_COMPILING_STEPS
+    steps = min(config.epochs * parts.batches.num_batches, config.max_steps or math.inf)
+    if parts.team.device.type == "cpu":
+        return steps >= WORTH_COMPILING_STEPS
+    name = torch.cuda.get_device_name(parts.team.device)
+    gain = parts.team.run_on("main", lambda: read_gain(name))  # the other machines may have no such file
+    return gain is not None and gain.pays(steps)
 
 
 def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None], *, compiles: bool) -> Step:
