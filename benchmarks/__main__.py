@@ -88,9 +88,10 @@ def run(given: argparse.Namespace, words: Sequence[str], scratch: Path) -> tuple
     sizes = rows.QUICK_BATCH_SIZES if given.quick else rows.BATCH_SIZES
     if given.batch_sizes:
         sizes = {count: [size for size in given.batch_sizes if size >= count] for count in sizes}
-    chosen = [row for row in rows.ROWS if given.rows is None or row.name in given.rows]
-    repeats = given.repeats or (2 if given.quick else 5)
     machine = describe()
+    chosen = [row for row in rows.ROWS if (given.rows is None or row.name in given.rows)
+              and (machine["gpus"] or not row.needs_gpu)]
+    repeats = given.repeats or (2 if given.quick else 5)
     stem = Path(given.output or RESULTS / (slug(machine) + ("-quick" if given.quick else "")))
     stem.parent.mkdir(parents=True, exist_ok=True)
     record = {

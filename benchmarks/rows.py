@@ -23,6 +23,7 @@ class Row:
     module: str | None
     arguments: tuple[str, ...] = ()
     processes: int = 1
+    needs_gpu: bool = False
 
     def command(self, data_dir: str, batch_size: int, num_samples: int) -> list[str]:
         """The command of a peer or of the limit; its last line of output is its JSON."""
@@ -40,6 +41,9 @@ ROWS = (
     Row("pytorch", "hand-written PyTorch, tensors in memory", "peers.pytorch"),
     Row("pytorch_compiled", "PyTorch, whole step compiled", "peers.pytorch_compiled", ("1",)),
     Row("pytorch_compiled_4", "the same, 4 steps per call", "peers.pytorch_compiled", ("4",)),
+    Row("pytorch_autotune", 'PyTorch, whole step compiled, mode="max-autotune"', "peers.pytorch_compiled", ("1", "1"),
+        needs_gpu=True),
+    Row("pytorch_graph", "hand-written PyTorch, the step as a CUDA graph", "peers.pytorch_graph", needs_gpu=True),
     Row("jax_scan", "JAX, jit and scan over the epoch", "peers.jax_scan"),
     Row(LIMIT, "the machine: matrix products and Adam alone", "limit"),
     Row("mnist_dist_2", "**mnist-dist train --processes 2**", None, processes=2),

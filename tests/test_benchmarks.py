@@ -179,6 +179,26 @@ def test_a_cheap_row(name: str, library: str | None, data_dir: str) -> None:
     assert_line(module(name).main(data_dir, 64, 200), 200)  # the last batch is smaller
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(("name", "numbers"), [("peers.pytorch_graph", ()), ("peers.pytorch_compiled", (1, 1)),
+                                               ("limit", ())])
+def test_a_row_on_a_gpu(name: str, numbers: tuple[int, ...], data_dir: str) -> None:
+    line = module(name).main(data_dir, 64, 200, *numbers)
+    assert_line(line, 200)
+    assert line["device"] == "cuda"
+
+
+def test_rows_that_need_a_gpu_are_left_out_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, measured = module("__main__"), []
+    monkeypatch.setattr(module("measure"), "torchvision_root", lambda data_dir, folder: str(folder))
+    monkeypatch.setattr(module("measure"), "run_all", lambda order, *others: measured.extend(order))
+    for gpus in ([], ["H100"]):
+        monkeypatch.setattr(module("machine"), "describe", lambda gpus=gpus: {"gpus": gpus, "processor": "x"})
+        main.run(main.parser().parse_args(["--output", str(tmp_path / "x")]), [], tmp_path)
+        names = {row.name for _, row, _ in measured}
+        assert ("pytorch_graph" in names) == ("pytorch_autotune" in names) == bool(gpus) and "pytorch" in names
+
+
 def test_lightning(data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)

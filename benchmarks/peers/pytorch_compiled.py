@@ -1,6 +1,7 @@
 """PyTorch with the whole step compiled as one function: gather from uint8, scale, forward, gradients, Adam in place.
 
-A fourth argument is the number of steps per call of the compiled function; a call costs some microseconds.
+A fourth argument is the number of steps per call of the compiled function; a call costs some microseconds. A fifth one
+of 1 asks for mode="max-autotune", which on a GPU also records CUDA graphs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks.peers.common import bytes_in_memory, network, pick_device, start, timed
 
 
-def main(data_dir: str, batch_size: int, num_samples: int, steps_per_call: int = 1) -> dict[str, Any]:
+def main(data_dir: str, batch_size: int, num_samples: int, steps_per_call: int = 1, autotune: int = 0
+         ) -> dict[str, Any]:
     """Train two epochs; the peer's line."""
     device = pick_device()
     images, labels = (tensor.to(device) for tensor in bytes_in_memory(data_dir, num_samples))
@@ -23,6 +25,9 @@ def main(data_dir: str, batch_size: int, num_samples: int, steps_per_call: int =
     params = {name: parameter.detach() for name, parameter in model.named_parameters()}
     means, squares = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
     count = torch.zeros((), device=device)
+    if autotune:
+        for tensor in (images, labels, count, *params.values(), *means.values(), *squares.values()):
+            torch._dynamo.mark_static_address(tensor)  # or a graph could not change them in place
 
     def loss_of(params: dict[str, Tensor], rows: Tensor) -> Tensor:
         scaled = images[rows].float() / 127.5 - 1.0
@@ -39,7 +44,7 @@ def main(data_dir: str, batch_size: int, num_samples: int, steps_per_call: int =
             params[name].sub_(1e-4 * (means[name] / mean_scale) / deviation)
         return loss
 
-    @torch.compile(dynamic=False, fullgraph=True)
+    @torch.compile(dynamic=False, fullgraph=True, mode="max-autotune" if autotune else None)
     def steps(rows_KB: Tensor) -> Tensor:
         return torch.stack([step(rows) for rows in rows_KB.unbind()])
 
