@@ -1,8 +1,9 @@
 """`./launch/qualify.sh [OUTPUT]`: does this machine train as it should, and how fast? On its GPUs, else on its CPU.
 
 Five parts, each a command of its own with a time limit: the machine, the tests that are for it, the benchmark beside
-other libraries, the tutorial reproduced, and a small scaling study. Each leaves its output and a JSON file in OUTPUT as
-it ends, and `qualify.md` there tells all. The same command again goes on with what has not passed.
+other libraries, the tutorial reproduced, and a small scaling study. Each leaves its result in OUTPUT as it ends, and
+its outcome and what it printed in OUTPUT/parts; `OUTPUT/qualify.md` tells all. The same command again goes on with what
+has not passed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mnist_dist.study.table import read_table
 from mnist_dist.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = "qualify.md"
+PAGE, OUTCOMES = "qualify.md", "parts"
 GPU_MEMORY = "nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader"
 
 
@@ -66,7 +67,7 @@ def parts(output: Path, data_dir: str, gpus: int) -> list[Part]:
 
 def carry_out(part: Part, output: Path) -> dict[str, Any]:
     """The part's outcome, which is also in OUTPUT; one that has passed is not done again."""
-    kept = output / f"{part.name}.json"
+    kept = output / OUTCOMES / f"{part.name}.json"
     if kept.exists() and (outcome := json.loads(kept.read_bytes()))["status"] == "passed":
         print(f"{part.title}: has passed already", flush=True)
         return outcome
@@ -78,7 +79,7 @@ def carry_out(part: Part, output: Path) -> dict[str, Any]:
         status = "passed" if done.returncode == 0 else f"failed: exit status {done.returncode}"
     except subprocess.TimeoutExpired:
         printed, status = "", f"failed: took more than {part.limit:g} s"
-    replace_synced(output / f"{part.name}.txt", printed.encode())
+    replace_synced(kept.with_suffix(".txt"), printed.encode())
     outcome = {"status": status, "seconds": round(time.monotonic() - begin, 1),
                "command": " ".join(["python", *map(str, part.words)]), "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     replace_json(kept, outcome)
@@ -162,10 +163,10 @@ def _line(text: str) -> str:
 
 
 def _embedded(path: Path, link: str) -> list[str]:
-    """Another report below a heading of this one, with a link to it. Its pictures stay there."""
+    """Another report below a heading of this one, with a link to it. Its title and its pictures stay there."""
     if not path.exists():
         return ["No result."]
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("![")]
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(("![", "# "))]
     return [f"[{link}]({link})", "", *(re.sub(r"^(#+) ", r"#\1 ", line) for line in lines)]
 
 
@@ -177,7 +178,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made.add_argument("--data-dir", default="data", metavar="DIR", help="folder with MNIST (default: data)")
     given = made.parse_args(words)
     output = Path(given.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    (output / OUTCOMES).mkdir(parents=True, exist_ok=True)
     # what an earlier command left behind, if it was killed, would disturb the measurements
     mark = uuid.uuid5(uuid.NAMESPACE_URL, str(output)).hex
     runner.end_tree(mark)

@@ -41,23 +41,23 @@ def test_outcomes_and_page(some_parts, tmp_path, capsys):
     output, ran, mended = some_parts
     output.mkdir()
     (output / "tests.xml").write_text(JUNIT)
-    (output / "benchmark.md").write_text("# Speed\n\n![picture](b.png)\n\n| a |\n|---|\n| 1 |\n")
+    (output / "benchmark.md").write_text("# Of this machine\n\n## Speed\n\n![picture](b.png)\n\n| a |\n|---|\n| 1 |\n")
     words = [str(output), "--data-dir", str(tmp_path / "data")]
     assert qualify.main(words) == 1
-    outcomes = {name: json.loads((output / f"{name}.json").read_text()) for name in ("tests", "benchmark", "study")}
-    assert [outcome["status"] for outcome in outcomes.values()] == [
+    outcomes = [json.loads((output / "parts" / f"{name}.json").read_text()) for name in ("tests", "benchmark", "study")]
+    assert [outcome["status"] for outcome in outcomes] == [
         "passed", "failed: exit status 3", "failed: took more than 0.5 s"]
-    assert (output / "tests.txt").read_text() == "so it is\n" and (output / "benchmark.txt").read_text() == "oh\n"
+    assert [(output / "parts" / name).read_text() for name in ("tests.txt", "benchmark.txt")] == ["so it is\n", "oh\n"]
     page = (output / "qualify.md").read_text()
-    for line in ("**Failed: Benchmark, Scaling study.**", "- passed: 1", "| Tests | passed |", "## Speed",
+    for line in ("**Failed: Benchmark, Scaling study.**", "- passed: 1", "| Tests | passed |", "\n### Speed\n",
                  "- **failed**: `tests.a::bad`: `assert 1 == 2 | 'x'`",
                  "- skipped: 1 (needs CUDA GPUs: 2; on this machine: 1)", "[benchmark.md](benchmark.md)"):
         assert line in page, page
-    assert "![" not in page
+    assert "![" not in page and "Of this machine" not in page
     mended.touch()
     assert qualify.main(words) == 1
     assert ran.read_text() == "x", "what has passed is not done again"
-    assert json.loads((output / "benchmark.json").read_text())["status"] == "passed"
+    assert json.loads((output / "parts" / "benchmark.json").read_text())["status"] == "passed"
     assert "Tests: has passed already" in capsys.readouterr().out
 
 

@@ -148,10 +148,11 @@ def _summary(page: Page, analysis: Analysis) -> None:
     else:
         repeats = sorted({len(figures.repeats) for figures in cells.values()})
         many = f"{repeats[0]}" if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
-        place = "; ".join(dict(key).get("device_name", "unknown hardware") for key in analysis.environments)
+        names = dict.fromkeys(dict(key).get("device_name", "unknown hardware") for key in analysis.environments)
+        places = "; ".join(names)
         page.add(Text((
             f"Measured: the training throughput of {_count(len(cells), 'cell')} (a batch size on a number of "
-            f"processes), {_count(len(runs), 'run')} in all, {many} repeats of each cell, on ", Code(place), ".")))
+            f"processes), {_count(len(runs), 'run')} in all, {many} repeats of each cell, on ", Code(places), ".")))
         best = max(cells.values(), key=lambda figures: figures.rate.value)
         found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {_say(best.rate)} samples/s."))]
         for count in processes:
