@@ -66,7 +66,8 @@ class Heartbeats:
     def look(self) -> list[int]:
         """Ask, and wait until it is clear which ranks are silent: some seconds, if none is."""
         self.ask()
-        deadline = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
+        # a rank's last sign is seen only now, perhaps a beat after asking; the store may be slow
+        deadline = time.monotonic() + SILENT_SECONDS + 4 * BEAT_SECONDS
         while not (silent := self.silent()) and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 5)
         return silent

@@ -1,7 +1,8 @@
 """Marks between steps, from which their times are read.
 
 On the CPU a mark is the host's time after each step. For a GPU the host only queues the steps, so there a mark is an
-event in the queue, every few steps. To make one waits for the one before: the host is never further ahead than that.
+event in the queue, every few steps. To make one waits for the one before, so that the host is never more than two marks
+ahead.
 """
 
 from __future__ import annotations
