@@ -105,7 +105,7 @@ class Stopwatch:
         self.waited += opened.waited
         self.exchanged += self.exchange_clock() - exchanged
         self.step_samples += opened.samples
-        for (done, before), (upto, after) in pairwise(opened.laps):
+        for (done, upto), (before, after) in zip(pairwise(opened.marked), pairwise(opened.laps), strict=True):
             self.step_seconds += (upto - done) * [marks.seconds(before, after) / (upto - done)]
 
     def state(self) -> dict[str, Any]:
@@ -146,20 +146,23 @@ class Window:
 
     marks: Marks
     samples: list[int] = field(default_factory=list)  # of each step, over all processes
-    laps: list[tuple[int, Any]] = field(default_factory=list)  # steps done, and a mark
+    laps: list[Any] = field(default_factory=list)  # marks, the first at the start
+    marked: list[int] = field(default_factory=lambda: [0])  # steps done at each of them
     waited: float = 0.0
 
     def __post_init__(self) -> None:
-        self.laps.append((0, self.marks.mark()))
+        self.every = self.marks.every
+        self.laps.append(self.marks.mark())
 
     def lap(self, samples: int, waited: float) -> None:
         """One optimizer step ended, over this many samples of all processes; `waited` seconds of it for data."""
         self.samples.append(samples)
         self.waited += waited
-        if len(self.samples) % self.marks.every == 0:
+        if len(self.samples) % self.every == 0:
             self.mark()
 
     def mark(self) -> None:
         """Mark the steps since the last mark, if there are any."""
-        if len(self.samples) > self.laps[-1][0]:
-            self.laps.append((len(self.samples), self.marks.mark()))
+        if len(self.samples) > self.marked[-1]:
+            self.laps.append(self.marks.mark())
+            self.marked.append(len(self.samples))
