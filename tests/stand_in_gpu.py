@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mnist_dist import cli
 from mnist_dist.processes import heartbeat, team
 from mnist_dist.processes.team import Team
+from mnist_dist.training import pacer
 from mnist_dist.training.steps.compiled import CompiledStep
 
 RULE_BROKEN = 99
@@ -199,6 +200,7 @@ def send_at(step: int, number: int) -> None:
 def main(argv: Sequence[str]) -> int:
     """As `mnist_dist.cli.main`. With KILL_AT=R:N (STOP_AT=R:N) rank R gets SIGKILL (SIGTERM) at its N-th replay."""
     heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS, team.ASK_SECONDS = 0.1, 1.0, 0.5  # sooner than in earnest
+    pacer.POLL_SECONDS = 60.0  # seldom, so that ranks do not notice a lost one on the host
     put_in()
     for name, number in (("KILL_AT", signal.SIGKILL), ("STOP_AT", signal.SIGTERM)):
         rank, _, step = os.environ.get(name, "").partition(":")

@@ -49,7 +49,8 @@ def test_a_lost_rank_ends_the_others_though_the_queue_is_stuck(killed, small_dir
                        KILL_AT=f"{killed}:700")
     assert done.returncode not in (0, RULE_BROKEN)
     errors = [line for line in done.stderr.splitlines() if line.startswith("mnist-dist: error: ")]
-    assert len(errors) == 1 and f"process {1 - killed} lost process {killed} of 2 after step" in errors[0], done.stderr
+    assert len(errors) == 1 and errors[0].endswith("the GPU waits for it"), done.stderr
+    assert f"process {1 - killed} lost process {killed} of 2 after step" in errors[0]
 
 
 @pytest.mark.long
