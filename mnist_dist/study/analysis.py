@@ -179,11 +179,15 @@ class Analysis:
 
     @cached_property
     def environments(self) -> dict[tuple[tuple[str, str], ...], int]:
-        """Each hardware and software that runs were done on, with the number of runs."""
+        """Each hardware and software that runs were done on, with the number of runs. The kind of step is none of it if
+        the study varies that.
+        """
+        varied = {"step"} if any("compile" in dict(cell.options) for cell in self.cells) else set()
+        shown = [name for name in SHOWN_OF_ENVIRONMENT if name not in varied]
         found: dict[tuple[tuple[str, str], ...], int] = {}
         for run in self.runs:
             own = run.row.get("environment") or {}
-            key = tuple((name, str(own[name])) for name in SHOWN_OF_ENVIRONMENT if own.get(name) is not None)
+            key = tuple((name, str(own[name])) for name in shown if own.get(name) is not None)
             found[key] = found.get(key, 0) + 1
         return found
 

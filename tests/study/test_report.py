@@ -14,6 +14,7 @@ from tables import row, study, windows_of
 
 from mnist_dist.processes.launch import child_environment
 from mnist_dist.record.measured import over_ranks
+from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.grid import Cell
 from mnist_dist.study.report import write_report
 from mnist_dist.study.table import write_table
@@ -241,3 +242,15 @@ def test_without_scipy_it_says_what_to_install(monkeypatch, tmp_path, capsys):
         assert run_here(words) == 2
         assert "pip install 'mnist-dist[study]'" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_a_varied_step_is_no_other_environment():
+    def rows(options):
+        return [row(Cell(200, 1, ((name, value),) if name else ()), 1e4, 1,
+                    environment={"num_processes": 1, "device_name": "abacus", "step": step})
+                for name, value, step in options]
+
+    varied = Analysis(rows([("compile", "on", "compiled"), ("compile", "off", "plain")]))
+    assert len(varied.environments) == 1
+    other = Analysis(rows([("", "", "compiled"), ("lr", "0.1", "plain")]))
+    assert len(other.environments) == 2
