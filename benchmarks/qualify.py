@@ -19,6 +19,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -28,8 +29,9 @@ from mnist_dist import runner
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
 from mnist_dist.record.files import replace_json, replace_synced
-from mnist_dist.record.gains import gain_from, keep_gain
-from mnist_dist.study.table import read_table
+from mnist_dist.record.gains import Gain, keep_gain
+from mnist_dist.study.analysis import Analysis
+from mnist_dist.study.table import Row, read_table
 from mnist_dist.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,13 +104,25 @@ def machine(output: Path) -> dict[str, Any]:
     return found
 
 
+def gain_from(rows: Sequence[Row]) -> Gain | None:
+    """What compiling saves, from a study with `--compiles on,off`; None if no cell has both."""
+    cells = Analysis(rows).cells
+    pairs = [(plain, cells[on]) for off, plain in cells.items() if off.options == (("compile", "off"),)
+             and (on := replace(off, options=(("compile", "on"),))) in cells]
+    if not pairs:
+        return None
+    compiled = [run.row for _, figures in pairs for run in figures.repeats]
+    return Gain(max(row["summary"]["compile_seconds"] for row in compiled),
+                min(plain.step_ms.value - figures.step_ms.value for plain, figures in pairs) / 1000,
+                compiled[0]["environment"]["torch"])
+
+
 def compiling(folder: Path, found: dict[str, Any]) -> str:
     """Keep what compiling saves, for `--compile auto`, and say it; "" if it was not measured."""
     try:
-        rows = read_table(folder)
+        gain = gain_from(read_table(folder))
     except UserError:
         return ""
-    gain = gain_from(rows)
     if gain is None:
         return ""
     saved = 1e6 * gain.saved_seconds_per_step

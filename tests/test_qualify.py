@@ -9,6 +9,7 @@ import pytest
 from benchmarks import qualify
 from benchmarks.qualify import Part
 from mnist_dist import runner
+from mnist_dist.record.gains import Gain
 
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.a" name="good"/>
@@ -67,3 +68,21 @@ def test_the_parts_are_for_the_machine(tmp_path):
     assert "cuda and not long" in on_two["tests"] and "cuda and not long" not in on_cpu["tests"]
     assert on_two["study"][on_two["study"].index("--processes") + 1] == "1,2"
     assert on_cpu.keys() == on_two.keys() == {"tests", "benchmark", "reproduce", "study"}
+
+
+def row(compile, batch, seconds_per_step, compile_seconds=0.0, status="completed"):
+    """A run of a study, of one measured step."""
+    return {"run": "r", "role": "repeat", "status": status, "global_batch_size": batch, "processes": 1,
+            "options": {"compile": compile} if compile else {}, "environment": {"torch": "2.11"},
+            "summary": {"compile_seconds": compile_seconds},
+            "epochs": [{"measured_samples": batch, "measured_seconds": seconds_per_step}]}
+
+
+def test_the_least_that_compiling_saves_counts():
+    rows = [row("off", 200, 4e-4), row("off", 200, 9e-4), row("off", 200, 5e-4), row("on", 200, 1e-4, 9.0),
+            row("off", 4000, 3e-4), row("on", 4000, 2e-4, 12.0), row("off", 8000, 1e-4),
+            row("", 200, 1.0), row("on", 200, 1.0, status="failed")]
+    assert qualify.gain_from(rows) == Gain(12.0, pytest.approx(1e-4), "2.11")
+    assert qualify.gain_from([row("off", 200, 1e-4)]) is None
+    slower = qualify.gain_from([row("off", 200, 1e-4), row("on", 200, 2e-4, 5.0)])
+    assert slower.saved_seconds_per_step < 0

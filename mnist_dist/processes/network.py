@@ -6,6 +6,7 @@ machine reaches. So the one that routes to the master is named to it.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator, MutableMapping
@@ -45,13 +46,9 @@ def interfaces_to(host: str) -> Iterator[str]:
         try:
             with socket.socket(family, kind) as probe:
                 probe.connect(address)  # chooses a route, and with it this machine's own address
-                own = probe.getsockname()[0]
+                own = probe.getsockname()[0].split("%")[0]
         except OSError:
             continue
-        for name, its in psutil.net_if_addrs().items():
-            if any(one.family == family and one.address.split("%")[0] == own and not _is_loopback(own) for one in its):
-                yield name
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
+        if not ipaddress.ip_address(own).is_loopback:
+            yield from (name for name, its in psutil.net_if_addrs().items()
+                        if any(one.family == family and one.address.split("%")[0] == own for one in its))

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mnist_dist.record.files import replace_json
 
@@ -52,20 +49,3 @@ def keep_gain(device_name: str, gain: Gain) -> Path:
         others = {}
     replace_json(path, {**others, device_name: asdict(gain)})
     return path
-
-
-def gain_from(rows: Iterable[Mapping[str, Any]]) -> Gain | None:
-    """From the rows of a study with plain and compiled steps; None if no cell has both."""
-    seconds: dict[tuple[int, int], dict[str, list[float]]] = {}
-    compiling, version = [0.0], ""
-    for row in rows:
-        if row["status"] != "completed" or not row["summary"]["samples_per_second"]:
-            continue
-        cell = seconds.setdefault((row["global_batch_size"], row["processes"]), {"plain": [], "compiled": []})
-        if (kind := row["environment"]["step"]) in cell:
-            cell[kind].append(row["global_batch_size"] / row["summary"]["samples_per_second"])
-            compiling.append(row["summary"]["compile_seconds"])
-            version = row["environment"]["torch"]
-    saved = [statistics.median(cell["plain"]) - statistics.median(cell["compiled"])
-             for cell in seconds.values() if cell["plain"] and cell["compiled"]]
-    return Gain(max(compiling), min(saved), version) if saved else None
