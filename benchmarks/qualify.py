@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 
 from benchmarks.machine import describe
 from mnist_dist import runner
+from mnist_dist.cli import Parser
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
 from mnist_dist.record.files import replace_json, replace_synced
@@ -70,7 +71,7 @@ def parts(output: Path, data_dir: str, gpus: int) -> list[Part]:
 def carry_out(part: Part, output: Path) -> dict[str, Any]:
     """The part's outcome, which is also in OUTPUT; one that has passed is not done again."""
     kept = output / OUTCOMES / f"{part.name}.json"
-    if kept.exists() and (outcome := json.loads(kept.read_bytes()))["status"] == "passed":
+    if (outcome := _kept(kept)) and outcome["status"] == "passed":
         print(f"{part.title}: has passed already", flush=True)
         return outcome
     print(f"{part.title}: …", end=" ", flush=True)
@@ -87,6 +88,15 @@ def carry_out(part: Part, output: Path) -> dict[str, Any]:
     replace_json(kept, outcome)
     print(f"{status}, {outcome['seconds']:.0f} s", flush=True)
     return outcome
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """A part's outcome; None if there is none, or the file is damaged: then the part is done again."""
+    try:
+        outcome = json.loads(path.read_bytes())
+        return outcome if {"status", "seconds", "command", "date"} <= outcome.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def machine(output: Path) -> dict[str, Any]:
@@ -185,23 +195,32 @@ def _embedded(path: Path, link: str) -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Carry out the parts that have not passed; 0 if all have."""
-    made = argparse.ArgumentParser(prog="./launch/qualify.sh", description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Carry out the parts that have not passed; the exit status: 0 if all have, 2 if the command line is wrong."""
+    made = Parser(prog="./launch/qualify.sh", description=__doc__, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("output", nargs="?", default="qualify", metavar="OUTPUT", help="folder (default: qualify)")
     made.add_argument("--data-dir", default="data", metavar="DIR", help="folder with MNIST (default: data)")
-    given = made.parse_args(words)
-    output = Path(given.output).resolve()
-    (output / OUTCOMES).mkdir(parents=True, exist_ok=True)
+    try:
+        given = made.parse_args(words)
+        output, data_dir = Path(given.output).resolve(), str(Path(given.data_dir).resolve())
+        (output / OUTCOMES).mkdir(parents=True, exist_ok=True)
+    except UserError as error:
+        print(f"qualify: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"qualify: error: OUTPUT {given.output} cannot be written ({error.strerror}): name another folder",
+              file=sys.stderr)
+        return 2
     # what an earlier command left behind, if it was killed, would disturb the measurements
     mark = uuid.uuid5(uuid.NAMESPACE_URL, str(output)).hex
     runner.end_tree(mark)
     os.environ[runner.MARK] = ":".join(filter(None, [os.environ.get(runner.MARK), mark]))
+    os.environ.setdefault("MNIST_DIST_TEST_DATA", data_dir)  # some tests need the original files
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = machine(output)
     outcomes = {}
     try:
-        for part in parts(output, str(Path(given.data_dir).resolve()), len(found["gpus"])):
+        for part in parts(output, data_dir, len(found["gpus"])):
             outcomes[part.name] = part.title, carry_out(part, output)
             if part.name == "study" and (gain := compiling(output / "study", found)):
                 found["compiling"] = gain

@@ -33,7 +33,8 @@ def some_parts(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(qualify, "parts", chosen)
-    monkeypatch.setenv(runner.MARK, "")  # put back afterwards
+    for name in (runner.MARK, "MNIST_DIST_TEST_DATA"):
+        monkeypatch.setenv(name, "")  # put back afterwards
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     return output, ran, mended
 
@@ -60,6 +61,27 @@ def test_outcomes_and_page(some_parts, tmp_path, capsys):
     assert ran.read_text() == "x", "what has passed is not done again"
     assert json.loads((output / "parts" / "benchmark.json").read_text())["status"] == "passed"
     assert "Tests: has passed already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "needle"), [
+    (["--batch-size", "3"], "unrecognized arguments: --batch-size"), (["{file}"], "cannot be written"),
+    (["{file}/below"], "cannot be written"),
+])
+def test_bad_input_is_one_line(words, needle, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert qualify.main([word.format(file=file) for word in words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("qualify: error: ") and needle in line
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{\"status\": \"passed\"}"])
+def test_a_damaged_outcome_is_done_again(content, some_parts, tmp_path):
+    output, ran, _ = some_parts
+    (output / "parts").mkdir(parents=True)
+    (output / "parts" / "tests.json").write_text(content)
+    qualify.main([str(output), "--data-dir", str(tmp_path / "data")])
+    assert ran.read_text() == "x"
 
 
 def test_the_parts_are_for_the_machine(tmp_path):
