@@ -31,6 +31,9 @@ from mnist_dist.study.grid import AXES
 NOT_IN_STUDY = ("batch_size", "per_device_batch_size", "output_dir", "resume", "run_name")
 SHARED = ("dataset", "data_dir", "mirror", "seed")  # options of training that other commands have too
 
+HOLD_OUT: Any = {"metavar": "WHAT", "help": "cells to leave out of the fit of the model of the step time, as a check "
+                 "of it: processes=N, batch-size=N, or both separated by a comma (default: the most processes)"}
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
@@ -87,12 +90,14 @@ def build_parser() -> Parser:
                        "3600)")
     study.add_argument("--oversubscribe", action="store_true", help="also more processes than cores")
     study.add_argument("--order-seed", metavar="N", default="0", help="seed of the runs' random order (default 0)")
+    study.add_argument("--hold-out", **HOLD_OUT)
     study.add_argument("--dry-run", action="store_true", help="print the plan and its time, and start nothing")
     _add_options(study, [option.name for option in fields(TrainConfig) if option.name not in NOT_IN_STUDY])
 
     report = command("report", "draw a study's report again, or compare two studies cell by cell")
     report.add_argument("folders", metavar="STUDY_DIR", nargs="+", help="folder of a study; with two, the second is "
                         "compared with the first")
+    report.add_argument("--hold-out", **HOLD_OUT)
     return parser
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from mnist_dist.config import TrainConfig, checked, flag_of
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import read_launch
-from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid
+from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid, HoldOut
 from mnist_dist.study.launches import look_at_machine
 from mnist_dist.study.study import Request, run_study
 from mnist_dist.study.table import read_table
@@ -49,7 +49,7 @@ def report(given: argparse.Namespace) -> int:
 
     try:
         if len(folders) == 1:
-            written = write_report(folders[0], tables[0])
+            written = write_report(folders[0], tables[0], hold_out(given.hold_out))
         else:
             written = write_comparison((folders[0], tables[0]), (folders[1], tables[1]))
     except OSError as error:
@@ -57,6 +57,19 @@ def report(given: argparse.Namespace) -> int:
                         ) from None
     print(f"written: {', '.join(map(str, written))}")
     return 0
+
+
+def hold_out(text: str | None) -> HoldOut:
+    """The cells that `--hold-out` names. Raises `UserError`."""
+    names = {"processes": "processes", "batch-size": "global_batch_size"}
+    values = {}
+    for part in text.split(",") if text is not None else ():
+        name, _, value = part.strip().partition("=")
+        if name not in names or not value.isdecimal():
+            raise UserError("--hold-out must be processes=N, batch-size=N, or both separated by a comma, got "
+                            f"{text!r}")
+        values[names[name]] = int(value)
+    return HoldOut(values)
 
 
 def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
@@ -91,7 +104,7 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         tracking = {name: training[name] for name in TRACKING if name in training}
     return Request(
         grid=grid, folder=folder, options=(*words, *rest), fixed={**fixed, **({"--": list(rest)} if rest else {})},
-        script=script, command=shlex.join(["mnist-dist", *argv]),
+        script=script, hold_out=hold_out(given.hold_out), command=shlex.join(["mnist-dist", *argv]),
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
         tracking=TrainConfig(**{"wandb_group": group, **tracking}),

@@ -97,6 +97,23 @@ class Grid:
         return {**asdict(self), "axes": {key: list(values) for key, values in self.axes.items()}}
 
 
+@dataclass(frozen=True)
+class HoldOut:
+    """Which cells are left out of a fit: those that have all of these values. Without any: those with the most
+    processes.
+    """
+
+    values: Mapping[str, int] = field(default_factory=dict)  # a field of `Cell` to its value
+
+    def leaves_out(self, cell: Cell, cells: Iterable[Cell]) -> bool:
+        """Whether the cell is one of them, among `cells`."""
+        wanted = self.values or {"processes": max(other.processes for other in cells)}
+        return all(getattr(cell, name) == value for name, value in wanted.items())
+
+
+MOST_PROCESSES = HoldOut()
+
+
 def base_of(cells: Sequence[Cell]) -> Cell:
     """The cell whose runs check for drift: the fewest processes, at the batch size that is named first."""
     return min(cells, key=lambda cell: cell.processes)

@@ -10,8 +10,9 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.grid import cell_of
-from mnist_dist.study.report import PICTURES, REPORT, name_of_line
+from mnist_dist.study.report import PICTURES, REPORT
 from mnist_dist.study.table import CSV, JSONL, Row, rate_of
+from mnist_dist.study.words import name_of_line
 
 COLUMNS = ("run", "batch size", "processes", "options", "samples/s", "ms per step", "status", "reason")
 

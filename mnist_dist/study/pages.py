@@ -21,8 +21,14 @@ class Code(str):
     __slots__ = ()
 
 
+class Strong(str):
+    """Text of ours that nobody should overlook."""
+
+    __slots__ = ()
+
+
 class Text(tuple):
-    """A sentence of parts, of which some are `Code`."""
+    """A sentence of parts, of which some are `Code` or `Strong`."""
 
     __slots__ = ()
 
@@ -100,8 +106,13 @@ def _parts(text: Inline) -> Sequence[str]:
 
 
 def _markdown(text: Inline) -> str:
-    return "".join(_code_span(part) if isinstance(part, Code) else
-                   re.sub(r"([\\`*_<>\[\]|])", r"\\\1", part) for part in _parts(text))
+    def one(part: str) -> str:
+        if isinstance(part, Code):
+            return _code_span(part)
+        escaped = re.sub(r"([\\`*_<>\[\]|])", r"\\\1", part)
+        return f"**{escaped}**" if isinstance(part, Strong) else escaped
+
+    return "".join(map(one, _parts(text)))
 
 
 def _code_span(text: str) -> str:
@@ -115,8 +126,11 @@ def _code_span(text: str) -> str:
 
 
 def _html(text: Inline) -> str:
-    return "".join(f"<code>{html.escape(part)}</code>" if isinstance(part, Code) and part else html.escape(part)
-                   for part in _parts(text))
+    def one(part: str) -> str:
+        tag = "code" if isinstance(part, Code) else "strong" if isinstance(part, Strong) else ""
+        return f"<{tag}>{html.escape(part)}</{tag}>" if tag and part else html.escape(part)
+
+    return "".join(map(one, _parts(text)))
 
 
 def _html_block(block: Inline | Heading | Table | Picture | list[Inline]) -> str:

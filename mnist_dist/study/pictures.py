@@ -38,13 +38,19 @@ MOST_LINES = 16  # of a picture: more cannot be told apart
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name, and for each x the estimate, the repeats behind it, and what the page says of it."""
+    """A line: its name, and for each x the estimate, the repeats behind it, and what the page says of it.
+
+    With a `model`, at some more x in their order, its line takes the place of the one through the estimates: beyond the
+    last estimate it is a forecast, dashed, with its intervals as a band.
+    """
 
     name: str
     x: Sequence[float]
     estimates: Sequence[Interval]
     repeats: Sequence[Sequence[float]]
     words: Sequence[str]
+    model_x: Sequence[float] = ()
+    model: Sequence[Interval] = ()
 
 
 def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label: str, y_label: str,
@@ -59,7 +65,7 @@ def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label
         figure = Figure(figsize=(5.2, 3.4 + 0.19 * legend_lines), layout="constrained")
         axes = figure.subplots()
         values: dict[str, list[str]] = {}
-        xs = sorted({x for one in series for x in one.x})
+        xs = sorted({x for one in series for x in (*one.x, *one.model_x)})
         axes.set_xscale("log")
         if log_y:
             axes.set_yscale("log")
@@ -96,9 +102,23 @@ def _draw_series(axes: Any, one: Series, number: int, values: dict[str, list[str
     bars = [[estimate.value - estimate.low for estimate in one.estimates],
             [estimate.high - estimate.value for estimate in one.estimates]]
     axes.errorbar(one.x, middle, yerr=bars, linestyle="none", ecolor=color, elinewidth=1.2, capsize=2.5)
-    axes.plot(one.x, middle, color=color, linewidth=1.2, marker=marker, markersize=5.5, label=one.name,
-              gid=f"medians-{number}")
+    axes.plot(one.x, middle, color=color, linewidth=0 if one.model else 1.2, marker=marker, markersize=5.5,
+              label=one.name, gid=f"medians-{number}")
+    if one.model:
+        _draw_model(axes, one, color)
     values[f"medians-{number}"] = list(one.words)
+
+
+def _draw_model(axes: Any, one: Series, color: str) -> None:
+    """The fitted line over what was measured; beyond it the forecast."""
+    points = list(zip(one.model_x, one.model, strict=True))
+    inside = [(x, at.value) for x, at in points if x <= max(one.x)]
+    beyond = [(x, at) for x, at in points if x >= max(one.x)]
+    axes.plot(*zip(*inside, strict=True), color=color, linewidth=1.2)
+    if len(beyond) > 1:
+        xs, ahead = zip(*beyond, strict=True)
+        axes.plot(xs, [at.value for at in ahead], color=color, linewidth=1.2, linestyle="--")
+        axes.fill_between(xs, [at.low for at in ahead], [at.high for at in ahead], color=color, alpha=0.15, linewidth=0)
 
 
 def _ticks(axes: Any, xs: Sequence[float], log_y: bool) -> None:

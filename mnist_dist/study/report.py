@@ -11,11 +11,13 @@ from typing import Any
 from mnist_dist.record.files import replace_synced
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
-from mnist_dist.study.grid import Cell
+from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
+from mnist_dist.study.model_section import add_model
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import LEAST_CHANGE, LEAST_REPEATS, LEVEL, PRECISION, SIGNIFICANT, Interval
 from mnist_dist.study.table import CSV, JSONL, Row
+from mnist_dist.study.words import cell_head, cell_words, counted, level_of, listed, name_of_line, say, short
 from mnist_dist.tables import number
 
 REPORT, PICTURES = "report", "pictures"
@@ -24,8 +26,11 @@ WINDOWS_WORDS = (f"A run whose step times jump or drift by {100 * LEAST_CHANGE:.
                  f"over windows of consecutive steps, p below {SIGNIFICANT:g}).")
 
 
-def write_report(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write `report.md`, `report.html` and the pictures of these rows; returns the two reports."""
+def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PROCESSES) -> list[Path]:
+    """Write `report.md`, `report.html` and the pictures of these rows; returns the two reports.
+
+    The cells of `hold_out` are left out of the fit of the model, to check it.
+    """
     analysis = Analysis(rows)
     (folder / PICTURES).mkdir(exist_ok=True)
     page = Page(f"Scaling study {folder.resolve().name}")
@@ -35,6 +40,7 @@ def write_report(folder: Path, rows: Sequence[Row]) -> list[Path]:
         _scaling(page, analysis, folder / PICTURES)
         _step_time(page, analysis, folder / PICTURES)
         _ranks(page, analysis)
+        add_model(page, analysis.cells, folder / PICTURES, hold_out)
     page.add(Heading(2, "What a larger batch buys in learning"),
              "Not in this report: it says how fast samples are processed, not how many a larger batch needs to reach "
              "the same test NLL.")
@@ -50,9 +56,9 @@ def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequ
     names = [folder.resolve().name for folder, _ in (before, after)]
     page = Page(f"{names[1]} compared with {names[0]}")
     found = [one for one in differences if one.is_one]
-    many = _count(len(found), "cell differs", "cells differ") if found else "No cell differs"
+    many = counted(len(found), "cell differs", "cells differ") if found else "No cell differs"
     page.add(
-        f"{_count(len(differences), 'cell is', 'cells are')} in both studies. {many}. A factor is the median over all "
+        f"{counted(len(differences), 'cell is', 'cells are')} in both studies. {many}. A factor is the median over all "
         "pairs of a run of the second and a run of the first (Hodges and Lehmann). A cell differs if the interval of a "
         "factor does not hold 1, and a Mann-Whitney test finds it among all factors at a false discovery rate of "
         f"{100 * (1 - LEVEL):.0f} %. Throughput is what a run had; undisturbed is the rate of the 10th percentile of "
@@ -60,9 +66,9 @@ def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequ
     )
     if differences:
         page.add(Table(
-            [*_cell_head(second.cells), "first, samples/s", "second, samples/s", "throughput, second / first",
+            [*cell_head(second.cells), "first, samples/s", "second, samples/s", "throughput, second / first",
              "difference", "undisturbed, second / first", "difference"],
-            [[*_cell_words(one.cell, second.cells), _say(one.before), _say(one.after),
+            [[*cell_words(one.cell, second.cells), say(one.before), say(one.after),
               *(word for factor in (one.throughput, one.undisturbed) for word in _factor(factor))]
              for one in differences],
         ))
@@ -86,54 +92,16 @@ def _write(folder: Path, page: Page, stem: str) -> list[Path]:
     return written
 
 
-# ---------------------------------------------------------------------------------------------------------- in words
-
-
-def _say(interval: Interval) -> str:
-    """`41,200 (40,900 to 41,700)`; of one run, the value alone."""
-    if interval.n < 2:
-        return number(interval.value)
-    return f"{number(interval.value)} ({number(interval.low)} to {number(interval.high)})"
-
-
 def _factor(factor: Factor | None) -> tuple[str, str]:
     """A factor, and its difference in words."""
     if factor is None:
         return "-", "too few windows"
     interval = factor.interval
     if interval.n < 2:
-        return _say(interval), "one run cannot tell"
+        return say(interval), "one run cannot tell"
     if not factor.is_one:
-        return _say(interval), "none shown"
-    return _say(interval), f"{100 * abs(interval.value - 1):.1f} % {'faster' if interval.value > 1 else 'slower'}"
-
-
-def _level(interval: Interval) -> str:
-    return f"{100 * interval.level:.0f} %" if interval.n > 1 else "-"
-
-
-def _options(cells: Any) -> list[str]:
-    return list(dict.fromkeys(name for cell in cells for name, _ in cell.options))
-
-
-def _cell_head(cells: Any) -> list[str]:
-    return ["batch size", "processes", *(Code(name) for name in _options(cells))]
-
-
-def _cell_words(cell: Cell, cells: Any) -> list[Inline]:
-    values = dict(cell.options)
-    return [f"{cell.global_batch_size:,}", f"{cell.processes}",
-            *(Code(values.get(name, "")) for name in _options(cells))]
-
-
-def _listed(cells: Sequence[Cell]) -> str:
-    """Batch sizes of cells, with their options if the study has any."""
-    return Code(", ".join(f"{cell.global_batch_size:,}" + "".join(f" ({name} {value})" for name, value in cell.options)
-                          for cell in cells))
-
-
-def _count(n: int, one: str, many: str | None = None) -> str:
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
+        return say(interval), "none shown"
+    return say(interval), f"{100 * abs(interval.value - 1):.1f} % {'faster' if interval.value > 1 else 'slower'}"
 
 
 # ---------------------------------------------------------------------------------------------------------- sections
@@ -151,22 +119,22 @@ def _summary(page: Page, analysis: Analysis) -> None:
         names = dict.fromkeys(dict(key).get("device_name", "unknown hardware") for key in analysis.environments)
         places = "; ".join(names)
         page.add(Text((
-            f"Measured: the training throughput of {_count(len(cells), 'cell')} (a batch size on a number of "
-            f"processes), {_count(len(runs), 'run')} in all, {many} repeats of each cell, on ", Code(places), ".")))
+            f"Measured: the training throughput of {counted(len(cells), 'cell')} (a batch size on a number of "
+            f"processes), {counted(len(runs), 'run')} in all, {many} repeats of each cell, on ", Code(places), ".")))
         best = max(cells.values(), key=lambda figures: figures.rate.value)
-        found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {_say(best.rate)} samples/s."))]
+        found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {say(best.rate)} samples/s."))]
         for count in processes:
             found += _pays(analysis, count)
         page.add(found)
     notes = []
     if failed := [row for row in analysis.failed if row["status"] == "failed"]:
-        notes.append(f"{_count(len(failed), 'run')} failed")
+        notes.append(f"{counted(len(failed), 'run')} failed")
     if impossible := [row for row in analysis.failed if row["status"] == "impossible"]:
-        notes.append(f"{_count(len(impossible), 'cell')} cannot run")
+        notes.append(f"{counted(len(impossible), 'cell')} cannot run")
     if analysis.marks:
-        notes.append(f"{_count(len({row['run'] for row, _ in analysis.marks}), 'run is', 'runs are')} marked")
+        notes.append(f"{counted(len({row['run'] for row, _ in analysis.marks}), 'run is', 'runs are')} marked")
     if wide := [figures for figures in cells.values() if figures.more_repeats]:
-        notes.append(f"{_count(len(wide), 'cell has', 'cells have')} repeats that differ too much, or too few")
+        notes.append(f"{counted(len(wide), 'cell has', 'cells have')} repeats that differ too much, or too few")
     if len(analysis.environments) > 1:
         notes.append(f"the runs were done on {len(analysis.environments)} different environments")
     if analysis.drift and analysis.drift.is_one:
@@ -192,10 +160,10 @@ def _pays(analysis: Analysis, processes: int) -> list[Inline]:
     parts: list[str] = []
     for word, members in groups.items():
         if members:
-            parts += ["; " if parts else "", f"{word} at batch ", _listed(members)]
+            parts += ["; " if parts else "", f"{word} at batch ", listed(members)]
     best = max(own, key=lambda cell: own[cell].speed_up.value)
     return [Text((f"{processes} processes against {base}, the same global batch: ", *parts, ". The largest speed-up is "
-                  f"{_say(own[best].speed_up)}, at ", Code(str(best)), "."))]
+                  f"{say(own[best].speed_up)}, at ", Code(str(best)), "."))]
 
 
 def _lines_of(analysis: Analysis) -> list[tuple[str, list[CellFigures]]]:
@@ -208,16 +176,6 @@ def _lines_of(analysis: Analysis) -> list[tuple[str, list[CellFigures]]]:
     return [(name_of_line(processes, options), members) for (options, processes), members in groups.items()]
 
 
-def name_of_line(processes: int, options: tuple[tuple[str, str], ...]) -> str:
-    """`2 processes, lr 0.001`: of a line in a picture."""
-    return _count(processes, "process", "processes") + _short(options)
-
-
-def _short(options: tuple[tuple[str, str], ...]) -> str:
-    """The options of a line in a picture, which has little room."""
-    return "".join(f", {name.replace('_', ' ')} {value[:24]}" for name, value in options)
-
-
 def _throughput(page: Page, analysis: Analysis, folder: Path) -> None:
     page.add(Heading(2, "Throughput"))
     series = []
@@ -225,17 +183,17 @@ def _throughput(page: Page, analysis: Analysis, folder: Path) -> None:
         series.append(Series(
             name, [m.cell.global_batch_size for m in members], [m.rate for m in members],
             [list(m.runs.rates) for m in members],
-            [f"{m.cell}: {_say(m.rate)} samples/s, {_count(m.rate.n, 'repeat')}" for m in members]))
+            [f"{m.cell}: {say(m.rate)} samples/s, {counted(m.rate.n, 'repeat')}" for m in members]))
     page.add(pictures.draw(
         folder, "throughput", "Samples per second against the global batch size: median, interval, and each repeat as "
         "a point. Both axes are logarithmic.", series, x_label="global batch size (samples)", y_label="samples/s",
         say="{:,.0f} samples/s".format))
     cells = analysis.cells
     page.add(Table(
-        [*_cell_head(cells), "batch per process", "samples/s", "ms per step", "repeats", "level",
+        [*cell_head(cells), "batch per process", "samples/s", "ms per step", "repeats", "level",
          "more repeats needed"],
-        [[*_cell_words(cell, cells), number(f.per_device_batch_size), _say(f.rate), _say(f.step_ms), f"{f.rate.n}",
-          _level(f.rate), f"{f.more_repeats or '-'}"] for cell, f in cells.items()],
+        [[*cell_words(cell, cells), number(f.per_device_batch_size), say(f.rate), say(f.step_ms), f"{f.rate.n}",
+          level_of(f.rate), f"{f.more_repeats or '-'}"] for cell, f in cells.items()],
     ))
     page.add("Medians, with the interval between two order statistics; level: the probability that it holds the "
              f"median. More repeats are needed if half the interval is more than {100 * PRECISION:.0f} % of the median "
@@ -264,22 +222,22 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
                       for cell, scaling in sorted(own.items(), key=lambda item: item[0].processes)]
             ones = analysis.cells[base].runs.rates / per_process / base.processes
             series.append(Series(
-                f"batch {batch:,.0f}{_short(options)}",
+                f"batch {batch:,.0f}{short(options)}",
                 [base.processes, *(cell.processes for cell, _, _ in points)],
                 [Interval(1.0, 1.0, 1.0, LEVEL, len(ones)), *(efficiency for _, efficiency, _ in points)],
                 [list(ones), *(list(values) for _, _, values in points)],
                 [f"{base}: the base case",
-                 *(f"{cell}: efficiency {_say(efficiency)}" for cell, efficiency, _ in points)]))
+                 *(f"{cell}: efficiency {say(efficiency)}" for cell, efficiency, _ in points)]))
         page.add(pictures.draw(
             folder, f"efficiency-{file}", f"{title}: efficiency against the number of processes, {same}. The dashed "
             "line is ideal.", series, x_label="processes", y_label="efficiency (1 is ideal)", log_y=False,
             ideal=lambda x: 1.0, say="efficiency {:.3f}".format))
         cells = analysis.cells
         page.add(Table(
-            [*_cell_head(scalings), "samples/s", "base case, processes", "base case, samples/s", "speed-up",
+            [*cell_head(scalings), "samples/s", "base case, processes", "base case, samples/s", "speed-up",
              "efficiency"],
-            [[*_cell_words(cell, scalings), _say(cells[cell].rate), f"{one.base.processes}", _say(cells[one.base].rate),
-              _say(one.speed_up), _say(one.efficiency)] for cell, one in scalings.items()],
+            [[*cell_words(cell, scalings), say(cells[cell].rate), f"{one.base.processes}", say(cells[one.base].rate),
+              say(one.speed_up), say(one.efficiency)] for cell, one in scalings.items()],
         ))
     page.add("Speed-up: median rate over that of the base case, which is the fewest processes. Efficiency: speed-up, "
              "divided by how many times as many processes. Intervals: a bootstrap of runs, and of windows within runs.")
@@ -292,7 +250,7 @@ def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
         series.append(Series(
             name, [m.per_device_batch_size for m in members], [m.step_ms for m in members],
             [list(1000 * m.cell.global_batch_size / m.runs.rates) for m in members],
-            [f"{m.cell}: {_say(m.step_ms)} ms per step" for m in members]))
+            [f"{m.cell}: {say(m.step_ms)} ms per step" for m in members]))
     page.add(pictures.draw(
         folder, "step-time", "Milliseconds of a step against the batch per process. Both axes are logarithmic.", series,
         x_label="batch per process (samples)", y_label="ms per step", say="{:.3g} ms".format))
@@ -313,11 +271,11 @@ def _ranks(page: Page, analysis: Analysis) -> None:
 
         exchange = statistics.median(one["step_ms"]["median"] - one["own_ms"]["median"] for one in ranks)
         hosts = {str(one["slowest_host"]) for one in ranks}
-        lines.append([*_cell_words(cell, analysis.cells), over("own_ms"), number(exchange), over("data_wait_ms"),
+        lines.append([*cell_words(cell, analysis.cells), over("own_ms"), number(exchange), over("data_wait_ms"),
                       over("peak_memory_bytes", 1 / 2**20), Code(", ".join(sorted(hosts)[:3]))])
     if lines:
         page.add(Heading(2, "Ranks"),
-                 Table([*_cell_head(analysis.cells), "own ms per step", "exchange, ms per step",
+                 Table([*cell_head(analysis.cells), "own ms per step", "exchange, ms per step",
                         "data wait, ms per step", "peak memory, MiB", "host of the slowest rank"], lines),
                  "Minimum / median / maximum over ranks, in the last epoch, median over repeats. Own time is a step "
                  "without the exchange of gradients: the rank with the most of it is the one that the others wait for. "
@@ -361,7 +319,7 @@ def _origin(page: Page, analysis: Analysis) -> None:
     """Hardware, versions, commands, dates and seeds of a study."""
     items: list[Inline] = []
     for key, count in analysis.environments.items():
-        items.append(Text((f"{_count(count, 'run')}: ", Code(", ".join(f"{name} {value}" for name, value in key)))))
+        items.append(Text((f"{counted(count, 'run')}: ", Code(", ".join(f"{name} {value}" for name, value in key)))))
     studies = {(row["study"]["date"], row["study"]["command"], row["study"]["seed"]): None
                for row in analysis.rows if isinstance(row.get("study"), Mapping)}
     for date, command, seed in studies:

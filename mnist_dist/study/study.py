@@ -25,7 +25,7 @@ from mnist_dist import runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.files import replace_json
-from mnist_dist.study.grid import Cell, Grid, PlannedRun, cell_of, plan, possible
+from mnist_dist.study.grid import Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible
 from mnist_dist.study.launches import Machine, command_of, environment_of, start, whole_result
 from mnist_dist.study.table import Row, rate_of, write_table
 
@@ -47,6 +47,7 @@ class Request:
     seed: int
     cell_timeout: float
     oversubscribe: bool
+    hold_out: HoldOut
     tracking: TrainConfig  # its options of W&B are for the run there that holds the study's table and report
     check: Callable[[Cell], None]  # raises `UserError` for a cell that the training refuses
 
@@ -243,7 +244,7 @@ def _run(request: Request, machine: Machine) -> int:
             write_table(study.folder, rows)
             from mnist_dist.study.report import write_report  # scipy and matplotlib take a second to import
 
-            say(f"written: {', '.join(map(str, write_report(study.folder, rows)))}")
+            say(f"written: {', '.join(map(str, write_report(study.folder, rows, request.hold_out)))}")
         from mnist_dist.study.mirror import mirror_study
 
         hint = mirror_study(study.folder, rows, request.tracking, study.mark.split("-")[1], request.command, say)

@@ -101,16 +101,16 @@ def test_failed_runs_and_how_it_was_measured_are_in_it(report):
 
 def test_the_html_needs_no_other_file(report):
     page = Elements(report[2])
-    assert page.tags.count("script") == 1 and page.tags.count("svg") == 4 and not page.handlers
+    assert page.tags.count("script") == 1 and page.tags.count("svg") == 5 and not page.handlers
     assert all(link.startswith(("#", "data:,")) for link in page.links), page.links
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", report[2])
     ids = re.findall(r'\bid="([^"]+)"', report[2])
     assert len(ids) == len(set(ids)), "each name once"
     for place in re.findall(r"(?:url\(#|href=\"#)([^\")]+)", report[2]):
         assert place in ids
-    assert report[2].count("data-value=\"batch 200 on 2 processes: ") == 3, "of three pictures"
+    assert report[2].count("data-value=\"batch 200 on 2 processes: ") == 4, "of four pictures"
     assert "1 process: one run, " in report[2]
-    for name in ("throughput", "efficiency-strong", "efficiency-weak", "step-time"):
+    for name in ("throughput", "efficiency-strong", "efficiency-weak", "step-time", "model"):
         assert (report[0] / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "samples/s" in (report[0] / "pictures" / "throughput.svg").read_text()
         assert f"(pictures/{name}.png)" in report[1]
