@@ -213,33 +213,34 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point: returns the exit status, or ends the process if a normal exit could wait for ever."""
+    """The entry point: returns the exit status, or ends the process if a normal exit could wait for ever, or crash."""
     status, at_once = _status(sys.argv[1:] if argv is None else argv)
-    if at_once or any_left():  # Python's exit would wait for the other processes, or for a W&B that does not answer
+    if at_once or any_left():  # Python's exit would wait for a W&B that does not answer
         sys.stdout.flush()
         os._exit(status)
     return status
 
 
 def _status(argv: Sequence[str]) -> tuple[int, bool]:
-    """The exit status of a command, and whether other processes of its run may be lost. A failure is one line on
-    standard error.
+    """The exit status of a command, and whether the process must end at once: one of several must. Python's exit would
+    wait for processes that are lost; and gloo's threads, which live as long as the process, can crash it ("terminate
+    called without an active exception"). A failure is one line on standard error.
     """
     launch = read_launch()
+    at_once = launch.size > 1
     try:
-        return run(argv, launch), False
+        return run(argv, launch), at_once
     except MnistDistError as error:
-        alone = isinstance(error, OfThisProcess)
-        if alone or launch.rank == 0:
+        if isinstance(error, OfThisProcess) or launch.rank == 0:
             print(f"mnist-dist: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(1.0)  # a launcher ends rank 0 when this one ends, and rank 0 has a line to print
-        return error.exit_status, alone
+        return error.exit_status, at_once
     except KeyboardInterrupt:
-        return 130, False
+        return 130, at_once
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left, as head does
-        return 1, False
+        return 1, at_once
     except Exception:
         if launch.size == 1:
             raise

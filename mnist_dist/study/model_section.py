@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mnist_dist.study import pictures
 from mnist_dist.study.analysis import CellFigures
 from mnist_dist.study.grid import Cell, HoldOut
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Strong, Table, Text
-from mnist_dist.study.pictures import Series
+from mnist_dist.study.pictures import MOST_LINES, Series
 from mnist_dist.study.statistics import LEVEL, Interval
 from mnist_dist.study.step_time import (
     FLOOR,
@@ -28,6 +29,7 @@ from mnist_dist.tables import number
 
 Options = tuple[tuple[str, str], ...]
 TITLE = "Model of the step time"
+TAKES_NO_TIME = ("lr",)
 FURTHER = (2, 4, 8)  # times the most processes that were run: where there is a forecast
 SAID = {
     "fixed": "fixed, ms", "per_sample": "computing, µs per sample", "floor": "floor, samples",
@@ -45,8 +47,8 @@ def add_model(page: Page, cells: dict[Cell, CellFigures], folder: Path, hold_out
     """The section: for each value of the study's options a model, how it was checked, and its forecast."""
     page.add(Heading(2, TITLE))
     groups: dict[Options, list[CellFigures]] = {}
-    for cell, figures in cells.items():
-        groups.setdefault(cell.options, []).append(figures)
+    for figures in _as_timed(cells):
+        groups.setdefault(figures.cell.options, []).append(figures)
     models = {options: fit(_cells(own)) for options, own in groups.items()}
     fitted = {options: model for options, model in models.items() if isinstance(model, Model)}
     page.add(*(Text(("No model", *_for(options), f": {model}.")) for options, model in models.items()
@@ -60,11 +62,21 @@ def add_model(page: Page, cells: dict[Cell, CellFigures], folder: Path, hold_out
     series = [one for options, model in fitted.items() for one in _series(groups[options], options, model)]
     page.add(pictures.draw(
         folder, "model", "Milliseconds of a step against the number of processes, for each global batch: measured "
-        "medians, the model's line, and dashed, with a band, its forecast. Both axes are logarithmic.", series,
+        f"medians, the model's line, and dashed, with a band, its forecast; the smallest {MOST_LINES} batches at most. "
+        "Both axes are logarithmic.", series,
         x_label="processes", y_label="ms per step", say="{:.3g} ms".format))
     _add_forecast(page, {options: (groups[options], model) for options, model in fitted.items()})
     _add_parameters(page, fitted)
     page.add(METHOD)
+
+
+def _as_timed(cells: dict[Cell, CellFigures]) -> list[CellFigures]:
+    """The cells, of which those that differ in nothing that takes time are one."""
+    found: dict[Cell, CellFigures] = {}
+    for cell, figures in cells.items():
+        timed = replace(cell, options=tuple(option for option in cell.options if option[0] not in TAKES_NO_TIME))
+        found.setdefault(timed, CellFigures(timed)).repeats.extend(figures.repeats)
+    return list(found.values())
 
 
 def _for(options: Options) -> tuple[str, ...]:
@@ -80,8 +92,9 @@ def places_of(members: Sequence[CellFigures]) -> list[Place]:
     """Where the cells are in the model. If runs say nothing of machines and threads: on one machine, all as fast."""
     environments = [one.repeats[0].row.get("environment") or {} for one in members]
     threads = [(own.get("num_threads") if own.get("device") == "cpu" else None) or 1 for own in environments]
+    most = max(threads)
     return [Place(-(-one.cell.global_batch_size // one.cell.processes), one.cell.processes,
-                  own.get("num_machines") or 1, count / max(threads))
+                  own.get("num_machines") or 1, count / most)
             for one, own, count in zip(members, environments, threads, strict=True)]
 
 
@@ -110,12 +123,15 @@ def _ms(interval: Interval) -> str:
 
 
 def _series(members: Sequence[CellFigures], options: Options, model: Model) -> list[Series]:
-    """A line for each global batch size."""
+    """A line for each global batch size, as many as are drawn."""
+    groups: dict[int, list[tuple[CellFigures, Place]]] = {}
+    for one, place in zip(members, places_of(members), strict=True):
+        groups.setdefault(one.cell.global_batch_size, []).append((one, place))
+    shown = sorted(groups)[:MOST_LINES]
     found = []
-    for batch in sorted({one.cell.global_batch_size for one in members}):
-        own = [one for one in members if one.cell.global_batch_size == batch]
-        places = [place for one, place in zip(members, places_of(members), strict=True) if one in own]
-        places += _beyond(members, batch)
+    for batch, ahead in _beyond(members, shown).items():
+        own = [one for one, _ in groups[batch]]
+        places = [*(place for _, place in groups[batch]), *ahead]
         found.append(Series(
             f"batch {batch:,}{short(options)}", [one.cell.processes for one in own], [one.step_ms for one in own],
             [list(1000 * batch / one.runs.rates) for one in own],
@@ -124,8 +140,8 @@ def _series(members: Sequence[CellFigures], options: Options, model: Model) -> l
     return found
 
 
-def _beyond(members: Sequence[CellFigures], batch: int) -> list[Place]:
-    """Where there is a forecast for this global batch: more processes than were run, machines filled as before.
+def _beyond(members: Sequence[CellFigures], batches: Sequence[int]) -> dict[int, list[Place]]:
+    """Where there is a forecast for these global batches: more processes than were run, machines filled as before.
 
     Processes that share a machine's cores have fewer threads the more they are, and one at least.
     """
@@ -133,14 +149,11 @@ def _beyond(members: Sequence[CellFigures], batch: int) -> list[Place]:
     largest = max(measured, key=lambda place: place.processes)
     environment = members[measured.index(largest)].repeats[0].row.get("environment") or {}
     shared, threads = min(place.speed for place in measured) < 1, environment.get("num_threads") or 1
-    found = []
-    for factor in FURTHER:
-        processes = factor * largest.processes
-        if processes <= batch and not (shared and factor > threads):
-            found.append(Place(-(-batch // processes), processes,
-                               factor * largest.machines if largest.machines > 1 else 1,
-                               largest.speed / factor if shared else 1.0))
-    return found
+    factors = [factor for factor in FURTHER if not (shared and factor > threads)]
+    return {batch: [Place(-(-batch // processes), processes, factor * largest.machines if largest.machines > 1 else 1,
+                          largest.speed / factor if shared else 1.0)
+                    for factor in factors if (processes := factor * largest.processes) <= batch]
+            for batch in batches}
 
 
 def _add_forecast(page: Page, fitted: dict[Options, tuple[Sequence[CellFigures], Model]]) -> None:
@@ -148,8 +161,8 @@ def _add_forecast(page: Page, fitted: dict[Options, tuple[Sequence[CellFigures],
     lines: list[list[Inline]] = []
     every = [one.cell for members, _ in fitted.values() for one in members]
     for options, (members, model) in fitted.items():
-        for batch in sorted({one.cell.global_batch_size for one in members}):
-            places = _beyond(members, batch)
+        batches = sorted({one.cell.global_batch_size for one in members})
+        for batch, places in _beyond(members, batches).items():
             for place, step in zip(places, model.predict(places), strict=True):
                 shares = model.shares(place)
                 lines.append([*cell_words(Cell(batch, place.processes, options), every), _ms(step),

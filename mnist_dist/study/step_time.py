@@ -28,6 +28,7 @@ FIXED, PER_SAMPLE, FLOOR, LATENCY, TRANSFER, LATENCY_BETWEEN, TRANSFER_BETWEEN =
 LINEAR = [FIXED, LATENCY, TRANSFER, LATENCY_BETWEEN, TRANSFER_BETWEEN]
 DRAWS = 200
 F_OF_FLOOR = 6.0  # there is a floor if it makes the squared distances so much smaller: an F test at 2 to 5 %
+MOST_STARTS = 8  # floors from which the search begins
 OUTLIER = 0.05  # a cell that is further off the model than this part counts less
 
 
@@ -82,21 +83,28 @@ class Model:
 
 def seconds(values: np.ndarray, places: Sequence[Place]) -> np.ndarray:
     """[..., places] times of a step with parameters [..., 7]."""
-    batch, _, _, speed = _columns(places)
-    computing = values[..., PER_SAMPLE, None] * np.maximum(batch, values[..., FLOOR, None]) / speed
-    return values[..., LINEAR] @ _terms(places).T + computing
+    return _Shape(places).seconds(values)
 
 
-def _columns(places: Sequence[Place]) -> np.ndarray:
-    """[4, places] the fields of `Place`."""
-    return np.array(places, dtype=float).reshape(-1, len(Place._fields)).T
+class _Shape:
+    """The places as arrays: `batch` and `speed` [places], and `terms` [places, 5], the factors of LINEAR's."""
 
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.batch, processes, machines, self.speed = np.array(places, dtype=float).reshape(-1, len(Place._fields)).T
+        rings = [term for n in (processes / machines, machines) for term in (2 * (n - 1), 2 * (n - 1) / n)]
+        self.terms = np.stack([np.ones(len(places)), *rings], axis=1)
 
-def _terms(places: Sequence[Place]) -> np.ndarray:
-    """[places, 5] what the parameters of LINEAR are multiplied with."""
-    _, processes, machines, _ = _columns(places)
-    rings = [term for n in (processes / machines, machines) for term in (2 * (n - 1), 2 * (n - 1) / n)]
-    return np.stack([np.ones(len(places)), *rings], axis=1)
+    def seconds(self, values: np.ndarray) -> np.ndarray:
+        computing = values[..., PER_SAMPLE, None] * np.maximum(self.batch, values[..., FLOOR, None]) / self.speed
+        return values[..., LINEAR] @ self.terms.T + computing
+
+    def slopes(self, values: np.ndarray) -> np.ndarray:
+        """[places, 7] by how much the seconds change with each parameter [7]."""
+        found = np.zeros((len(self.batch), len(PARAMETERS)))
+        found[:, LINEAR] = self.terms
+        found[:, PER_SAMPLE] = np.maximum(self.batch, values[FLOOR]) / self.speed
+        found[:, FLOOR] = values[PER_SAMPLE] * (self.batch < values[FLOOR]) / self.speed
+        return found
 
 
 @dataclass(frozen=True)
@@ -132,9 +140,12 @@ def fit(cells: Cells) -> Model | str:
         return "it needs two or more batches per process"
     if len(cells.places) < len(free):
         return f"its {len(free)} parameters need as many cells, and there are {len(cells.places)}"
-    best = _solved(cells.places, cells.medians, _start(cells, 0.0), [at for at in free if at != FLOOR])
+    shape = _Shape(cells.places)
+    best = _solved(shape, cells.medians, _start(cells, 0.0), [at for at in free if at != FLOOR])
     if FLOOR in free:
-        fits = [_solved(cells.places, cells.medians, _start(cells, floor), free) for floor in sorted(batches)[1:-1]]
+        inner = sorted(batches)[1:-1]
+        fits = [_solved(shape, cells.medians, _start(cells, floor), free)
+                for floor in inner[:: -(-len(inner) // MOST_STARTS)]]
         with_floor = min(fits, key=lambda found: found.cost)
         left = len(cells.places) - len(free)
         if left > 0 and (best.cost - with_floor.cost) * left > F_OF_FLOOR * with_floor.cost:
@@ -143,7 +154,7 @@ def fit(cells: Cells) -> Model | str:
             free.remove(FLOOR)
     values = _whole(best.x, free)
     random = np.random.default_rng(0)
-    draws = np.stack([_whole(_solved(cells.places, medians, values, free).x, free)
+    draws = np.stack([_whole(_solved(shape, medians, values, free).x, free)
                       for medians in cells.resampled(random)])
     return _with_undecided(cells, values, draws, free, random)
 
@@ -172,24 +183,17 @@ def _whole(free_values: np.ndarray, free: Sequence[int]) -> np.ndarray:
     return values
 
 
-def _solved(places: Sequence[Place], medians: np.ndarray, start: np.ndarray, free: Sequence[int]) -> Any:
+def _solved(shape: _Shape, medians: np.ndarray, start: np.ndarray, free: Sequence[int]) -> Any:
     """scipy's result: the free parameters, none negative, that are closest to the medians in logarithms."""
-    batch, _, _, speed = _columns(places)
-    terms = _terms(places)
-
     def residuals(free_values: np.ndarray) -> np.ndarray:
-        return np.log(seconds(_whole(free_values, free), places)) - medians
+        return np.log(shape.seconds(_whole(free_values, free))) - medians
 
     def slopes(free_values: np.ndarray) -> np.ndarray:
         values = _whole(free_values, free)
-        found = np.zeros((len(places), len(PARAMETERS)))
-        found[:, LINEAR] = terms
-        found[:, PER_SAMPLE] = np.maximum(batch, values[FLOOR]) / speed
-        found[:, FLOOR] = values[PER_SAMPLE] * (batch < values[FLOOR]) / speed
-        return (found / seconds(values, places)[:, None])[:, free]
+        return (shape.slopes(values) / shape.seconds(values)[:, None])[:, free]
 
     most = np.full(len(PARAMETERS), np.inf)
-    most[FLOOR] = batch.max()
+    most[FLOOR] = shape.batch.max()
     first = np.clip(start, 1e-12, most * (1 - 1e-6))[free]
     return optimize.least_squares(residuals, first, slopes, bounds=(0, most[free]), loss="soft_l1", f_scale=OUTLIER,
                                   x_scale="jac", xtol=1e-6, ftol=1e-6, gtol=1e-6)
