@@ -136,7 +136,9 @@ def compiling(folder: Path, found: dict[str, Any]) -> str:
     if gain is None:
         return ""
     saved = 1e6 * gain.saved_seconds_per_step
-    words = f"Compiling takes {gain.compile_seconds:.1f} s and saves {saved:.0f} µs per step or more (medians)"
+    words = f"Compiling takes {gain.compile_seconds:.1f} s"
+    words += (f" and saves {saved:.0f} µs per step or more (medians)" if saved > 0 else
+              " and does not save time at every batch size (medians)")
     if not found["gpus"]:
         return f"{words}. On the CPU `--compile auto` has a rule of its own."
     return f"{words}: `--compile auto` reads it from {keep_gain(found['gpus'][0], gain)}."

@@ -73,6 +73,8 @@ class TrainConfig:
     local_sgd_steps: int = knob(1, int, "Local SGD: each process takes this many steps alone, then the weights (not "
                                 "Adam's moments) are averaged; approximate, so the number of processes changes the "
                                 "result", minimum=1, fixed=True)
+    noise_scale: bool = knob(False, bool, "estimate the gradient noise scale in each epoch, from every fourth step; "
+                             "not with --reproducible, Local SGD, fp16 or batches of one sample", fixed=True)
     output_dir: str | None = knob(None, str, "folder for everything a run leaves (default runs/<time>-<id>)",
                                   metavar="DIR")
     checkpoint_every: str = knob("1epoch", str, "a number with its unit: 2epochs, 100steps, 30s; or never",

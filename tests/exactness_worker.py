@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         for epoch in range(EPOCHS):
             list(trainer.steps(epoch, steps, Stopwatch(team.synchronize), pacer))
             figures.append({"train_loss": trainer.train_loss(epoch, len(steps)), **trainer.evaluate()})
-            trainer.losses.zero_()
+            trainer.sums.zero_()
         if team.is_main:
             save_file(trainer.module.state_dict(), Path(output_dir, f"{name}.safetensors"))
             Path(output_dir, f"{name}.json").write_text(json.dumps({

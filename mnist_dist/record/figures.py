@@ -15,9 +15,9 @@ from mnist_dist.errors import UserError
 R = TypeVar("R")
 
 
-def figure(group: str, meaning: str, *, unit: str = "") -> Any:
+def figure(group: str, meaning: str, *, unit: str = "", default: Any = MISSING) -> Any:
     """A field of a record: the group under which W&B shows it, what it means, and its unit ("" is a plain number)."""
-    return field(metadata={"group": group, "meaning": meaning, "unit": unit})
+    return field(metadata={"group": group, "meaning": meaning, "unit": unit}, default=default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,10 @@ class EpochRecord:
     epoch: int = figure("train", "counted from 0")
     step: int = figure("train", "optimizer steps since the start of the run", unit="steps")
     train_loss: float = figure("train", "mean loss per sample over the epoch's steps", unit="nats")
+    noise_scale: float | None = figure("train", "gradient noise scale, over the epoch's measured steps; None: not "
+                                       "measured, or not known", unit="samples", default=None)
+    noise_scale_low: float | None = figure("train", "lower end of its 95 % interval", unit="samples", default=None)
+    noise_scale_high: float | None = figure("train", "upper end of its 95 % interval", unit="samples", default=None)
     test_nll: float = figure("test", "mean negative log-likelihood per test image", unit="nats")
     test_nll_sum: float = figure("test", "the same, summed over the test images", unit="nats")
     test_accuracy: float = figure("test", "share of the test images whose best guess is right")

@@ -5,7 +5,7 @@ It knows nothing of devices, processes or training. Shapes: B images in a batch,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -33,9 +33,13 @@ class MLP(nn.Module):
             layers += [nn.Linear(num_inputs, num_outputs), nn.LeakyReLU(NEGATIVE_SLOPE)]
         self.layers = nn.Sequential(*layers[:-1])
 
-    def forward(self, images_B1HW: Tensor) -> Tensor:
-        """Scaled images [B, 1, 28, 28] to log-probabilities [B, 10]."""
-        return torch.log_softmax(self.layers(images_B1HW), dim=1)
+    def forward(self, images_B1HW: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor] = nn.Linear.__call__
+                ) -> Tensor:
+        """Scaled images [B, 1, 28, 28] to log-probabilities [B, 10]. `linear` applies the linear layers."""
+        x = images_B1HW
+        for layer in self.layers:
+            x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
+        return torch.log_softmax(x, dim=1)
 
     @torch.no_grad()
     def probabilities(self, images_B1HW: Tensor) -> Tensor:

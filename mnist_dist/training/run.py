@@ -165,7 +165,7 @@ class Run:
             self.records.append(record)
             return
         self.epoch, self.step, self.watch = epoch + 1, 0, {}
-        trainer.losses.zero_()
+        trainer.sums.zero_()
         self.records.append(record)
         pacer.poll()
         if pacer.wants_checkpoint_after(epoch):
@@ -185,6 +185,7 @@ class Run:
         """The record of the epoch whose steps are done, shown and written. Collective."""
         team = self.team
         loss = self.trainer.train_loss(self.epoch, self.step)
+        noise = self.trainer.noise._asdict()
         begin = time.perf_counter()
         test = self.trainer.evaluate()
         team.synchronize()
@@ -195,7 +196,7 @@ class Run:
         ranks = over_ranks([own for _, own in everyone])
         times = watch.figures(seconds, warmup, team.size)
         record = EpochRecord(
-            epoch=self.epoch, step=self.global_step, train_loss=loss, **test, **times, eval_seconds=evaluation,
+            epoch=self.epoch, step=self.global_step, train_loss=loss, **noise, **test, **times, eval_seconds=evaluation,
             epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,
             peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
         )

@@ -1,7 +1,7 @@
 """The model, its optimizer and its data on this rank: the step loop and the evaluation.
 
 The k-th step averages the gradient over the k-th global batch, whatever the number of ranks and passes. Nothing in the
-loop waits for the device: losses stay there until an epoch ends or a checkpoint is due. It knows nothing of files.
+loop waits for the device: sums stay there until an epoch ends or a checkpoint is due. It knows nothing of files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mnist_dist.errors import Diverged
 from mnist_dist.processes.team import Team
 from mnist_dist.training.metrics import Stopwatch, add_in_order, batch_sums, test_figures
 from mnist_dist.training.model import MLP
+from mnist_dist.training.noise import NOT_KNOWN, noise_scale
 from mnist_dist.training.pacer import Pacer
 from mnist_dist.training.sampling import make_loader, share_out
 from mnist_dist.training.steps import StepParts, make_step, wants_compiling
@@ -47,15 +48,23 @@ class Trainer:
         torch.manual_seed(config.seed)
         # drawn in float32 and then widened: float32 and float64 runs start from the same weights
         self.module = MLP().to(team.device, self.dtype)
-        self.losses = torch.zeros(self.batches.num_batches, dtype=torch.float64, device=team.device)
+        self.sums = torch.zeros(3, self.batches.num_batches, dtype=torch.float64, device=team.device)
+        self.noise = NOT_KNOWN  # as of the last `train_loss`
         # fused also if the step is compiled: it decides on which device Adam's step counts are
         self.optimizer = accelerator.prepare_optimizer(
             torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
         self._start_adam()
-        self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.losses, self.dtype)
+        self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.sums, self.dtype,
+                                self._measures_noise())
         self.compiles = wants_compiling(config, self.parts, kind_before)
         self._warm = 0  # warm-up steps done
+
+    def _measures_noise(self) -> bool:
+        """Whether the noise scale is wanted and can be had: fp16 scales gradients, and alone each rank has its own."""
+        config, precision = self.config, self.team.accelerator.mixed_precision
+        return (config.noise_scale and not config.reproducible and config.local_sgd_steps == 1 and precision != "fp16"
+                and self.batches.count(0) > 1)
 
     @property
     def per_device_batch_size(self) -> int:
@@ -117,18 +126,20 @@ class Trainer:
 
     def train_loss(self, epoch: int, num_steps: int) -> float:
         """Mean loss per sample of the epoch's steps so far. Raises `Diverged` with the first step whose loss is not
-        finite. The losses are then whole on the main rank and zero elsewhere. Collective.
+        finite. The sums are then whole on the main rank and zero elsewhere, and `noise` is what they say. Collective.
         """
-        total = self.team.sum(self.losses.clone())
-        self.team.wait_for_device()  # with a time limit, which reading the losses has not
-        losses = total[:num_steps].tolist()
+        total = self.team.sum(self.sums.clone())
+        self.team.wait_for_device()  # with a time limit, which reading the sums has not
+        losses, samples, batches = total[:, :num_steps].tolist()
         for step, loss in enumerate(losses):
             if not math.isfinite(loss):
                 at = epoch * self.batches.num_batches + step + 1
                 raise Diverged(f"training diverged: the loss is {loss} at step {at} (epoch {epoch}); try a smaller "
                                f"--lr than {self.learning_rate:g}")
-        self.losses.copy_(total) if self.team.is_main else self.losses.zero_()
-        return sum(losses) / sum(self.batches.count(step) for step in range(num_steps))
+        self.sums.copy_(total) if self.team.is_main else self.sums.zero_()
+        counts = [self.batches.count(step) for step in range(num_steps)]
+        self.noise = noise_scale(samples, batches, counts) if self.parts.measures_noise else NOT_KNOWN
+        return sum(losses) / sum(counts)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -149,15 +160,15 @@ class Trainer:
         return figures
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the training: weights, Adam's moments and step counts, losses of the epoch."""
+        """What a checkpoint keeps of the training: weights, Adam's moments and step counts, sums of the epoch."""
         kept = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             kept |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-        return kept | {"losses": self.losses}
+        return kept | {"sums": self.sums}
 
     def load_tensors(self, kept: dict[str, Tensor]) -> None:
         """Continue from what `tensors` gave, on this or another number of ranks. Tensors stay in their memory."""
         for name, tensor in self.tensors().items():
             tensor.copy_(kept[name])
         if not self.team.is_main:
-            self.losses.zero_()
+            self.sums.zero_()

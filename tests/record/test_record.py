@@ -47,7 +47,7 @@ def test_every_figure_has_a_group_a_unit_and_a_meaning():
 
 
 def test_wandb_has_the_groups_and_no_gaps():
-    values = grouped(epoch_record(step_ms_p50=None))
+    values = grouped(epoch_record(step_ms_p50=None, noise_scale=2.0, noise_scale_low=1.0, noise_scale_high=3.0))
     assert values["test/test_nll"] == 0.25 and values["throughput/measured_samples"] == 60_000
     assert "time/step_ms_p50" not in values and len(values) == len(fields(EpochRecord)) - 3
     assert not [name for name in values if "windows" in name or "ranks" in name], "of one rank nothing over ranks"

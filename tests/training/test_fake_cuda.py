@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import Images, ImageSets
@@ -96,7 +96,7 @@ def accelerator_on(device, holder):
     return SimpleNamespace(
         device=device, num_processes=1, process_index=0, is_main_process=True, is_local_main_process=True,
         mixed_precision="no", distributed_type=DistributedType.NO, prepare_optimizer=prepare, backward=backward,
-        accumulate=lambda model: nullcontext(), no_sync=lambda model: nullcontext(),
+        sync_gradients=True, accumulate=lambda model: nullcontext(), no_sync=lambda model: nullcontext(),
         prepare_model=lambda model, evaluation_mode: model)
 
 
@@ -122,9 +122,10 @@ def make_trainer(monkeypatch):
         (trainer_module, "MLP", outside(trainer_module.MLP)),
         (GlobalBatchSampler, "_order", outside(GlobalBatchSampler._order)),
         (GlobalBatchSampler, "rows", outside(GlobalBatchSampler.rows)),
-        (compiled, "compile_once", lambda function, *varying: lambda *arguments: [function(*arguments)]),
+        (compiled, "compile_once", lambda function, *varying: lambda *arguments: [
+            found for found in [function(*arguments)] if found is not None]),
         # autograd's engine asks for a real device: gradients are zeros of the weights' shapes
-        (compiled, "grad_and_value", lambda f, has_aux: lambda ws: ({n: w * 0 for n, w in ws.items()}, f(ws))),
+        (compiled, "grad_and_value", lambda f, has_aux: lambda both: (tree_map(lambda x: x * 0, both), f(both))),
         (torch.autograd, "grad", lambda loss, weights: [torch.zeros_like(weight) for weight in weights]),
     ]:
         monkeypatch.setattr(owner, name, stub)
@@ -150,6 +151,7 @@ def make_trainer(monkeypatch):
     ("plain", {"compile": "off", "dtype": "float64"}), ("sharded", {"compile": "off", "reproducible": True}),
     ("compiled", {"compile": "on"}), ("compiled", {"compile": "on", "dtype": "float64",
                                                    "gradient_accumulation_steps": 3}),
+    ("plain", {"compile": "off", "noise_scale": True}), ("compiled", {"compile": "on", "noise_scale": True}),
 ])
 def test_everything_stays_on_the_device(kind, options, make_trainer, monkeypatch):
     trainer = make_trainer(**options)

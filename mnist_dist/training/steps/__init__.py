@@ -27,15 +27,20 @@ WORTH_COMPILING_STEPS = 5000
 
 @dataclass(frozen=True)
 class StepParts:
-    """What a step works on. `losses` [steps of an epoch], float64, gets this rank's loss sum of each step."""
+    """What a step works on. `sums` [3, steps of an epoch], float64, gets of each step this rank's sum of losses.
+
+    With `measures_noise` it gets also the sum over this rank's samples of |gradient / B|^2, for a global batch of B,
+    and on the main rank |gradient|^2 of the global batch (training/noise.py), from some of the steps or all.
+    """
 
     team: Team
     module: MLP
     optimizer: AcceleratedOptimizer
     images: Images
     batches: GlobalBatchSampler
-    losses: Tensor
+    sums: Tensor
     dtype: torch.dtype
+    measures_noise: bool = False
 
 
 class Step(Protocol):
@@ -51,7 +56,7 @@ class Step(Protocol):
         """One optimizer step; returns the seconds waited for data. Collective."""
 
     def flush(self, step: int) -> None:
-        """Called before step `step`, now and then: losses that are kept elsewhere go to `losses`."""
+        """Called before step `step`, now and then: sums that are kept elsewhere go to `sums`."""
 
     def pause(self) -> None:
         """Called before the weights are read (checkpoint, evaluation). Collective."""

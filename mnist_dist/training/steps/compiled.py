@@ -18,6 +18,7 @@ from torch.func import functional_call, grad_and_value
 from torch.optim.adam import adam
 
 from mnist_dist.errors import UserError
+from mnist_dist.training.noise import squared_norms
 from mnist_dist.training.sampling import NO_INDEX
 from mnist_dist.training.steps import StepParts
 from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
@@ -86,7 +87,7 @@ class CompiledStep:
 
     def __init__(self, parts: StepParts) -> None:
         self.team, self.images, self.batches = parts.team, parts.images, parts.batches
-        self.losses, self.dtype, self.device = parts.losses, parts.dtype, parts.team.device
+        self.sums, self.dtype, self.device = parts.sums, parts.dtype, parts.team.device
         # without DistributedDataParallel: its hooks need a backward pass that autograd runs
         self.module = parts.team.accelerator.prepare_model(parts.module, evaluation_mode=True)
         # the same memory, without autograd
@@ -95,7 +96,10 @@ class CompiledStep:
         self.options = adam_of.param_groups[0]
         state = [adam_of.state[weight] for weight in parts.module.parameters()]
         self.state = {name: [kept[name] for kept in state] for name in ("step", "exp_avg", "exp_avg_sq")}
-        self.recorded: list[Tensor] = []  # the loss sums of steps taken since `flush`
+        self.recorded: list[Tensor] = []  # the sums of steps taken since `flush`
+        # of the linear layers, if the noise scale is measured
+        self.outputs = [layer.out_features for layer in parts.module.modules()
+                        if isinstance(layer, torch.nn.Linear) and parts.measures_noise]
         numbers = (self.batches.count(0), self.batches.count(self.batches.num_batches - 1))  # of a global batch
         self.full, self.last = (torch.tensor(float(n), dtype=self.dtype, device=self.device) for n in numbers)
         self.flat: Any = None  # the gradient, a tensor, if several ranks or passes make it
@@ -123,16 +127,36 @@ class CompiledStep:
             self._apply = compile_once(self._apply_gradient)
 
     def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Gradients of sum(loss of these samples) / `count`, and that sum of losses."""
+        """Gradients of sum(loss of these samples) / `count`; and the sum of losses [1], or with the noise scale also
+        that of the samples' squared gradient norms, and 0 [3].
+        """
         labels_B = self.images.labels[rows_B].masked_fill(rows_B == NO_INDEX, NO_SAMPLE)
         images_B1HW = self.images.images[rows_B]
 
-        def mean_loss(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            total = loss_sum(lambda x: functional_call(self.module, weights, (x,)), images_B1HW, labels_B, self.dtype)
-            return total / count, total
+        # the gradient of an output is that of something that is added to it: of zeros, which cost nothing
+        zeros = [images_B1HW.new_zeros(len(rows_B), size, dtype=self.dtype) for size in self.outputs]
 
-        gradients, (_, total) = grad_and_value(mean_loss, has_aux=True)(self.weights)
-        return list(gradients.values()), total
+        def mean_loss(both: tuple[dict[str, Tensor], list[Tensor]]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+            weights, zeros = both
+            inputs: list[Tensor] = []
+
+            def linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+                y = layer(x)
+                if zeros:
+                    y = y + zeros[len(inputs)].to(y.dtype)
+                    inputs.append(x)
+                return y
+
+            total = loss_sum(lambda x: functional_call(self.module, weights, (x, linear)), images_B1HW, labels_B,
+                             self.dtype)
+            return total / count, (total, inputs)
+
+        (gradients, of_outputs), (_, (total, inputs)) = grad_and_value(mean_loss, has_aux=True)((self.weights, zeros))
+        sums = [total]
+        if zeros:
+            squares = torch.stack(list(map(squared_norms, inputs, of_outputs))).sum()
+            sums += [squares.to(total.dtype), torch.zeros_like(total)]
+        return list(gradients.values()), torch.stack(sums)
 
     def _adam(self, gradients: list[Tensor]) -> None:
         options = self.options
@@ -146,20 +170,24 @@ class CompiledStep:
             kept.copy_(count)
 
     def _whole_step(self, rows_B: Tensor, count: Tensor) -> Tensor:
-        gradients, total = self._gradients(rows_B, count)
+        gradients, sums = self._gradients(rows_B, count)
+        if self.outputs:
+            sums[2] = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
         self._adam(gradients)
-        return total
+        return sums
 
     def _accumulate_gradient(self, rows_B: Tensor, count: Tensor) -> Tensor:
-        gradients, total = self._gradients(rows_B, count)
+        gradients, sums = self._gradients(rows_B, count)
         self.flat.add_(torch.cat([gradient.flatten() for gradient in gradients]))
-        return total
+        return sums
 
-    def _apply_gradient(self) -> None:
+    def _apply_gradient(self) -> Tensor | None:
+        square = self.flat.square().sum() / self.team.size  # every rank has it, and they are added up
         sizes = [weight.numel() for weight in self.weights.values()]
         parts = zip(self.flat.split(sizes), self.weights.values(), strict=True)
         self._adam([part.view_as(weight) for part, weight in parts])
         self.flat.zero_()
+        return torch.stack([torch.zeros_like(square), torch.zeros_like(square), square]) if self.outputs else None
 
     @torch.no_grad()
     def record(self) -> None:
@@ -192,17 +220,17 @@ class CompiledStep:
     def _step_at_cursor(self) -> None:
         rows_PB = self.order.index_select(0, self.cursor)[0]
         totals = self._one(rows_PB.unbind(), self.count_of.index_select(0, self.cursor)[0])
-        self.losses.index_add_(0, self.cursor, torch.stack(totals).sum(dtype=torch.float64).view(1))
+        total = torch.stack(totals).sum(dim=0, dtype=torch.float64)
+        self.sums[: len(total)].index_add_(1, self.cursor, total.unsqueeze(1))
         self.cursor.add_(1)
 
     def _one(self, rows: Sequence[Tensor], count: Tensor) -> list[Tensor]:
-        """A step on the passes' `rows`; their loss sums. Collective."""
+        """A step on the passes' `rows`; its sums, in parts. Collective."""
         if self.flat is None:
             return [self._whole(rows[0], count)[0]]
         totals = [self._accumulate(own, count)[0] for own in rows]
         self.team.sum(self.flat)
-        self._apply()
-        return totals
+        return [*totals, *self._apply()]
 
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch: its order is copied to the device."""
@@ -229,10 +257,12 @@ class CompiledStep:
         return waited
 
     def flush(self, step: int) -> None:
-        """The losses recorded before step `step` go to their place."""
+        """The sums recorded before step `step` go to their place."""
         if self.recorded:
-            sums = torch.stack(self.recorded).view(-1, self.batches.passes).sum(dim=1, dtype=torch.float64)
-            self.losses[step - len(sums) : step] += sums
+            parts = self.batches.passes + bool(self.outputs and self.flat is not None)
+            recorded = torch.stack(self.recorded)
+            sums = recorded.view(-1, parts, recorded.shape[1]).sum(dim=1, dtype=torch.float64)
+            self.sums[: sums.shape[1], step - len(sums) : step] += sums.T
             self.recorded.clear()
 
     def pause(self) -> None:

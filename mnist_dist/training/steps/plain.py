@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from mnist_dist.data import scale
+from mnist_dist.training.noise import EVERY, SampleNorms, gradient_norm
 from mnist_dist.training.sampling import make_loader
 from mnist_dist.training.steps import StepParts
 
@@ -34,7 +35,7 @@ class PlainStep:
     compile_seconds = 0.0
 
     def __init__(self, parts: StepParts, local_steps: int = 1) -> None:
-        self.team, self.batches, self.losses, self.dtype = parts.team, parts.batches, parts.losses, parts.dtype
+        self.team, self.batches, self.sums, self.dtype = parts.team, parts.batches, parts.sums, parts.dtype
         self.accelerator, self.optimizer = parts.team.accelerator, parts.optimizer
         self.model = self.accelerator.prepare_model(parts.module, evaluation_mode=not self.exchanges_gradients)
         self.parameters = list(parts.module.parameters())
@@ -42,6 +43,7 @@ class PlainStep:
         if self.team.size > 1 and self.exchanges_gradients and not self.team.queues:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._note_gradient)
+        self.norms = SampleNorms(parts.module) if parts.measures_noise else None
         self.loader = make_loader(parts.images, parts.batches)
         self.loaded: Iterator[tuple[Tensor, Tensor]] = iter(())
         self.local_steps = local_steps if self.team.size > 1 else 1
@@ -61,23 +63,37 @@ class PlainStep:
         """
         accelerator, passes, waited = self.accelerator, self.batches.passes, 0.0
         factor = self.team.size * passes / self.batches.count(step)
+        norms = self.norms if step % EVERY == 0 else None
         with accelerator.no_sync(self.model) if self.local_steps > 1 else nullcontext():
             for _ in range(passes):
                 asked = time.perf_counter()
                 images, labels = next(self.loaded)
                 waited += time.perf_counter() - asked
                 with accelerator.accumulate(self.model):
-                    loss = loss_sum(self.model, images, labels, self.dtype)
-                    accelerator.backward(loss * factor)
+                    with norms.measuring() if norms else nullcontext():
+                        loss = loss_sum(self.model, images, labels, self.dtype)
+                        accelerator.backward(loss * factor)
                     if self.gradients_ready:
                         self.team.exchanged_since(self.gradients_ready)
+                    if norms:
+                        self._note_norms(norms, step)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
-                self.losses[step] += loss.detach()
+                self.sums[0, step] += loss.detach()
         self.apart += 1
         if self.apart == self.local_steps:
             self._average()
         return waited
+
+    def _note_norms(self, norms: SampleNorms, step: int) -> None:
+        """After a backward pass: the sum over its samples, whose gradients DistributedDataParallel has yet to divide by
+        the number of ranks; and after the last one the norm of the batch's gradient.
+        """
+        if norms.total is not None:
+            self.sums[1, step] += norms.total / self.team.size**2
+        if self.team.is_main and self.accelerator.sync_gradients:
+            self.sums[2, step] = gradient_norm([gradient for parameter in self.parameters
+                                                if (gradient := parameter.grad) is not None])
 
     def _note_gradient(self, parameter: Tensor) -> None:
         """Called for each gradient, before DistributedDataParallel sends it; the last of them counts."""
@@ -89,7 +105,7 @@ class PlainStep:
         self.apart = 0
 
     def flush(self, step: int) -> None:
-        """Nothing to do: `take` writes to `losses`."""
+        """Nothing to do: `take` writes to `sums`."""
 
     def pause(self) -> None:
         """Under Local SGD, average the weights. Collective."""

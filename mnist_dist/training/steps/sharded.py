@@ -44,5 +44,5 @@ class ShardedStep(PlainStep):
             parameter.grad = gradient.view_as(parameter)
         self.optimizer.step()
         if self.team.is_main:  # the same sum is on every rank
-            self.losses[step] += total_X[0]
+            self.sums[0, step] += total_X[0]
         return waited

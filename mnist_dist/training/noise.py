@@ -1,0 +1,94 @@
+"""The gradient noise scale: the batch size beyond which more samples say little that is new (McCandlish et al. 2018,
+arXiv 1812.06162). It is tr(S) / |G|^2, with the true gradient G and the covariance S of single samples' gradients.
+
+Both follow from the mean squared norm of single samples' gradients, |G|^2 + tr(S), and the squared norm of a batch's
+gradient, |G|^2 + tr(S) / B. For a linear layer the squared norm of a sample's gradient is |d|^2 (|x|^2 + 1), where x is
+its input and d the gradient of its output (Gray et al. 2024, arXiv 2411.00999). So one backward pass gives both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+EVERY = 4  # the plain step measures in each such step: it takes some 10 operations more then
+LEAST_STEPS = 20  # measured ones, for an interval
+Z = 1.96  # of a normal distribution, for 95 %
+
+
+class NoiseScale(NamedTuple):
+    """The estimate and its 95 % interval, in samples. All are None if the gradient cannot be told from its noise."""
+
+    noise_scale: float | None
+    noise_scale_low: float | None
+    noise_scale_high: float | None
+
+
+NOT_KNOWN = NoiseScale(None, None, None)
+
+
+def squared_norms(inputs_BI: Tensor, gradients_BO: Tensor) -> Tensor:
+    """The sum over samples of the squared norm of the gradient of a linear layer's weights and bias: a scalar."""
+    wide = torch.promote_types(gradients_BO.dtype, torch.float32)
+    x_B, d_B = (torch.linalg.vector_norm(each, dim=1, dtype=wide) for each in (inputs_BI, gradients_BO))
+    return (d_B.square() * (x_B.square() + 1)).sum()
+
+
+class SampleNorms:
+    """Adds up the squared gradient norms of single samples, in the backward passes within `measuring`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.total: Tensor | None = None
+        self._is_on = False
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(self._after_forward)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """`total` is then the sum over the samples and the layers."""
+        self.total, self._is_on = None, True
+        yield
+        self._is_on = False
+
+    def _after_forward(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._is_on and output.requires_grad:
+            (x,) = inputs
+            output.register_hook(lambda gradient: self._add(squared_norms(x.detach(), gradient)))
+
+    def _add(self, squares: Tensor) -> None:
+        self.total = squares if self.total is None else self.total + squares
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The squared norm of all of them together."""
+    return torch.stack(torch._foreach_norm(list(gradients))).square().sum()
+
+
+def noise_scale(sample_squares: Sequence[float], batch_squares: Sequence[float], counts: Sequence[int]) -> NoiseScale:
+    """From the steps of an epoch: of each the sum over its samples of |gradient / B|^2, the batch's |gradient|^2, and
+    its samples B. Steps that were not measured have zeros; a batch of one sample says nothing.
+
+    tr(S) and |G|^2 are averaged apart, and then divided: a step's own ratio is biased. The interval is Fieller's, from
+    the spread of the steps (Fieller 1954, JRSS B 16(2)); without an upper end the scale is not known.
+    """
+    measured = [(squares * count, batch, count) for squares, batch, count
+                in zip(sample_squares, batch_squares, counts, strict=True) if batch > 0 and count > 1]
+    n = len(measured)
+    if n < LEAST_STEPS:
+        return NOT_KNOWN
+    pairs = torch.tensor([((one - batch) * count / (count - 1), (count * batch - one) / (count - 1))
+                          for one, batch, count in measured], dtype=torch.float64)
+    (noise, signal), covariance = pairs.mean(dim=0).tolist(), (torch.cov(pairs.T) / n).tolist()
+    (var_noise, both), (_, var_signal) = covariance
+    # the ratios r for which (noise - r signal)^2 <= Z^2 (var_noise - 2 r both + r^2 var_signal)
+    a, b, c = signal**2 - Z**2 * var_signal, noise * signal - Z**2 * both, noise**2 - Z**2 * var_noise
+    if signal <= 0 or a <= 0 or b * b < a * c:
+        return NOT_KNOWN
+    half = math.sqrt(b * b - a * c)
+    return NoiseScale(max(0.0, noise / signal), max(0.0, (b - half) / a), (b + half) / a)
