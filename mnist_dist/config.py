@@ -49,8 +49,10 @@ class TrainConfig:
                                              "--batch-size", minimum=1)
     epochs: int = knob(20, int, "passes over the training images", minimum=1)
     max_steps: int | None = knob(None, int, "end after this many optimizer steps, if that comes first", minimum=1)
-    target_nll: float | None = knob(None, float, "end after the epoch whose test NLL (mean per image, nats) is at or "
-                                    "below this", above=0.0)
+    target_nll: str | None = knob(None, str, "end when the test NLL (mean per image, nats) is at or below this; of "
+                                  "several, separated by commas, the lowest", metavar="X[,X]")
+    evaluate_every: str | None = knob(None, str, "evaluate also within the epochs, after so many samples, rounded up "
+                                      "to whole steps: 10000samples", metavar="Nsamples")
     lr: float = knob(1e-4, float, "Adam's learning rate", above=0.0, fixed=True)
     seed: int = knob(0, int, "seed of the initial weights and of the order of the samples", minimum=0,
                      maximum=2**32 - 1, fixed=True)
@@ -115,7 +117,7 @@ class TrainConfig:
             self._check_reproducible()
         if self.compile == "on" and self.clashes_with_compile:
             raise UserError(f"--compile on and {self.clashes_with_compile} exclude each other: drop one")
-        _ = self.checkpoint_interval
+        _ = self.checkpoint_interval, self.targets, self.evaluation_samples
 
     def _check_reproducible(self) -> None:
         clashes = {
@@ -138,6 +140,29 @@ class TrainConfig:
             "--local-sgd-steps": self.local_sgd_steps > 1,
         }
         return next((flag for flag, clash in needs_plain.items() if clash), None)
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The values of `target_nll`, the highest first."""
+        try:
+            found = [float(part) for part in self.target_nll.split(",")] if self.target_nll else []
+        except ValueError:
+            found = [math.nan]
+        if not all(0 < value < math.inf for value in found):
+            raise UserError("--target-nll must be a number above 0, or some separated by commas; got "
+                            f"{self.target_nll!r}")
+        return tuple(sorted(set(found), reverse=True))
+
+    @property
+    def evaluation_samples(self) -> int | None:
+        """`evaluate_every`, read: `10000samples` is 10000."""
+        if self.evaluate_every is None:
+            return None
+        match = re.fullmatch(r"(\d+)\s*samples?", self.evaluate_every.strip())
+        if not match or int(match[1]) == 0:
+            raise UserError("--evaluate-every must be a number of samples of at least 1 with its unit, like "
+                            f"10000samples; got {self.evaluate_every!r}")
+        return int(match[1])
 
     @property
     def checkpoint_interval(self) -> Every:

@@ -86,7 +86,7 @@ def epoch_record(**figures: Any) -> EpochRecord:
               "samples_per_second_per_process": 6e4, "step_ms_p50": 3.0, "step_ms_p95": 4.0,
               "data_wait_fraction": 0.1, "eval_seconds": 0.1, "epoch_seconds": 1.1, "peak_memory_bytes": 10**9,
               "ranks": over_ranks([{"step_ms": 3.0, "own_ms": 3.0, "data_wait_ms": 0.3, "peak_memory_bytes": 10**9,
-                                    "host": "attic"}]), "windows": [[300, 60_000, 1.0]]}
+                                    "host": "attic"}]), "windows": [[300, 60_000, 1.0]], "evaluations": []}
     return EpochRecord(**{**others, **figures})
 
 
@@ -94,7 +94,7 @@ def run_summary(**figures: Any) -> RunSummary:
     """A summary with these figures, and something plausible for the others."""
     others = {"global_batch_size": 200, "per_device_batch_size": 200, "learning_rate": 1e-4, "compile_seconds": 0.0,
               "samples_per_second": 6e4, "best_test_nll": 0.25, "final_test_nll": 0.25, "seconds_to_target": None,
-              "steps_to_target": None}
+              "steps_to_target": None, "targets": []}
     return RunSummary(**{**others, **figures})
 
 

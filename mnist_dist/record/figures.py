@@ -49,6 +49,9 @@ class EpochRecord:
                                               "for data")
     peak_memory_bytes: int = figure("memory", "largest use of memory by a process: of the GPU if there is one",
                                     unit="bytes")
+    evaluations: Sequence[Mapping[str, Any]] = figure("test", "evaluations within the epoch: step, samples and "
+                                                      "train_seconds since the start of the run, test_nll, "
+                                                      "test_accuracy", default=())
     ranks: Mapping[str, Any] = figure("ranks", "min, median and max over ranks of step_ms, own_ms (a step without the "
                                       "exchange of gradients; on a GPU the same as step_ms), data_wait_ms (means over "
                                       "measured steps) and peak_memory_bytes; the rank with the most own_ms, its host")
@@ -60,12 +63,12 @@ GROUP_OF = {option.name: option.metadata["group"] for option in fields(EpochReco
 
 
 def grouped(record: EpochRecord) -> dict[str, Any]:
-    """The record under W&B's names: `test_nll` is `test/test_nll`. Left out: values that are None, the windows, and
-    the figures over ranks if there is one rank.
+    """The record under W&B's names: `test_nll` is `test/test_nll`. Left out: values that are None, the windows, the
+    evaluations within it, and the figures over ranks if there is one rank.
     """
     values = asdict(record)
     ranks = values.pop("ranks")
-    del values["windows"]
+    del values["windows"], values["evaluations"]
     named = {f"{GROUP_OF[name]}/{name}": value for name, value in values.items() if value is not None}
     if ranks["count"] > 1:
         for name, value in ranks.items():
@@ -87,21 +90,49 @@ class RunSummary:
     samples_per_second: float | None = figure("summary", "measured samples / measured seconds", unit="samples/s")
     best_test_nll: float | None = figure("summary", "the lowest test_nll of an epoch", unit="nats")
     final_test_nll: float | None = figure("summary", "test_nll of the last epoch", unit="nats")
-    seconds_to_target: float | None = figure("summary", "train_seconds until --target-nll is reached", unit="s")
+    seconds_to_target: float | None = figure("summary", "train_seconds until the (lowest) --target-nll is reached",
+                                             unit="s")
     steps_to_target: int | None = figure("summary", "optimizer steps until then", unit="steps")
+    targets: Sequence[Mapping[str, Any]] = figure("summary", "of each --target-nll the first evaluation at or below "
+                                                  "it, as in evaluations, with None if there is none", default=())
 
 
-def summarise(records: Sequence[EpochRecord], target_nll: float | None) -> dict[str, Any]:
-    """The part of `RunSummary` that follows from the epochs. Rates are not averaged: samples are divided by seconds."""
-    reached = [i for i, record in enumerate(records) if target_nll is not None and record.test_nll <= target_nll]
-    until = records[: reached[0] + 1] if reached else []
+def evaluations_of(records: Sequence[EpochRecord], num_train: int, batch: int) -> list[dict[str, Any]]:
+    """Every evaluation of a run in its order, within the epochs and at their ends. An epoch has `num_train` samples."""
+    found, seconds, per_epoch = [], 0.0, -(-num_train // batch)
+    for record in records:
+        found += [dict(one) for one in record.evaluations]
+        seconds += record.train_seconds
+        whole, steps = divmod(record.step, per_epoch)
+        found.append({"step": record.step, "samples": whole * num_train + min(steps * batch, num_train),
+                      "train_seconds": seconds, "test_nll": record.test_nll, "test_accuracy": record.test_accuracy})
+    return found
+
+
+def reached(targets: Sequence[float], evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each target the first evaluation at or below it."""
+    names = ("step", "samples", "train_seconds", "test_nll")
+    found = []
+    for target in targets:
+        first = next((one for one in evaluations if one["test_nll"] <= target), {})
+        found.append({"target_nll": target, **{name: first.get(name) for name in names}})
+    return found
+
+
+def summarise(records: Sequence[EpochRecord], targets: Sequence[float], num_train: int, batch: int) -> dict[str, Any]:
+    """The part of `RunSummary` that follows from the epochs, each of `num_train` samples in batches of `batch`. Rates
+    are not averaged: samples are divided by seconds.
+    """
+    found = reached(targets, evaluations_of(records, num_train, batch))
+    last = found[-1] if found else {"step": None, "train_seconds": None}
     seconds = sum(record.measured_seconds for record in records if record.measured_samples)
     return {
         "samples_per_second": sum(record.measured_samples for record in records) / seconds if seconds else None,
         "best_test_nll": min((record.test_nll for record in records), default=None),
         "final_test_nll": records[-1].test_nll if records else None,
-        "seconds_to_target": sum(record.train_seconds for record in until) if until else None,
-        "steps_to_target": until[-1].step if until else None,
+        "seconds_to_target": last["train_seconds"],
+        "steps_to_target": last["step"],
+        "targets": found,
     }
 
 

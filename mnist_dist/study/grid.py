@@ -17,7 +17,8 @@ from typing import Any
 from mnist_dist.errors import UserError
 
 SCALINGS = ("strong", "weak")
-AXES = {"lrs": "lr", "mixed_precisions": "mixed_precision", "compiles": "compile"}  # option of a study: of training
+# option of a study: of training
+AXES = {"lrs": "lr", "lr_rules": "lr_rule", "mixed_precisions": "mixed_precision", "compiles": "compile"}
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,14 @@ def look_at_machine(use_cpu: bool) -> Machine:
 
 
 def command_of(run: PlannedRun, folder: Path, options: Sequence[str], script: str | None) -> list[str]:
-    """The command of a run."""
+    """The command of a run. Repeats of our own training have seeds that follow on the study's."""
     cell = run.cell
     words = [*options, *(f"{flag_of(name)}={value}" for name, value in cell.options),
              f"--batch-size={cell.global_batch_size}", f"--output-dir={folder}"]
     if script is None:
+        if run.role == "repeat":
+            seed = next((int(word.removeprefix("--seed=")) for word in options if word.startswith("--seed=")), 0)
+            words.append(f"--seed={seed + run.number - 1}")
         several = [f"--processes={cell.processes}"] if cell.processes > 1 else []
         return [sys.executable, "-m", "mnist_dist", "train", *words, *several]
     if cell.processes == 1:

@@ -29,7 +29,7 @@ from mnist_dist.tables import number
 
 Options = tuple[tuple[str, str], ...]
 TITLE = "Model of the step time"
-TAKES_NO_TIME = ("lr",)
+TAKES_NO_TIME = ("lr", "lr_rule")
 FURTHER = (2, 4, 8)  # times the most processes that were run: where there is a forecast
 SAID = {
     "fixed": "fixed, ms", "per_sample": "computing, µs per sample", "floor": "floor, samples",

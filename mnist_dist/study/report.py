@@ -12,6 +12,7 @@ from mnist_dist.record.files import replace_synced
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
+from mnist_dist.study.learning_section import add_learning
 from mnist_dist.study.model_section import add_model
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
@@ -41,9 +42,7 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
         _step_time(page, analysis, folder / PICTURES)
         _ranks(page, analysis)
         add_model(page, analysis.cells, folder / PICTURES, hold_out)
-    page.add(Heading(2, "What a larger batch buys in learning"),
-             "Not in this report: it says how fast samples are processed, not how many a larger batch needs to reach "
-             "the same test NLL.")
+    add_learning(page, analysis)
     _problems(page, analysis)
     _method(page, analysis)
     return _write(folder, page, REPORT)

@@ -80,6 +80,18 @@ def median_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) 
                     level if places else 1 - 2 * 0.5**n, n)
 
 
+def resampled_medians(runs: Sequence[np.ndarray], draws: int, random: np.random.Generator) -> np.ndarray:
+    """[draws, cells] medians of runs that are drawn with replacement, one array of runs for each cell."""
+    found = []
+    for values in runs:
+        drawn = np.median(values[random.integers(len(values), size=(draws, len(values)))], axis=1)
+        if len(values) == 2:  # their median is their mean, whose bootstrap is too narrow by this factor
+            middle = np.median(values)
+            drawn = middle + math.sqrt(2) * (drawn - middle)
+        found.append(drawn)
+    return np.stack(found, axis=1)
+
+
 @functools.cache
 def _order_statistics(n: int, level: float) -> tuple[int, int] | None:
     """The places, among n sorted values, that bound the median; None if n is too small."""

@@ -12,7 +12,6 @@ all gradients are one message.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
-from mnist_dist.study.statistics import LEVEL, Interval
+from mnist_dist.study.statistics import LEVEL, Interval, resampled_medians
 
 PARAMETERS = ("fixed", "per_sample", "floor", "latency", "transfer", "latency_between", "transfer_between")
 FIXED, PER_SAMPLE, FLOOR, LATENCY, TRANSFER, LATENCY_BETWEEN, TRANSFER_BETWEEN = range(len(PARAMETERS))
@@ -117,15 +116,11 @@ class Cells:
     @cached_property
     def medians(self) -> np.ndarray:
         """[places] logarithms."""
-        return np.log([np.median(runs) for runs in self.runs])
+        return np.array([np.median(np.log(runs)) for runs in self.runs])
 
     def resampled(self, random: np.random.Generator) -> np.ndarray:
         """[DRAWS, places] logarithms of the medians of runs that are drawn with replacement."""
-        drawn = [np.median(np.log(runs)[random.integers(len(runs), size=(DRAWS, len(runs)))], axis=1)
-                 for runs in self.runs]
-        # of two runs the median is the mean, whose bootstrap is too narrow by this factor; from three on it is not
-        wider = np.array([math.sqrt(2) if len(runs) == 2 else 1.0 for runs in self.runs])
-        return self.medians + wider * (np.stack(drawn, axis=1) - self.medians)
+        return resampled_medians([np.log(runs) for runs in self.runs], DRAWS, random)
 
     def only(self, keep: Sequence[bool]) -> Cells:
         """Those for which `keep` is true."""

@@ -1,4 +1,4 @@
-"""When a run looks up from its steps: for a signal, a checkpoint, or a word about its progress.
+"""When a run looks up from its steps: for a signal, a checkpoint, an evaluation, or a word about its progress.
 
 All ranks must look up at the same step and come to the same answer, so they agree about every half second; how many
 steps that is follows from their own speed. It knows nothing of models or files.
@@ -6,9 +6,11 @@ steps that is follows from their own speed. It knows nothing of models or files.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 from mnist_dist.config import Every
 from mnist_dist.processes.signals import StopSignals
@@ -20,9 +22,11 @@ POLL_SECONDS = 0.5  # between two agreements of the ranks
 class Pacer:
     """Signals, the checkpoint clock and the multiples of steps, for one run of `num_batches` steps per epoch."""
 
-    def __init__(self, every: Every, num_batches: int, team: Team, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, every: Every, num_batches: int, team: Team, clock: Callable[[], float] = time.monotonic,
+                 evaluates_after: Callable[[int], Sequence[int]] = lambda epoch: ()) -> None:
         self.every = every  # how often a checkpoint is due; a number of 0 is never
         self.num_batches, self.team, self.clock = num_batches, team, clock
+        self.evaluates_after = functools.lru_cache(2)(evaluates_after)  # steps of an epoch, in their order
         self.signals = StopSignals()
         self.stop_signal = 0  # as agreed by all ranks
         self._clock_is_due = False  # as agreed by all ranks
@@ -39,7 +43,8 @@ class Pacer:
         stop = step + self._poll_steps
         if self.every.unit == "steps" and self.is_on:
             stop = min(stop, step + self.every.number - (epoch * self.num_batches + step) % self.every.number)
-        return stop
+        evaluations = self.evaluates_after(epoch)
+        return min([stop, *evaluations[bisect_right(evaluations, step) :][:1]])
 
     def poll(self, steps_done: int = 0) -> None:
         """Agree on signals and the checkpoint clock, after so many steps since the last time. Collective."""
@@ -53,8 +58,16 @@ class Pacer:
             # at most twice as many as before: the first steps of a GPU are only queued, which takes no time
             self._poll_steps = max(1, min(2 * self._poll_steps, math.floor(POLL_SECONDS / per_step)))
 
+    def wants_evaluation(self, epoch: int, step: int) -> bool:
+        """Whether to evaluate, `step` steps of the epoch being done."""
+        return step in self.evaluates_after(epoch)
+
     def wants_pause(self, epoch: int, step: int) -> bool:
-        """Whether to pause for a checkpoint or a signal, `step` steps of the epoch being done."""
+        """Whether to pause, `step` steps of the epoch being done."""
+        return self.wants_evaluation(epoch, step) or self.wants_checkpoint(epoch, step)
+
+    def wants_checkpoint(self, epoch: int, step: int) -> bool:
+        """Whether a checkpoint is due or a signal has come, `step` steps of the epoch being done."""
         done = epoch * self.num_batches + step
         multiple = self.is_on and self.every.unit == "steps" and done % self.every.number == 0
         return multiple or self._clock_is_due or self.stop_signal > 0
@@ -63,7 +76,7 @@ class Pacer:
         """Whether a checkpoint is due at the end of this epoch."""
         if self.is_on and self.every.unit == "epochs":
             return (epoch + 1) % self.every.number == 0 or self.stop_signal > 0
-        return self.wants_pause(epoch, self.num_batches)
+        return self.wants_checkpoint(epoch, self.num_batches)
 
     def saved(self) -> None:
         """A checkpoint has been written."""

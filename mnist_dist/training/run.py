@@ -111,7 +111,10 @@ class Run:
             kept = team.run_on("main", lambda: load_newest(self.folder / CHECKPOINTS, console.warn))
         self.trainer = Trainer(config, team, sets, kept and kept.state.get("kind"))
         self.num_batches = self.trainer.batches.num_batches
-        self.pacer = Pacer(config.checkpoint_interval, self.num_batches, team)
+        every, batches = config.evaluation_samples, self.trainer.batches
+        self.pacer = Pacer(config.checkpoint_interval, self.num_batches, team,
+                           evaluates_after=lambda epoch: batches.steps_of_samples(every, epoch) if every else ())
+        self.evaluations: list[dict[str, Any]] = []  # within the epoch in progress
         self.epoch = self.step = 0  # the next step to take
         self.records: list[EpochRecord] = []
         self.watch: dict[str, Any] = {}  # the stopwatch's state, of an epoch that was interrupted
@@ -156,15 +159,19 @@ class Run:
         for done in trainer.steps(epoch, range(self.step, end), watch, pacer, self._show_progress):
             self.step, self.watch = done, watch.state()
             trainer.train_loss(epoch, done)  # no checkpoint of a run that has diverged
-            self._save()
-            self._stop_if_asked()
+            if pacer.wants_evaluation(epoch, done) and self._evaluate_within(watch):
+                end = done
+                break
+            if pacer.wants_checkpoint(epoch, done):
+                self._save()
+                self._stop_if_asked()
         self.step, self.watch = end, watch.state()
         record = self._evaluate(watch)
         if end < self.num_batches:  # kept as an epoch in progress, so that it can be continued with more steps
             self._save()
             self.records.append(record)
             return
-        self.epoch, self.step, self.watch = epoch + 1, 0, {}
+        self.epoch, self.step, self.watch, self.evaluations = epoch + 1, 0, {}, []
         trainer.sums.zero_()
         self.records.append(record)
         pacer.poll()
@@ -178,8 +185,21 @@ class Run:
         return (
             self.epoch >= config.epochs
             or (config.max_steps is not None and self.global_step >= config.max_steps and bool(self.records))
-            or (config.target_nll is not None and any(r.test_nll <= config.target_nll for r in self.records))
+            or (bool(config.targets) and any(record.test_nll <= config.targets[-1] for record in self.records))
         )
+
+    def _evaluate_within(self, watch: Stopwatch) -> bool:
+        """Evaluate between two steps; whether the lowest target is reached, which ends the run. Collective."""
+        test, targets = self.trainer.evaluate(), self.config.targets
+        (seconds,) = self.team.max(watch.seconds + watch.warmup_seconds)
+        self.evaluations.append({
+            "step": self.global_step,
+            "samples": self.epoch * len(self.sets.train) + self.step * self.trainer.global_batch_size,
+            "train_seconds": sum(record.train_seconds for record in self.records) + seconds,
+            "test_nll": test["test_nll"], "test_accuracy": test["test_accuracy"],
+        })
+        self.trainer.module.train()
+        return bool(targets) and test["test_nll"] <= targets[-1]
 
     def _evaluate(self, watch: Stopwatch) -> EpochRecord:
         """The record of the epoch whose steps are done, shown and written. Collective."""
@@ -198,7 +218,7 @@ class Run:
         record = EpochRecord(
             epoch=self.epoch, step=self.global_step, train_loss=loss, **noise, **test, **times, eval_seconds=evaluation,
             epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,
-            peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
+            evaluations=self.evaluations, peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
         )
         if team.is_main:
             append_metrics(self.folder, record)
@@ -248,6 +268,7 @@ class Run:
         scaler = self.team.accelerator.scaler
         state = {
             "epoch": self.epoch, "step": self.step, "watch": self.watch, "run_id": self.run_id,
+            "evaluations": self.evaluations,
             "records": [asdict(record) for record in self.records],
             "scaler": scaler.state_dict() if scaler else None,
             "fixed": self._fixed(), "kind": self.trainer.step.kind,
@@ -278,6 +299,7 @@ class Run:
         self.epoch, self.step = kept.state["epoch"], kept.state["step"]
         self.records = [record_from(EpochRecord, record, kept.folder) for record in kept.state["records"]]
         self.watch, self.run_id = kept.state["watch"], kept.state["run_id"]
+        self.evaluations = kept.state["evaluations"]
 
     def _leave(self, status: str) -> None:
         """Write `result.json`, and before it, of a completed run, the model and the pictures."""
@@ -288,7 +310,7 @@ class Run:
         summary = RunSummary(
             global_batch_size=trainer.global_batch_size, per_device_batch_size=trainer.per_device_batch_size,
             learning_rate=trainer.learning_rate, compile_seconds=trainer.step.compile_seconds,
-            **summarise(self.records, self.config.target_nll),
+            **summarise(self.records, self.config.targets, len(self.sets.train), trainer.global_batch_size),
         )
         write_result(self.folder, RunResult(
             status=status, config=asdict(self.config), dataset=self.sets.summary, environment=self.environment,

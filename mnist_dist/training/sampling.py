@@ -54,6 +54,12 @@ class GlobalBatchSampler:
         start = step * self.global_batch_size
         return range(start + (rank - start) % size, start + self.count(step), size)
 
+    def steps_of_samples(self, every: int, epoch: int) -> list[int]:
+        """The steps of the epoch by which a further `every` samples of the run are done, but for its last one."""
+        before, batch = epoch * self.num_samples, self.global_batch_size
+        marks = range(before // every + 1, (before + self.num_samples) // every + 1)
+        return sorted({step for mark in marks if (step := -(-(mark * every - before) // batch)) < self.num_batches})
+
     def shards(self, step: int, num_shards: int) -> list[slice]:
         """Slices of this rank's part of global batch `step`, one for each logical shard that it computes.
 

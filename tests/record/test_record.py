@@ -24,17 +24,31 @@ def test_rates_are_summed_and_divided_and_not_averaged():
         epoch_record(step=20, test_nll=0.3, train_seconds=8.0, measured_seconds=8.0, measured_samples=400),
         epoch_record(step=30, test_nll=0.4, train_seconds=1.0, measured_seconds=0.0, measured_samples=0),
     ]
-    summary = summarise(records, 0.3)
+    summary = summarise(records, [0.6, 0.3], 1000, 100)
     assert summary["samples_per_second"] == pytest.approx((100 * 2 + 50 * 8) / 10)
     assert (summary["best_test_nll"], summary["final_test_nll"]) == (0.3, 0.4)
     assert summary["seconds_to_target"] == pytest.approx(11.0) and summary["steps_to_target"] == 20
+    assert [one["step"] for one in summary["targets"]] == [10, 20] and summary["targets"][1]["samples"] == 2000
 
 
 def test_what_was_not_reached_or_measured_is_none():
-    summary = summarise([epoch_record(test_nll=0.5, measured_seconds=0.0, measured_samples=0)], 0.3)
+    summary = summarise([epoch_record(test_nll=0.5, measured_seconds=0.0, measured_samples=0)], [0.3], 10, 10)
+    assert summary["targets"] == [{"target_nll": 0.3, "step": None, "samples": None, "train_seconds": None,
+                                   "test_nll": None}]
     assert summary["seconds_to_target"] is None and summary["steps_to_target"] is None
     assert summary["samples_per_second"] is None
-    assert summarise([], None)["best_test_nll"] is None
+    assert summarise([], [], 10, 10)["best_test_nll"] is None
+
+
+def test_a_target_is_reached_within_an_epoch():
+    """15 samples, batches of 4: 4 steps per epoch."""
+    within = [{"step": 5, "samples": 19, "train_seconds": 2.5, "test_nll": 0.35, "test_accuracy": 0.8}]
+    records = [epoch_record(step=4, test_nll=0.5, train_seconds=2.0),
+               epoch_record(step=7, test_nll=0.2, train_seconds=3.0, evaluations=within)]
+    first, second, third = summarise(records, [0.4, 0.25, 0.1], 15, 4)["targets"]
+    assert (first["step"], first["samples"], first["train_seconds"], first["test_nll"]) == (5, 19, 2.5, 0.35)
+    assert (second["step"], second["samples"], second["train_seconds"]) == (7, 27, 5.0)
+    assert third["step"] is None
 
 
 def test_every_figure_has_a_group_a_unit_and_a_meaning():
@@ -49,7 +63,7 @@ def test_every_figure_has_a_group_a_unit_and_a_meaning():
 def test_wandb_has_the_groups_and_no_gaps():
     values = grouped(epoch_record(step_ms_p50=None, noise_scale=2.0, noise_scale_low=1.0, noise_scale_high=3.0))
     assert values["test/test_nll"] == 0.25 and values["throughput/measured_samples"] == 60_000
-    assert "time/step_ms_p50" not in values and len(values) == len(fields(EpochRecord)) - 3
+    assert "time/step_ms_p50" not in values and len(values) == len(fields(EpochRecord)) - 4
     assert not [name for name in values if "windows" in name or "ranks" in name], "of one rank nothing over ranks"
 
 
