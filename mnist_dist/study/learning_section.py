@@ -20,14 +20,15 @@ RATE, RULE = "lr", "lr_rule"
 @dataclass
 class Learnt:
     """The runs of a batch size (on any number of processes, which change nothing) and options, and a target: steps and
-    samples to it, inf in runs that did not reach it, and the most samples of such a run.
+    samples to it, inf in runs that did not reach it, and the most of both that such a run had.
     """
 
     batch: int
     options: tuple[tuple[str, str], ...]
     steps: list[float] = field(default_factory=list)
     samples: list[float] = field(default_factory=list)
-    limit: int = 0
+    most_steps: int = 0
+    most_samples: int = 0
 
 
 def learnt(analysis: Analysis) -> dict[float, list[Learnt]]:
@@ -42,7 +43,9 @@ def learnt(analysis: Analysis) -> dict[float, list[Learnt]]:
                                         Learnt(cell.global_batch_size, cell.options))
                 if one["step"] is None:
                     steps = run.row["epochs"][-1]["step"]
-                    mine.limit = max(mine.limit, steps * cell.global_batch_size)
+                    whole = (run.row.get("dataset") or {}).get("train", math.inf) * len(run.row["epochs"])
+                    mine.most_steps = max(mine.most_steps, steps)  # the last batch of an epoch may be smaller
+                    mine.most_samples = max(mine.most_samples, min(steps * cell.global_batch_size, whole))
                 mine.steps.append(math.inf if one["step"] is None else one["step"])
                 mine.samples.append(math.inf if one["samples"] is None else one["samples"])
     return {target: list(cells.values()) for target, cells in sorted(found.items(), reverse=True)}
@@ -72,8 +75,8 @@ def _table(cells: Sequence[Learnt]) -> Table:
         reached = sum(math.isfinite(value) for value in one.samples)
         batch, _, *options = cell_words(cell, named)
         lines.append([batch, *options, f"{reached} of {len(one.samples)}",
-                      _say(median_interval(one.steps), one.limit // one.batch),
-                      _say(median_interval(one.samples), one.limit)])
+                      _say(median_interval(one.steps), one.most_steps),
+                      _say(median_interval(one.samples), one.most_samples)])
     return Table(["batch size", *(Code(name) for name in options_of(named)), "runs that reached it", "steps",
                   "samples"], lines)
 

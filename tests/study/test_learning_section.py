@@ -48,6 +48,8 @@ def test_samples_and_steps_to_a_target(tmp_path):
 def test_runs_that_do_not_get_there_are_more_than_they_had(tmp_path):
     text = section(tmp_path, rows_of([Cell(batch, 1) for batch in BATCHES], limit=200_000))
     assert "| 12,800 | 0 of 3 | \\> 15 | \\> 192,000 |" in text
+    rows = [{**one, "dataset": {"train": 190_000}} for one in rows_of([Cell(12_800, 1)], limit=200_000)]
+    assert "| 12,800 | 0 of 3 | \\> 15 | \\> 190,000 |" in section(tmp_path, rows), "the last batch was smaller"
     assert "By the fit" in text, "four batch sizes are left"
 
 
