@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.critical import TOLERANCE, Critical, critical
+from mnist_dist.study.critical import DRAWS, TOLERANCE, Critical, critical
 from mnist_dist.study.grid import Cell
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
-from mnist_dist.study.statistics import Interval, median_interval
-from mnist_dist.study.words import cell_words, options_of, short
+from mnist_dist.study.statistics import LEVEL, Interval, median_interval, resampled_medians
+from mnist_dist.study.words import cell_head, cell_words, options_of, say, short
 
 TITLE = "What a larger batch buys in learning"
 RATE, RULE = "lr", "lr_rule"
@@ -20,7 +22,8 @@ RATE, RULE = "lr", "lr_rule"
 @dataclass
 class Learnt:
     """The runs of a batch size (on any number of processes, which change nothing) and options, and a target: steps and
-    samples to it, inf in runs that did not reach it, and the most of both that such a run had.
+    samples to it, inf in runs that did not reach it, and the most of both that such a run had; and the noise scales of
+    their last epochs.
     """
 
     batch: int
@@ -29,6 +32,7 @@ class Learnt:
     samples: list[float] = field(default_factory=list)
     most_steps: int = 0
     most_samples: int = 0
+    noise_scales: list[float] = field(default_factory=list)
 
 
 def learnt(analysis: Analysis) -> dict[float, list[Learnt]]:
@@ -46,6 +50,8 @@ def learnt(analysis: Analysis) -> dict[float, list[Learnt]]:
                     whole = (run.row.get("dataset") or {}).get("train", math.inf) * len(run.row["epochs"])
                     mine.most_steps = max(mine.most_steps, steps)  # the last batch of an epoch may be smaller
                     mine.most_samples = max(mine.most_samples, min(steps * cell.global_batch_size, whole))
+                if (noise := run.row["epochs"][-1].get("noise_scale")) is not None:
+                    mine.noise_scales.append(noise)
                 mine.steps.append(math.inf if one["step"] is None else one["step"])
                 mine.samples.append(math.inf if one["samples"] is None else one["samples"])
     return {target: list(cells.values()) for target, cells in sorted(found.items(), reverse=True)}
@@ -63,9 +69,73 @@ def add_learning(page: Page, analysis: Analysis) -> None:
         page.add(Heading(3, f"Test NLL {target:g}"), _table(cells))
         for options, own in _by_line(cells).items():
             page.add(_critical(options, own))
+        if times := times_to(analysis, cells):
+            page.add(_times(times))
     page.add("Medians over repeats, which have seeds of their own, with the interval between two order statistics; "
-             "the number of processes changes nothing here. A run that did not reach the target counts as more than it "
-             "had (>).")
+             "the number of processes changes nothing of them. A run that did not reach the target counts as more than "
+             "it had (>). Noise scale: that of the runs' last epoch, if they measure it (--noise-scale). Seconds: "
+             "the steps to the target times the time of a step on so many processes; device-seconds: times the "
+             "processes. Evaluation, start-up and compiling are outside.")
+
+
+@dataclass(frozen=True)
+class TimeTo:
+    """The seconds of training that a cell takes to a target, and a bootstrap of them [DRAWS]."""
+
+    cell: Cell
+    seconds: Interval
+    draws: np.ndarray
+
+
+def times_to(analysis: Analysis, cells: Sequence[Learnt]) -> list[TimeTo]:
+    """Of each cell whose runs reached the target: the steps that its batch size takes, times its own time of a step."""
+    steps = {(one.options, one.batch): np.asarray(one.steps, dtype=float) for one in cells}
+    found = []
+    for cell, figures in analysis.cells.items():
+        taken = steps.get((cell.options, cell.global_batch_size))
+        if taken is None or not np.isfinite(taken).all():
+            continue
+        each = cell.global_batch_size / figures.runs.rates
+        # cells of the same batch size share its steps, so they share the draws of these: else they would differ by them
+        seeds = [cell.global_batch_size], [cell.global_batch_size, cell.processes]
+        draws = np.prod([resampled_medians([runs], DRAWS, np.random.default_rng(seed))[:, 0]
+                         for runs, seed in zip((taken, each), seeds, strict=True)], axis=0)
+        low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        value = float(np.median(taken) * np.median(each))
+        found.append(TimeTo(cell, Interval(value, min(low, value), max(high, value), LEVEL,
+                                           min(len(taken), len(each))), draws))
+    return found
+
+
+def answers(analysis: Analysis) -> list[Text]:
+    """For each target, in words: the soonest cell and the cheapest one, and how many are not shown to be worse."""
+    found = []
+    for target, cells in learnt(analysis).items():
+        if not (times := times_to(analysis, cells)):
+            found.append(Text((f"Test NLL {target:g}: not known, because at no batch size all runs reached it.",)))
+            continue
+        soonest = min(times, key=lambda one: one.seconds.value)
+        cheapest = min(times, key=lambda one: one.seconds.value * one.cell.processes)
+        equal = sum(one is not soonest and not _is_slower(one, soonest) for one in times)
+        others = f"; {equal} of {len(times) - 1} others are not shown to be slower" if len(times) > 1 else ""
+        found.append(Text((
+            f"Test NLL {target:g}: soonest with ", Code(str(soonest.cell)), f", {say(soonest.seconds)} s of training"
+            f"{others}. Cheapest with ", Code(str(cheapest.cell)),
+            f", {say(cheapest.seconds.scaled(cheapest.cell.processes))} device-seconds.")))
+    return found
+
+
+def _is_slower(one: TimeTo, than: TimeTo) -> bool:
+    """Whether that is shown; single runs show nothing."""
+    return min(one.seconds.n, than.seconds.n) > 1 and float(
+        np.quantile(one.draws / than.draws, (1 - LEVEL) / 2)) > 1
+
+
+def _times(times: Sequence[TimeTo]) -> Table:
+    cells = [one.cell for one in times]
+    return Table([*cell_head(cells), "seconds to it", "device-seconds"],
+                 [[*cell_words(one.cell, cells), say(one.seconds), say(one.seconds.scaled(one.cell.processes))]
+                  for one in times])
 
 
 def _table(cells: Sequence[Learnt]) -> Table:
@@ -76,9 +146,10 @@ def _table(cells: Sequence[Learnt]) -> Table:
         batch, _, *options = cell_words(cell, named)
         lines.append([batch, *options, f"{reached} of {len(one.samples)}",
                       _say(median_interval(one.steps), one.most_steps),
-                      _say(median_interval(one.samples), one.most_samples)])
+                      _say(median_interval(one.samples), one.most_samples),
+                      _say(median_interval(one.noise_scales), 0) if one.noise_scales else "-"])
     return Table(["batch size", *(Code(name) for name in options_of(named)), "runs that reached it", "steps",
-                  "samples"], lines)
+                  "samples", "noise scale, samples"], lines)
 
 
 def _say(interval: Interval, limit: int) -> str:

@@ -12,7 +12,7 @@ from mnist_dist.record.files import replace_synced
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
-from mnist_dist.study.learning_section import add_learning
+from mnist_dist.study.learning_section import add_learning, answers
 from mnist_dist.study.model_section import add_model
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
@@ -124,6 +124,7 @@ def _summary(page: Page, analysis: Analysis) -> None:
         found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {say(best.rate)} samples/s."))]
         for count in processes:
             found += _pays(analysis, count)
+        found += answers(analysis)
         page.add(found)
     notes = []
     if failed := [row for row in analysis.failed if row["status"] == "failed"]:

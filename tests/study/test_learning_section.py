@@ -40,7 +40,7 @@ def section(folder, rows):
 def test_samples_and_steps_to_a_target(tmp_path):
     text = section(tmp_path, rows_of([Cell(batch, processes) for batch in BATCHES for processes in (1, 2)]))
     assert "### Test NLL 0.3" in text
-    assert "| 200 | 6 of 6 | 173 (172 to 175) | 34,680 (34,340 to 35,020) |" in text, "processes are pooled"
+    assert "| 200 | 6 of 6 | 173 (172 to 175) | 34,680 (34,340 to 35,020) | - |" in text, "processes are pooled"
     assert "the knee of this fixed learning rate (no critical batch size" in text
     assert "is 1,500 (1,5" not in text.split("knee")[0]
 
@@ -51,6 +51,36 @@ def test_runs_that_do_not_get_there_are_more_than_they_had(tmp_path):
     rows = [{**one, "dataset": {"train": 190_000}} for one in rows_of([Cell(12_800, 1)], limit=200_000)]
     assert "| 12,800 | 0 of 3 | \\> 15 | \\> 190,000 |" in section(tmp_path, rows), "the last batch was smaller"
     assert "By the fit" in text, "four batch sizes are left"
+
+
+def test_the_soonest_and_the_cheapest_are_named(tmp_path):
+    """A step on two processes takes 0.7 times as long: sooner, but not cheaper. From 800 on more is not faster."""
+    rows = rows_of([Cell(batch, processes) for batch in BATCHES for processes in (1, 2)], repeats=5)
+    for one in rows:
+        step = max(one["global_batch_size"], 400) / 1e5 * (0.7 if one["processes"] == 2 else 1.0)
+        epoch = one["epochs"][0]
+        epoch["measured_seconds"] = epoch["measured_samples"] / one["global_batch_size"] * step
+    text = section(tmp_path, rows)
+    head = (tmp_path / "report.md").read_text().split("\n## ")[0]
+    # 800: 30,000 x (1 + 800 / 1500) x 1.03 / 800 = 59 steps of 8 ms, or of 5.6
+    assert "Test NLL 0.3: soonest with `batch 800 on 2 processes`, 0.330 (" in head
+    assert "s of training; 0 of 9 others are not shown to be slower." in head
+    assert "Cheapest with `batch 800 on 1 process`, 0.472" in head
+    assert "| 800 | 2 | 0.330 (" in text and "| 0.661 (" in text
+
+
+def test_a_target_that_none_reached_has_no_answer(tmp_path):
+    section(tmp_path, rows_of([Cell(batch, 1) for batch in BATCHES], limit=1000))
+    assert "Test NLL 0.3: not known" in (tmp_path / "report.md").read_text().split("\n## ")[0]
+
+
+def test_the_noise_scale_of_the_runs_is_beside_it(tmp_path):
+    rows = rows_of([Cell(batch, 1) for batch in BATCHES])
+    for one in rows:
+        one["epochs"].append({**one["epochs"][0], "noise_scale": 1000.0 + one["repeat"]})
+    rows[0]["epochs"][-1]["noise_scale"] = None
+    text = section(tmp_path, rows)
+    assert "| 1,002 (1,001 to 1,003) |" in text and "| 1,002 (1,002 to 1,003) |" in text
 
 
 def test_the_best_rate_is_named_and_its_edge(tmp_path):

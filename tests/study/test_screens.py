@@ -41,7 +41,7 @@ def test_the_page_on_a_screen(width, dark, page):
     assert not [event for event in opened.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded",
                                                                         "Runtime.consoleAPICalled")]
     assert opened.evaluate("document.documentElement.scrollWidth") <= width, "only tables scroll sideways"
-    assert opened.evaluate("document.querySelectorAll('figure svg').length") == 4
+    assert opened.evaluate("document.querySelectorAll('figure svg').length") == 5
     # the smallest text of a picture, as it is on the screen
     smallest = opened.evaluate("Math.min(...[...document.querySelectorAll('svg text')].map("
                                "t => t.getBoundingClientRect().height))")
