@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mnist_dist.study.statistics import LEVEL, Interval, resampled_medians
+from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws, resampled_medians
 
 DRAWS = 400
 LEAST_BATCHES = 4  # of different sizes, in which runs reached the target
@@ -48,15 +48,9 @@ def critical(samples: Mapping[int, Sequence[float]]) -> Critical | str:
     least, size = _fit(batches, medians)
     direct = [_direct(np.log(batches), row) for row in medians]
     found = [value for value in direct[1:] if value is not None]
-    is_within = direct[0] is not None and len(found) > LEVEL * DRAWS
-    return Critical(_interval(size, runs), _interval(least, runs),
-                    _interval(np.array([direct[0], *found]), runs) if is_within else None)
-
-
-def _interval(values: np.ndarray, runs: int) -> Interval:
-    """The first value, with an interval from the others."""
-    low, high = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(values[0]), min(float(low), values[0]), max(float(high), values[0]), LEVEL, runs)
+    return Critical(interval_of_draws(size[0], size[1:], runs), interval_of_draws(least[0], least[1:], runs),
+                    interval_of_draws(direct[0], np.array(found), runs)
+                    if direct[0] is not None and len(found) > LEVEL * DRAWS else None)
 
 
 def _fit(batches: np.ndarray, medians: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.critical import DRAWS, TOLERANCE, Critical, critical
 from mnist_dist.study.grid import Cell
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
-from mnist_dist.study.statistics import LEVEL, Interval, median_interval, resampled_medians
-from mnist_dist.study.words import cell_head, cell_words, options_of, say, short
+from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws, median_interval, resampled_medians
+from mnist_dist.study.words import cell_head, cell_words, for_options, options_of, say
 
 TITLE = "What a larger batch buys in learning"
 RATE, RULE = "lr", "lr_rule"
@@ -35,8 +35,26 @@ class Learnt:
     noise_scales: list[float] = field(default_factory=list)
 
 
-def learnt(analysis: Analysis) -> dict[float, list[Learnt]]:
-    """What each target took, in the order of the cells."""
+@dataclass(frozen=True)
+class TimeTo:
+    """The seconds of training that a cell takes to a target, and a bootstrap of them [DRAWS]."""
+
+    cell: Cell
+    seconds: Interval
+    draws: np.ndarray
+
+
+@dataclass(frozen=True)
+class Target:
+    """What it took to reach a test NLL, in the order of the cells."""
+
+    nll: float
+    learnt: list[Learnt]
+    times: list[TimeTo]
+
+
+def targets_of(analysis: Analysis) -> list[Target]:
+    """The targets of the study's runs, the highest first."""
     found: dict[float, dict[object, Learnt]] = {}
     for figures in analysis.cells.values():
         cell = figures.cell
@@ -54,37 +72,28 @@ def learnt(analysis: Analysis) -> dict[float, list[Learnt]]:
                     mine.noise_scales.append(noise)
                 mine.steps.append(math.inf if one["step"] is None else one["step"])
                 mine.samples.append(math.inf if one["samples"] is None else one["samples"])
-    return {target: list(cells.values()) for target, cells in sorted(found.items(), reverse=True)}
+    return [Target(nll, list(cells.values()), times_to(analysis, list(cells.values())))
+            for nll, cells in sorted(found.items(), reverse=True)]
 
 
-def add_learning(page: Page, analysis: Analysis) -> None:
+def add_learning(page: Page, targets: Sequence[Target]) -> None:
     """The section: a table for each target, and the critical batch size where it can be told."""
     page.add(Heading(2, TITLE))
-    targets = learnt(analysis)
     if not targets:
         page.add(Text(("Not measured: the runs have no target. ", Code("--target-nll 0.3,0.2 --evaluate-every "
                        "10000samples"), " measures how many samples a larger batch needs to reach the same test NLL.")))
         return
-    for target, cells in targets.items():
-        page.add(Heading(3, f"Test NLL {target:g}"), _table(cells))
-        for options, own in _by_line(cells).items():
+    for target in targets:
+        page.add(Heading(3, f"Test NLL {target.nll:g}"), _table(target.learnt))
+        for options, own in _by_line(target.learnt).items():
             page.add(_critical(options, own))
-        if times := times_to(analysis, cells):
-            page.add(_times(times))
+        if target.times:
+            page.add(_times(target.times))
     page.add("Medians over repeats, which have seeds of their own, with the interval between two order statistics; "
              "the number of processes changes nothing of them. A run that did not reach the target counts as more than "
              "it had (>). Noise scale: that of the runs' last epoch, if they measure it (--noise-scale). Seconds: "
              "the steps to the target times the time of a step on so many processes; device-seconds: times the "
              "processes. Evaluation, start-up and compiling are outside.")
-
-
-@dataclass(frozen=True)
-class TimeTo:
-    """The seconds of training that a cell takes to a target, and a bootstrap of them [DRAWS]."""
-
-    cell: Cell
-    seconds: Interval
-    draws: np.ndarray
 
 
 def times_to(analysis: Analysis, cells: Sequence[Learnt]) -> list[TimeTo]:
@@ -100,27 +109,25 @@ def times_to(analysis: Analysis, cells: Sequence[Learnt]) -> list[TimeTo]:
         seeds = [cell.global_batch_size], [cell.global_batch_size, cell.processes]
         draws = np.prod([resampled_medians([runs], DRAWS, np.random.default_rng(seed))[:, 0]
                          for runs, seed in zip((taken, each), seeds, strict=True)], axis=0)
-        low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        value = float(np.median(taken) * np.median(each))
-        found.append(TimeTo(cell, Interval(value, min(low, value), max(high, value), LEVEL,
-                                           min(len(taken), len(each))), draws))
+        found.append(TimeTo(cell, interval_of_draws(np.median(taken) * np.median(each), draws,
+                                                    min(len(taken), len(each))), draws))
     return found
 
 
-def answers(analysis: Analysis) -> list[Text]:
+def answers(targets: Sequence[Target]) -> list[Text]:
     """For each target, in words: the soonest cell and the cheapest one, and how many are not shown to be worse."""
     found = []
-    for target, cells in learnt(analysis).items():
-        if not (times := times_to(analysis, cells)):
-            found.append(Text((f"Test NLL {target:g}: not known, because at no batch size all runs reached it.",)))
+    for target in targets:
+        if not (times := target.times):
+            found.append(Text((f"Test NLL {target.nll:g}: not known, because at no batch size all runs reached it.",)))
             continue
         soonest = min(times, key=lambda one: one.seconds.value)
         cheapest = min(times, key=lambda one: one.seconds.value * one.cell.processes)
         equal = sum(one is not soonest and not _is_slower(one, soonest) for one in times)
         others = f"; {equal} of {len(times) - 1} others are not shown to be slower" if len(times) > 1 else ""
         found.append(Text((
-            f"Test NLL {target:g}: soonest with ", Code(str(soonest.cell)), f", {say(soonest.seconds)} s of training"
-            f"{others}. Cheapest with ", Code(str(cheapest.cell)),
+            f"Test NLL {target.nll:g}: soonest with ", Code(str(soonest.cell)),
+            f", {say(soonest.seconds)} s of training{others}. Cheapest with ", Code(str(cheapest.cell)),
             f", {say(cheapest.seconds.scaled(cheapest.cell.processes))} device-seconds.")))
     return found
 
@@ -172,14 +179,14 @@ def _median(one: Learnt) -> float:
     return median_interval(one.samples).value
 
 
-def _critical(options: Sequence[tuple[str, str]], tried: Sequence[Sequence[Learnt]]) -> Text:
+def _critical(options: tuple[tuple[str, str], ...], tried: Sequence[Sequence[Learnt]]) -> Text:
     """The critical batch size in words. At one fixed rate it is none: a larger batch wants a larger rate."""
     own = [rates[0] for rates in tried]
     rule = dict(options).get(RULE, "none")
     tuned = any(len(rates) > 1 for rates in tried)
     name = "the critical batch size" if tuned or rule != "none" else (
         "the knee of this fixed learning rate (no critical batch size: a larger batch wants a larger rate)")
-    where = (" for ", Code(short(tuple(options))[2:])) if options else ()
+    where = for_options(options)
     best = (". The best rate of those tried, by batch size: ", Code(", ".join(map(_best, tried)))) if tuned else ()
     found = critical({one.batch: one.samples for one in own})
     if isinstance(found, str):

@@ -24,7 +24,7 @@ from mnist_dist.study.step_time import (
     check,
     fit,
 )
-from mnist_dist.study.words import cell_head, cell_words, counted, say, short
+from mnist_dist.study.words import cell_head, cell_words, counted, for_options, options_alone, say, short
 from mnist_dist.tables import number
 
 Options = tuple[tuple[str, str], ...]
@@ -51,7 +51,7 @@ def add_model(page: Page, cells: dict[Cell, CellFigures], folder: Path, hold_out
         groups.setdefault(figures.cell.options, []).append(figures)
     models = {options: fit(_cells(own)) for options, own in groups.items()}
     fitted = {options: model for options, model in models.items() if isinstance(model, Model)}
-    page.add(*(Text(("No model", *_for(options), f": {model}.")) for options, model in models.items()
+    page.add(*(Text(("No model", *for_options(options), f": {model}.")) for options, model in models.items()
                if isinstance(model, str)))
     for options in fitted:
         own = [figures.cell for figures in groups[options]]
@@ -79,11 +79,6 @@ def _as_timed(cells: dict[Cell, CellFigures]) -> list[CellFigures]:
     return list(found.values())
 
 
-def _for(options: Options) -> tuple[str, ...]:
-    """` for lr 0.001`, if the study varies an option."""
-    return (" for ", Code(short(options)[2:])) if options else ()
-
-
 def _cells(members: Sequence[CellFigures]) -> Cells:
     return Cells(places_of(members), [one.cell.global_batch_size / one.runs.rates for one in members])
 
@@ -102,12 +97,13 @@ def _add_check(page: Page, left_out: Sequence[Cell], options: Options, checked: 
     """Predicted against measured, for the cells that were left out, and whether the forecast is to be trusted."""
     if isinstance(checked, str):
         page.add(Text((
-            "The model", *_for(options), f" is not checked: {checked}. ", Strong("Its forecast is not to be trusted."),
-            " To leave out others: ", Code("mnist-dist report STUDY_DIR --hold-out batch-size=N"), ".")))
+            "The model", *for_options(options), f" is not checked: {checked}. ",
+            Strong("Its forecast is not to be trusted."), " To leave out others: ",
+            Code("mnist-dist report STUDY_DIR --hold-out batch-size=N"), ".")))
         return
     page.add(Text((
-        "The model", *_for(options), f" was fitted without {counted(len(left_out), 'cell')}, and predicts what was "
-        f"left out. The largest error is {100 * max(checked.errors, key=abs):+.1f} %. ",
+        "The model", *for_options(options), f" was fitted without {counted(len(left_out), 'cell')}, and predicts what "
+        f"was left out. The largest error is {100 * max(checked.errors, key=abs):+.1f} %. ",
         "Every measured median is within its band (if the model is true, that is so in "
         f"{100 * LEVEL:.0f} % of studies)." if checked.passes else
         Strong("Not every measured median is within its band: the forecast is not to be trusted."))))
@@ -183,7 +179,7 @@ def _add_parameters(page: Page, fitted: dict[Options, Model]) -> None:
             if index in model.absent:
                 continue
             value = model.parameter(index).scaled(UNIT.get(name, 1000.0))
-            lines.append([*([Code(short(options)[2:])] if any(fitted) else []), SAID[name], say(value),
+            lines.append([*([options_alone(options)] if any(fitted) else []), SAID[name], say(value),
                           _undecided(index) if index in model.undecided else ""])
     page.add(Table([*(["options"] if any(fitted) else []), "parameter", "value", ""], lines))
 

@@ -12,7 +12,7 @@ from mnist_dist.record.files import replace_synced
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
-from mnist_dist.study.learning_section import add_learning, answers
+from mnist_dist.study.learning_section import Target, add_learning, answers, targets_of
 from mnist_dist.study.model_section import add_model
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
@@ -35,14 +35,15 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     analysis = Analysis(rows)
     (folder / PICTURES).mkdir(exist_ok=True)
     page = Page(f"Scaling study {folder.resolve().name}")
-    _summary(page, analysis)
+    targets = targets_of(analysis)
+    _summary(page, analysis, targets)
     if analysis.cells:
         _throughput(page, analysis, folder / PICTURES)
         _scaling(page, analysis, folder / PICTURES)
         _step_time(page, analysis, folder / PICTURES)
         _ranks(page, analysis)
         add_model(page, analysis.cells, folder / PICTURES, hold_out)
-    add_learning(page, analysis)
+    add_learning(page, targets)
     _problems(page, analysis)
     _method(page, analysis)
     return _write(folder, page, REPORT)
@@ -106,7 +107,7 @@ def _factor(factor: Factor | None) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def _summary(page: Page, analysis: Analysis) -> None:
+def _summary(page: Page, analysis: Analysis, targets: Sequence[Target]) -> None:
     """What was measured, what was found, and what was not measured."""
     cells, runs = analysis.cells, analysis.runs
     processes = sorted({cell.processes for cell in cells})
@@ -124,7 +125,7 @@ def _summary(page: Page, analysis: Analysis) -> None:
         found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {say(best.rate)} samples/s."))]
         for count in processes:
             found += _pays(analysis, count)
-        found += answers(analysis)
+        found += answers(targets)
         page.add(found)
     notes = []
     if failed := [row for row in analysis.failed if row["status"] == "failed"]:

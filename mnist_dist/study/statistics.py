@@ -92,6 +92,12 @@ def resampled_medians(runs: Sequence[np.ndarray], draws: int, random: np.random.
     return np.stack(found, axis=1)
 
 
+def interval_of_draws(value: float, draws: np.ndarray, n: int) -> Interval:
+    """The percentile interval of an estimate from its bootstrap draws; it holds the estimate."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(value), float(min(low, value)), float(max(high, value)), LEVEL, n)
+
+
 @functools.cache
 def _order_statistics(n: int, level: float) -> tuple[int, int] | None:
     """The places, among n sorted values, that bound the median; None if n is too small."""

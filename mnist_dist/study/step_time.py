@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
 
-from mnist_dist.study.statistics import LEVEL, Interval, resampled_medians
+from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws, resampled_medians
 
 PARAMETERS = ("fixed", "per_sample", "floor", "latency", "transfer", "latency_between", "transfer_between")
 FIXED, PER_SAMPLE, FLOOR, LATENCY, TRANSFER, LATENCY_BETWEEN, TRANSFER_BETWEEN = range(len(PARAMETERS))
@@ -60,11 +61,11 @@ class Model:
 
     def parameter(self, index: int) -> Interval:
         """A parameter with its interval."""
-        return self._interval(self.values[index], self.draws[:, index])
+        return interval_of_draws(self.values[index], self.draws[:, index], self.runs)
 
     def predict(self, places: Sequence[Place]) -> list[Interval]:
         """Seconds of a step at these places."""
-        return [self._interval(value, draws) for value, draws in
+        return [interval_of_draws(value, draws, self.runs) for value, draws in
                 zip(seconds(self.values, places), seconds(self.draws, places).T, strict=True)]
 
     def shares(self, place: Place) -> dict[str, float]:
@@ -74,10 +75,6 @@ class Model:
         shares = {"fixed": fixed, "communication": float(communication[0])}
         return {**{name: value / total for name, value in shares.items()},
                 "computing": 1 - sum(shares.values()) / total}
-
-    def _interval(self, value: float, draws: np.ndarray) -> Interval:
-        low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Interval(float(value), min(float(low), value), max(float(high), value), LEVEL, self.runs)
 
 
 def seconds(values: np.ndarray, places: Sequence[Place]) -> np.ndarray:
@@ -124,8 +121,7 @@ class Cells:
 
     def only(self, keep: Sequence[bool]) -> Cells:
         """Those for which `keep` is true."""
-        return Cells(*zip(*[(place, runs) for place, runs, kept in zip(self.places, self.runs, keep, strict=True)
-                            if kept], strict=True)) if any(keep) else Cells([], [])
+        return Cells(list(compress(self.places, keep)), list(compress(self.runs, keep)))
 
 
 def fit(cells: Cells) -> Model | str:

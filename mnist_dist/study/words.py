@@ -55,6 +55,16 @@ def name_of_line(processes: int, options: tuple[tuple[str, str], ...]) -> str:
     return counted(processes, "process", "processes") + short(options)
 
 
+def options_alone(options: tuple[tuple[str, str], ...]) -> Code:
+    """The options of a cell, by themselves."""
+    return Code(short(options).removeprefix(", "))
+
+
+def for_options(options: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """Parts of a sentence: ` for lr 0.001`, if the study varies an option."""
+    return (" for ", options_alone(options)) if options else ()
+
+
 def short(options: tuple[tuple[str, str], ...]) -> str:
     """The options of a line in a picture, which has little room."""
     return "".join(f", {name.replace('_', ' ')} {value[:24]}" for name, value in options)
