@@ -196,15 +196,18 @@ def straggler(row: Row) -> str:
     """The rank that the others wait for in every epoch, in words; "" if there is none."""
     ranks = [epoch["ranks"] for epoch in row["epochs"] if epoch["measured_samples"] and epoch.get("ranks")]
     slowest = {one["slowest_rank"] for one in ranks}
-    if len(slowest) != 1 or any(one["count"] < 2 or one["own_ms"]["max"] <= STRAGGLER * _usual(one) for one in ranks):
+    if len(slowest) != 1 or any(one["count"] < 2 or one["own_ms"]["max"] <= STRAGGLER * usual_own_ms(one)
+                                for one in ranks):
         return ""
     last = ranks[-1]
     return (f"rank {last['slowest_rank']} on {last['slowest_host']} is a straggler: {last['own_ms']['max']:.2f} ms of "
-            f"its own per step, the others {_usual(last):.2f} ms")
+            f"its own per step, the others {usual_own_ms(last):.2f} ms")
 
 
-def _usual(ranks: Mapping[str, Any]) -> float:
-    """The own time of a rank that is none; of two ranks the median is the mean of both, so it is the smaller one."""
+def usual_own_ms(ranks: Mapping[str, Any]) -> float:
+    """The own time per step of a rank that is no straggler. Of two ranks the median is the mean of both, so it is the
+    smaller one.
+    """
     return ranks["own_ms"]["median" if ranks["count"] > 2 else "min"]
 
 

@@ -24,17 +24,31 @@ REACH, GRID = 100, 500  # the fit looks so many times below and above the batch 
 
 @dataclass(frozen=True)
 class Critical:
-    """Three sizes of batch, in samples: from the fit; where it needs 20 % more samples than the smallest batches; and
-    where the runs do, measured directly (None: not within the batch sizes that were run).
+    """The critical batch size, estimated three times, in samples. None is what is not known.
+
+    `fitted` and `least_samples` are of the fit. `direct` is the batch from which on the runs take 20 % more samples
+    than at the two smallest batch sizes (Zhang et al. 2024, arXiv 2410.21676), as it is measured, without the fit;
+    `expected` is where the fit has that. `noise` is the noise scale, which is to be the critical batch size (McCandlish
+    et al. 2018); `noise_expected` is where the runs then take 20 % more. `direct_ratio` and `noise_ratio` compare
+    `direct` with `expected`, and `noise` with `fitted`.
     """
 
     fitted: Interval
     least_samples: Interval
-    direct: Interval | None
+    expected: Interval
+    direct: Interval | None = None
+    direct_ratio: Interval | None = None
+    noise: Interval | None = None
+    noise_expected: Interval | None = None
+    noise_ratio: Interval | None = None
 
 
-def critical(samples: Mapping[int, Sequence[float]]) -> Critical | str:
-    """From the samples to the target of each run, by batch size; or the reason why there is none."""
+def critical(samples: Mapping[int, Sequence[float]], noise_scales: Mapping[int, Sequence[float]] | None = None
+             ) -> Critical | str:
+    """From the samples to the target and the noise scales of runs, each by batch size; or the reason why there is none.
+
+    The noise scale is the median over batch sizes of the median over the runs of a batch size.
+    """
     known = {batch: np.asarray(runs, dtype=float) for batch, runs in sorted(samples.items())
              if np.isfinite(np.median(runs))}
     if len(known) < LEAST_BATCHES:
@@ -46,11 +60,28 @@ def critical(samples: Mapping[int, Sequence[float]]) -> Critical | str:
                          resampled_medians(logarithms, DRAWS, np.random.default_rng(0))])
     medians = np.minimum(medians, medians[np.isfinite(medians)].max())
     least, size = _fit(batches, medians)
-    direct = [_direct(np.log(batches), row) for row in medians]
-    found = [value for value in direct[1:] if value is not None]
-    return Critical(interval_of_draws(size[0], size[1:], runs), interval_of_draws(least[0], least[1:], runs),
-                    interval_of_draws(direct[0], np.array(found), runs)
-                    if direct[0] is not None and len(found) > LEVEL * DRAWS else None)
+    expected = _expected(batches, size)
+    direct = np.array([_direct(batches, np.exp(row)) for row in medians])
+
+    def interval(values: np.ndarray, runs: int = runs) -> Interval:
+        return interval_of_draws(values[0], values[1:][np.isfinite(values[1:])], runs)
+
+    found: dict[str, Interval] = {}
+    if np.isfinite(direct[0]) and np.isfinite(direct[1:]).mean() > LEVEL:
+        found = {"direct": interval(direct), "direct_ratio": interval(direct / expected)}
+    if scales := [np.asarray(values, dtype=float) for values in (noise_scales or {}).values() if len(values)]:
+        noise = np.median(np.vstack([[np.median(values) for values in scales],
+                                     resampled_medians(scales, DRAWS, np.random.default_rng(1))]), axis=1)
+        fewest = min(map(len, scales))
+        found |= {"noise": interval(noise, fewest), "noise_expected": interval(_expected(batches, noise), fewest),
+                  "noise_ratio": interval(noise / size, min(fewest, runs))}
+    return Critical(interval(size), interval(least), interval(expected), **found)
+
+
+def _expected(batches: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The batch from which on runs take 20 % more samples than at the two smallest, for these critical sizes."""
+    small = np.sqrt((1 + batches[0] / sizes) * (1 + batches[1] / sizes))
+    return sizes * ((1 + TOLERANCE) * small - 1)
 
 
 def _fit(batches: np.ndarray, medians: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -70,14 +101,14 @@ def _fit(batches: np.ndarray, medians: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.exp(least), np.exp(size)
 
 
-def _direct(batches: np.ndarray, medians: np.ndarray) -> float | None:
+def _direct(batches: np.ndarray, medians: np.ndarray) -> float:
     """The batch from which on the runs take more than 20 % more samples than at the two smallest batch sizes, between
-    two batch sizes by interpolation (Zhang et al. 2024, arXiv 2410.21676); None if all or none do. Of logarithms.
+    two batch sizes on a straight line, as E is in B; NaN if all or none do.
     """
-    limit = math.log(1 + TOLERANCE) + np.median(medians[:2])
+    limit = (1 + TOLERANCE) * math.sqrt(medians[0] * medians[1])
     above = medians > limit
     if above.all() or not above[-1]:
-        return None
+        return math.nan
     last = len(batches) - 1 - int(np.argmin(above[::-1]))  # the largest that is not above
     part = (limit - medians[last]) / (medians[last + 1] - medians[last])
-    return float(np.exp(batches[last] + part * (batches[last + 1] - batches[last])))
+    return float(batches[last] + part * (batches[last + 1] - batches[last]))

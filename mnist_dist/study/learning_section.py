@@ -4,145 +4,130 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.critical import DRAWS, TOLERANCE, Critical, critical
+from mnist_dist.study import pictures
+from mnist_dist.study.critical import TOLERANCE, Critical, critical
 from mnist_dist.study.grid import Cell
-from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
-from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws, median_interval, resampled_medians
-from mnist_dist.study.words import cell_head, cell_words, for_options, options_of, say
+from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Table, Text
+from mnist_dist.study.pictures import Series
+from mnist_dist.study.statistics import Interval, median_interval
+from mnist_dist.study.targets import Learnt, Target
+from mnist_dist.study.words import cell_words, for_options, options_of, say, short
 
 TITLE = "What a larger batch buys in learning"
 RATE, RULE = "lr", "lr_rule"
+LEAST_DIFFERENCE = 0.02  # between estimates: runs that reach a target at the same evaluation have no spread
+_PERCENT = f"{100 * TOLERANCE:.0f} %"
 
 
-@dataclass
-class Learnt:
-    """The runs of a batch size (on any number of processes, which change nothing) and options, and a target: steps and
-    samples to it, inf in runs that did not reach it, and the most of both that such a run had; and the noise scales of
-    their last epochs.
-    """
-
-    batch: int
-    options: tuple[tuple[str, str], ...]
-    steps: list[float] = field(default_factory=list)
-    samples: list[float] = field(default_factory=list)
-    most_steps: int = 0
-    most_samples: int = 0
-    noise_scales: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TimeTo:
-    """The seconds of training that a cell takes to a target, and a bootstrap of them [DRAWS]."""
-
-    cell: Cell
-    seconds: Interval
-    draws: np.ndarray
-
-
-@dataclass(frozen=True)
-class Target:
-    """What it took to reach a test NLL, in the order of the cells."""
-
-    nll: float
-    learnt: list[Learnt]
-    times: list[TimeTo]
-
-
-def targets_of(analysis: Analysis) -> list[Target]:
-    """The targets of the study's runs, the highest first."""
-    found: dict[float, dict[object, Learnt]] = {}
-    for figures in analysis.cells.values():
-        cell = figures.cell
-        for run in figures.repeats:
-            for one in (run.row.get("summary") or {}).get("targets") or []:
-                cells = found.setdefault(one["target_nll"], {})
-                mine = cells.setdefault((cell.options, cell.global_batch_size),
-                                        Learnt(cell.global_batch_size, cell.options))
-                if one["step"] is None:
-                    steps = run.row["epochs"][-1]["step"]
-                    whole = (run.row.get("dataset") or {}).get("train", math.inf) * len(run.row["epochs"])
-                    mine.most_steps = max(mine.most_steps, steps)  # the last batch of an epoch may be smaller
-                    mine.most_samples = max(mine.most_samples, min(steps * cell.global_batch_size, whole))
-                if (noise := run.row["epochs"][-1].get("noise_scale")) is not None:
-                    mine.noise_scales.append(noise)
-                mine.steps.append(math.inf if one["step"] is None else one["step"])
-                mine.samples.append(math.inf if one["samples"] is None else one["samples"])
-    return [Target(nll, list(cells.values()), times_to(analysis, list(cells.values())))
-            for nll, cells in sorted(found.items(), reverse=True)]
-
-
-def add_learning(page: Page, targets: Sequence[Target]) -> None:
+def add_learning(page: Page, targets: Sequence[Target], folder: Path) -> None:
     """The section: a table for each target, and the critical batch size where it can be told."""
     page.add(Heading(2, TITLE))
     if not targets:
         page.add(Text(("Not measured: the runs have no target. ", Code("--target-nll 0.3,0.2 --evaluate-every "
                        "10000samples"), " measures how many samples a larger batch needs to reach the same test NLL.")))
         return
+    found = [(target, line) for target in targets for line in _lines(target)]
+    if any(line.reached for _, line in found):
+        page.add(_samples_picture(found, folder))
+    sizes = [(target, line) for target, line in found if isinstance(line.found, Critical) and not line.is_knee]
+    if sizes:
+        page.add(_sizes_picture(sizes, folder))
     for target in targets:
         page.add(Heading(3, f"Test NLL {target.nll:g}"), _table(target.learnt))
-        for options, own in _by_line(target.learnt).items():
-            page.add(_critical(options, own))
-        if target.times:
-            page.add(_times(target.times))
+        page.add(*(_critical(line) for one, line in found if one is target))
     page.add("Medians over repeats, which have seeds of their own, with the interval between two order statistics; "
-             "the number of processes changes nothing of them. A run that did not reach the target counts as more than "
-             "it had (>). Noise scale: that of the runs' last epoch, if they measure it (--noise-scale). Seconds: "
-             "the steps to the target times the time of a step on so many processes; device-seconds: times the "
-             "processes. Evaluation, start-up and compiling are outside.")
+             "the number of processes changes nothing of them, so runs of one seed count once. A run that did not "
+             "reach the target counts as more than it had (>). Noise scale: its mean over the epochs up to the one "
+             "that reached the target, if the runs measure it (--noise-scale). "
+             f"Directly: the batch from which on runs take {_PERCENT} more samples than at the two smallest batch "
+             "sizes, on a straight line between two batch sizes. If E = least (1 + B / critical) held, and the noise "
+             "scale were the critical batch size, all three would agree.")
 
 
-def times_to(analysis: Analysis, cells: Sequence[Learnt]) -> list[TimeTo]:
-    """Of each cell whose runs reached the target: the steps that its batch size takes, times its own time of a step."""
-    steps = {(one.options, one.batch): np.asarray(one.steps, dtype=float) for one in cells}
-    found = []
-    for cell, figures in analysis.cells.items():
-        taken = steps.get((cell.options, cell.global_batch_size))
-        if taken is None or not np.isfinite(taken).all():
+@dataclass(frozen=True)
+class Line:
+    """The best rate at each batch size, with the rates that were tried, the best first; and what follows of critical
+    batch sizes, or the reason why it is not known. At one fixed rate it is a knee: a larger batch wants a larger rate.
+    """
+
+    options: tuple[tuple[str, str], ...]
+    tried: Sequence[Sequence[Learnt]]
+    found: Critical | str
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether several rates were tried."""
+        return any(len(rates) > 1 for rates in self.tried)
+
+    @property
+    def is_knee(self) -> bool:
+        """Whether the rate is one fixed one."""
+        return not self.is_tuned and dict(self.options).get(RULE, "none") == "none"
+
+    @property
+    def reached(self) -> list[Learnt]:
+        """Where at least half the runs reached the target."""
+        return [rates[0] for rates in self.tried if math.isfinite(_median(rates[0]))]
+
+
+def _lines(target: Target) -> list[Line]:
+    lines = []
+    for options, tried in _by_line(target.learnt).items():
+        own = [rates[0] for rates in tried]
+        lines.append(Line(options, tried, critical(
+            {one.batch: one.samples for one in own}, {one.batch: one.noise_scales for one in own})))
+    return lines
+
+
+def _samples_picture(found: Sequence[tuple[Target, Line]], folder: Path) -> Picture:
+    series = []
+    for target, line in found:
+        if not (own := line.reached):
             continue
-        each = cell.global_batch_size / figures.runs.rates
-        # cells of the same batch size share its steps, so they share the draws of these: else they would differ by them
-        seeds = [cell.global_batch_size], [cell.global_batch_size, cell.processes]
-        draws = np.prod([resampled_medians([runs], DRAWS, np.random.default_rng(seed))[:, 0]
-                         for runs, seed in zip((taken, each), seeds, strict=True)], axis=0)
-        found.append(TimeTo(cell, interval_of_draws(np.median(taken) * np.median(each), draws,
-                                                    min(len(taken), len(each))), draws))
-    return found
+        name = f"NLL {target.nll:g}{short(line.options)}"
+        fit = line.found if isinstance(line.found, Critical) else None
+        batches = list(np.geomspace(own[0].batch, own[-1].batch, 40)) if fit else []
+        fitted = [fit.least_samples.scaled(1 + batch / fit.fitted.value) for batch in batches] if fit else []
+        medians = [_finite(median_interval(one.samples)) for one in own]
+        series.append(Series(
+            name, [one.batch for one in own], medians,
+            [[value for value in one.samples if math.isfinite(value)] for one in own],
+            [f"{name}, batch {one.batch:,}: {_say(median, 0)} samples"
+             for one, median in zip(own, medians, strict=True)], batches, fitted))
+    return pictures.draw(
+        folder, "samples", "Samples to reach a test NLL against the global batch size: medians, intervals, each run "
+        "that reached it as a point, and where there is a fit, its line. Both axes are logarithmic.", series,
+        x_label="global batch size (samples)", y_label="samples to the target")
 
 
-def answers(targets: Sequence[Target]) -> list[Text]:
-    """For each target, in words: the soonest cell and the cheapest one, and how many are not shown to be worse."""
-    found = []
-    for target in targets:
-        if not (times := target.times):
-            found.append(Text((f"Test NLL {target.nll:g}: not known, because at no batch size all runs reached it.",)))
-            continue
-        soonest = min(times, key=lambda one: one.seconds.value)
-        cheapest = min(times, key=lambda one: one.seconds.value * one.cell.processes)
-        equal = sum(one is not soonest and not _is_slower(one, soonest) for one in times)
-        others = f"; {equal} of {len(times) - 1} others are not shown to be slower" if len(times) > 1 else ""
-        found.append(Text((
-            f"Test NLL {target.nll:g}: soonest with ", Code(str(soonest.cell)),
-            f", {say(soonest.seconds)} s of training{others}. Cheapest with ", Code(str(cheapest.cell)),
-            f", {say(cheapest.seconds.scaled(cheapest.cell.processes))} device-seconds.")))
-    return found
+def _sizes_picture(found: Sequence[tuple[Target, Line]], folder: Path) -> Picture:
+    groups: dict[str, list[tuple[float, Interval, str]]] = {}
+    for target, line in found:
+        sizes = line.found
+        assert isinstance(sizes, Critical)
+        for way, size in (("by the fit", sizes.expected), ("directly", sizes.direct),
+                          ("by the noise scale", sizes.noise_expected)):
+            if size is not None:
+                groups.setdefault(f"{way}{short(line.options)}", []).append(
+                    (target.nll, size, f"NLL {target.nll:g}, {way}{short(line.options)}: {_say(size, 0)} samples"))
+    series = []
+    for name, points in groups.items():
+        nlls, sizes_of_it, words = zip(*points, strict=True)
+        series.append(Series(name, nlls, sizes_of_it, [[] for _ in points], words))
+    return pictures.draw(
+        folder, "critical", f"The batch size from which on runs take {_PERCENT} more samples than at the two smallest, "
+        "against the target, in three ways, with intervals. They agree if the bars of a target overlap. Both axes are "
+        "logarithmic.", series, x_label="test NLL of the target", y_label="batch size (samples)", apart=1.015)
 
 
-def _is_slower(one: TimeTo, than: TimeTo) -> bool:
-    """Whether that is shown; single runs show nothing."""
-    return min(one.seconds.n, than.seconds.n) > 1 and float(
-        np.quantile(one.draws / than.draws, (1 - LEVEL) / 2)) > 1
-
-
-def _times(times: Sequence[TimeTo]) -> Table:
-    cells = [one.cell for one in times]
-    return Table([*cell_head(cells), "seconds to it", "device-seconds"],
-                 [[*cell_words(one.cell, cells), say(one.seconds), say(one.seconds.scaled(one.cell.processes))]
-                  for one in times])
+def _finite(interval: Interval) -> Interval:
+    """For a picture: an end that is not known is drawn no further than the value."""
+    return replace(interval, high=interval.high if math.isfinite(interval.high) else interval.value)
 
 
 def _table(cells: Sequence[Learnt]) -> Table:
@@ -179,21 +164,19 @@ def _median(one: Learnt) -> float:
     return median_interval(one.samples).value
 
 
-def _critical(options: tuple[tuple[str, str], ...], tried: Sequence[Sequence[Learnt]]) -> Text:
-    """The critical batch size in words. At one fixed rate it is none: a larger batch wants a larger rate."""
-    own = [rates[0] for rates in tried]
-    rule = dict(options).get(RULE, "none")
-    tuned = any(len(rates) > 1 for rates in tried)
-    name = "the critical batch size" if tuned or rule != "none" else (
+def _critical(line: Line) -> Text:
+    """The critical batch size in words, in three ways, and whether they agree."""
+    name = "the critical batch size" if not line.is_knee else (
         "the knee of this fixed learning rate (no critical batch size: a larger batch wants a larger rate)")
-    where = for_options(options)
-    best = (". The best rate of those tried, by batch size: ", Code(", ".join(map(_best, tried)))) if tuned else ()
-    found = critical({one.batch: one.samples for one in own})
+    where = for_options(line.options)
+    best = (". The best rate of those tried, by batch size: ", Code(", ".join(map(_best, line.tried)))
+            ) if line.is_tuned else ()
+    found = line.found
     if isinstance(found, str):
         return Text((f"{name[0].upper()}{name[1:]}", *where, f" is not known: {found}", *best, "."))
     return Text((f"By the fit E = least (1 + B / critical), {name}", *where, " is "
                  f"{_say(found.fitted, 0)} samples, with at least {_say(found.least_samples, 0)} samples to the target"
-                 f". {_direct(found)}", *best, "."))
+                 f". {_direct(found)}{'' if line.is_knee else '. ' + _by_noise(found)}", *best, "."))
 
 
 def _best(rates: Sequence[Learnt]) -> str:
@@ -204,8 +187,23 @@ def _best(rates: Sequence[Learnt]) -> str:
 
 
 def _direct(found: Critical) -> str:
-    percent = f"{100 * TOLERANCE:.0f} %"
-    if found.direct is None:
-        return f"Where runs take {percent} more samples than at the two smallest batch sizes is not within those run"
-    return (f"Measured directly, runs take {percent} more samples than at the two smallest batch sizes from batch "
-            f"{_say(found.direct, 0)} on")
+    more = f"{_PERCENT} more samples than at the two smallest batch sizes"
+    if found.direct is None or found.direct_ratio is None:
+        return f"Where runs take {more} is not within the batch sizes that were run"
+    return (f"Measured directly, runs take {more} from batch {_say(found.direct, 0)} on, by the fit from "
+            f"{_say(found.expected, 0)} on: {_agreement(found.direct_ratio)}")
+
+
+def _by_noise(found: Critical) -> str:
+    if found.noise is None or found.noise_ratio is None:
+        return "The noise scale is not known"
+    return f"The noise scale is {_say(found.noise, 0)}: {_agreement(found.noise_ratio)}"
+
+
+def _agreement(ratio: Interval) -> str:
+    """Whether an estimate agrees with the fit, from their ratio."""
+    if ratio.n < 2:
+        return f"{say(ratio)} times the fit's, of which single runs do not say whether that agrees"
+    is_one = ratio.excludes(1) and abs(ratio.value - 1) > LEAST_DIFFERENCE
+    word = "they do not agree" if is_one else "no difference is shown"
+    return f"{say(ratio)} times the fit's, so {word}"

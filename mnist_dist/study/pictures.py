@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -54,10 +54,11 @@ class Series:
 
 
 def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label: str, y_label: str,
-         log_y: bool = True, ideal: Callable[[Any], Any] | None = None, say: Callable[[float], str] = "{:,.0f}".format
-         ) -> Picture:
+         log_y: bool = True, ideal: Callable[[Any], Any] | None = None, say: Callable[[float], str] = "{:,.0f}".format,
+         apart: float = 1.0) -> Picture:
     """Write NAME.png and NAME.svg into the folder. Repeats are small points, intervals bars, `ideal` a dashed line;
-    `say` writes a repeat's value.
+    `say` writes a repeat's value. Each line is drawn at `apart` times the x of the one before, so that bars at the same
+    x do not cover each other.
     """
     with matplotlib.rc_context(STYLE):
         columns = 3 if max(len(one.name) for one in series) < 16 else 1
@@ -65,12 +66,12 @@ def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label
         figure = Figure(figsize=(5.2, 3.4 + 0.19 * legend_lines), layout="constrained")
         axes = figure.subplots()
         values: dict[str, list[str]] = {}
-        xs = sorted({x for one in series for x in (*one.x, *one.model_x)})
+        xs = sorted({x for one in series for x in (*one.x, *(x for x in one.model_x if x > max(one.x)))})
         axes.set_xscale("log")
         if log_y:
             axes.set_yscale("log")
         for number, one in enumerate(series[:MOST_LINES]):
-            _draw_series(axes, one, number, values, say)
+            _draw_series(axes, replace(one, x=[x * apart**number for x in one.x]), number, values, say)
         if ideal is not None:
             axes.plot(xs, [ideal(x) for x in xs], linestyle="--", color=INK, linewidth=1, label="ideal")
         if not log_y:
@@ -95,9 +96,10 @@ def _draw_series(axes: Any, one: Series, number: int, values: dict[str, list[str
     marker = MARKERS[(number // len(COLORS) + number) % len(MARKERS)]
     # beside the median, not behind its bar
     points = [(x * 0.97, value) for x, repeats in zip(one.x, one.repeats, strict=True) for value in repeats]
-    axes.plot(*zip(*points, strict=True), linestyle="none", marker=".", markersize=5, color=color, alpha=0.5,
-              markeredgewidth=0, gid=f"repeats-{number}")
-    values[f"repeats-{number}"] = [f"{one.name}: one run, {say(value)}" for _, value in points]
+    if points:
+        axes.plot(*zip(*points, strict=True), linestyle="none", marker=".", markersize=5, color=color, alpha=0.5,
+                  markeredgewidth=0, gid=f"repeats-{number}")
+        values[f"repeats-{number}"] = [f"{one.name}: one run, {say(value)}" for _, value in points]
     middle = [estimate.value for estimate in one.estimates]
     bars = [[estimate.value - estimate.low for estimate in one.estimates],
             [estimate.high - estimate.value for estimate in one.estimates]]

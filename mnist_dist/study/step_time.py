@@ -248,8 +248,8 @@ def check(cells: Cells, left_out: Sequence[bool]) -> Check | str:
     off_measured = held.resampled(np.random.default_rng(1)) - held.medians
     off = off_predicted - off_measured
     spread = np.maximum(off.std(axis=0), 1e-12)
-    width = spread * np.quantile(np.abs(off / spread).max(axis=1), LEVEL)
     runs = min(model.runs, *map(len, held.runs))
+    width = spread * np.quantile(np.abs(off / spread).max(axis=1), LEVEL) if runs > 1 else 0 * spread
     bands = [Interval(float(np.exp(at)), float(np.exp(at - half)), float(np.exp(at + half)), LEVEL, runs)
              for at, half in zip(predicted, width, strict=True)]
     return Check(held.places, bands, list(np.exp(held.medians)))

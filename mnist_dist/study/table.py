@@ -43,9 +43,12 @@ def read_contract(folder: Path) -> dict[str, Any]:
     if not isinstance(epochs, list) or not all(isinstance(epoch, dict) for epoch in epochs):
         problems.append("epochs (a list of mappings)")
     else:
-        for name in NEEDED_OF_EPOCH:
+        for name in (*NEEDED_OF_EPOCH, *(["step"] if _part(values, "summary").get("targets") else [])):
             if any(not _is_figure(epoch.get(name)) for epoch in epochs):
                 problems.append(f"epochs[].{name}")
+    targets = _part(values, "summary").get("targets") or []
+    if not isinstance(targets, list) or not all(map(_is_target, targets)):
+        problems.append("summary.targets[] with target_nll, step and samples")
     if problems:
         raise UserError(f"its {RESULT} has no {', '.join(dict.fromkeys(problems))}")
     return values
@@ -54,6 +57,13 @@ def read_contract(folder: Path) -> dict[str, Any]:
 def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     part = values.get(name)
     return part if isinstance(part, dict) else {}
+
+
+def _is_target(one: Any) -> bool:
+    """A target that was reached says where; one that was not has null there."""
+    return isinstance(one, dict) and _is_figure(one.get("target_nll")) and (
+        all(name in one and (one[name] is None or _is_figure(one[name])) for name in ("step", "samples"))
+        and (one["step"] is None) == (one["samples"] is None))
 
 
 def _is_figure(value: Any) -> bool:

@@ -36,5 +36,7 @@ result = {
 }
 if kind == "breach":
     del result["summary"], result["epochs"][0]["measured_seconds"]
+if kind == "target":
+    result["summary"]["targets"] = [{"target_nll": 0.3, "step": 5}]
 if os.environ.get("RANK", "0") == "0":
     (given.output_dir / "result.json").write_text(json.dumps(result))

@@ -53,34 +53,43 @@ def test_runs_that_do_not_get_there_are_more_than_they_had(tmp_path):
     assert "By the fit" in text, "four batch sizes are left"
 
 
-def test_the_soonest_and_the_cheapest_are_named(tmp_path):
-    """A step on two processes takes 0.7 times as long: sooner, but not cheaper. From 800 on more is not faster."""
-    rows = rows_of([Cell(batch, processes) for batch in BATCHES for processes in (1, 2)], repeats=5)
-    for one in rows:
-        step = max(one["global_batch_size"], 400) / 1e5 * (0.7 if one["processes"] == 2 else 1.0)
-        epoch = one["epochs"][0]
-        epoch["measured_seconds"] = epoch["measured_samples"] / one["global_batch_size"] * step
-    text = section(tmp_path, rows)
-    head = (tmp_path / "report.md").read_text().split("\n## ")[0]
-    # 800: 30,000 x (1 + 800 / 1500) x 1.03 / 800 = 59 steps of 8 ms, or of 5.6
-    assert "Test NLL 0.3: soonest with `batch 800 on 2 processes`, 0.330 (" in head
-    assert "s of training; 0 of 9 others are not shown to be slower." in head
-    assert "Cheapest with `batch 800 on 1 process`, 0.472" in head
-    assert "| 800 | 2 | 0.330 (" in text and "| 0.661 (" in text
-
-
 def test_a_target_that_none_reached_has_no_answer(tmp_path):
     section(tmp_path, rows_of([Cell(batch, 1) for batch in BATCHES], limit=1000))
     assert "Test NLL 0.3: not known" in (tmp_path / "report.md").read_text().split("\n## ")[0]
 
 
-def test_the_noise_scale_of_the_runs_is_beside_it(tmp_path):
+def test_runs_of_one_seed_count_once(tmp_path):
+    rows = rows_of([Cell(200, processes) for processes in (1, 2, 4)])
+    rows = [{**one, "config": {"seed": one["repeat"]}} for one in rows]
+    assert "| 200 | 3 of 3 |" in section(tmp_path, rows)
+
+
+def test_the_noise_scale_up_to_the_target_is_compared_with_the_fit(tmp_path):
+    """Two epochs of 100 steps, and a third after the target; the target is reached within the second."""
+    rows = rows_of([Cell(batch, 1, (("lr_rule", "sqrt"),)) for batch in BATCHES])
+    for one in rows:
+        step, scale = one["summary"]["targets"][0]["step"], 1000.0 + one["repeat"]
+        ends = (round(step / 2), 2 * round(step / 2) + 1, 10 * step)
+        one["epochs"] = [{**one["epochs"][0], "step": end, "noise_scale": own}
+                         for end, own in zip(ends, (scale / 2, 3 * scale / 2, 9e9), strict=True)]
+    rows[0]["epochs"][0]["noise_scale"] = None
+    text = section(tmp_path, rows)
+    values = [line.split(" | ")[-1].split()[0] for line in text.splitlines() if line.startswith("| 12,800 | ")]
+    assert 1000 < float(values[0].replace(",", "")) < 1200, "the mean of both epochs"
+    assert "| 1,0" in next(line for line in text.splitlines() if line.startswith("| 50 ")), "two runs know it"
+    assert "The noise scale is 1," in text and "times the fit's, so they do not agree" in text
+    assert (tmp_path / "pictures/critical.png").exists() and (tmp_path / "pictures/samples.svg").exists()
+    html = (tmp_path / "report.html").read_text()
+    assert "NLL 0.3, by the noise scale, lr rule sqrt: " in html and "NLL 0.3, directly, lr rule sqrt: " in html
+
+
+def test_a_knee_is_not_compared_with_the_noise_scale(tmp_path):
     rows = rows_of([Cell(batch, 1) for batch in BATCHES])
     for one in rows:
-        one["epochs"].append({**one["epochs"][0], "noise_scale": 1000.0 + one["repeat"]})
-    rows[0]["epochs"][-1]["noise_scale"] = None
+        one["epochs"][0]["noise_scale"] = 1000.0
     text = section(tmp_path, rows)
-    assert "| 1,002 (1,001 to 1,003) |" in text and "| 1,002 (1,002 to 1,003) |" in text
+    assert "the knee of this fixed learning rate" in text and "noise scale is" not in text
+    assert (tmp_path / "pictures/samples.png").exists() and not (tmp_path / "pictures/critical.png").exists()
 
 
 def test_the_best_rate_is_named_and_its_edge(tmp_path):

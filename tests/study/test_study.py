@@ -75,20 +75,21 @@ TROUBLES = {
     40: ("hang", "no result after 2 s (--cell-timeout): ended"),
     50: ("silent", "it left no result.json in its --output-dir"),
     60: ("breach", "its result.json has no summary, summary.global_batch_size, epochs[].measured_seconds"),
+    80: ("target", "its result.json has no epochs[].step, summary.targets[] with target_nll, step and samples"),
 }
 
 
 def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
     trouble = ",".join(f"{size}:{kind}" for size, (kind, _) in TROUBLES.items())
-    assert study(tmp_path, "--cell-timeout", 2, sizes="10,20,30,40,50,60,70", repeats=1,
+    assert study(tmp_path, "--cell-timeout", 2, sizes="10,20,30,40,50,60,70,80", repeats=1,
                  rest=["--trouble", trouble]) == 1
     rows = {row["global_batch_size"]: row for row in read_table(tmp_path) if row["role"] == "repeat"}
-    assert len(rows) == 7 and {size for size, row in rows.items() if row["status"] == "completed"} == {10, 70}
+    assert len(rows) == 8 and {size for size, row in rows.items() if row["status"] == "completed"} == {10, 70}
     printed, report = capsys.readouterr().out, (tmp_path / "report.md").read_text()
     for size, (_, reason) in TROUBLES.items():
         assert rows[size]["status"] == "failed" and rows[size]["reason"] == reason
         assert reason in printed and reason in report
-    assert len(started(tmp_path)) == 9, "none is tried twice by one command"
+    assert len(started(tmp_path)) == 10, "none is tried twice by one command"
 
 
 def test_values_that_are_no_file_names_stay_in_the_folder(tmp_path):

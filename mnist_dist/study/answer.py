@@ -1,0 +1,228 @@
+"""The part of a report that answers: which cell reaches a target soonest, which cheapest, and whether more processes
+help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnist_dist.study import pictures
+from mnist_dist.study.analysis import Analysis
+from mnist_dist.study.causes import cause, devices_of
+from mnist_dist.study.grid import Cell
+from mnist_dist.study.models import Judged, Options, as_timed, beyond
+from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Table, Text
+from mnist_dist.study.pictures import Series
+from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws
+from mnist_dist.study.step_time import Model
+from mnist_dist.study.targets import Target, TimeTo, modelled
+from mnist_dist.study.words import cell_head, cell_words, counted, name_of_line, say
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The choices at a target. `front` has the cells that no other one beats in both seconds and device-seconds, the
+    soonest first. The knee is the one of them with the least seconds x device-seconds: beyond it, time falls by a
+    smaller factor than the cost rises (for S and E of a batch size, that is at the critical one; McCandlish et al.).
+    """
+
+    target: Target
+    front: list[TimeTo]
+
+    @property
+    def soonest(self) -> TimeTo:
+        """The least seconds."""
+        return self.front[0]
+
+    @property
+    def cheapest(self) -> TimeTo:
+        """The least device-seconds."""
+        return self.front[-1]
+
+    @property
+    def knee(self) -> TimeTo:
+        """The least product of both."""
+        return min(self.front, key=lambda one: one.seconds.value * one.cost.value)
+
+
+def answer(target: Target) -> Answer | None:
+    """The choices; None if no cell's runs all reached the target."""
+    front: list[TimeTo] = []
+    for one in sorted(target.times, key=lambda one: (one.seconds.value, one.cost.value)):
+        if not front or one.cost.value < front[-1].cost.value:
+            front.append(one)
+    return Answer(target, front) if front else None
+
+
+def ratio(one: TimeTo, than: TimeTo) -> Interval:
+    """How many times as long one takes."""
+    draws = min(len(one.draws), len(than.draws))  # a model has fewer
+    return interval_of_draws(one.seconds.value / than.seconds.value, one.draws[:draws] / than.draws[:draws],
+                             min(one.seconds.n, than.seconds.n))
+
+
+def answers(targets: Sequence[Target], analysis: Analysis, models: Mapping[Options, Judged]) -> list[Text]:
+    """For each target a paragraph: the soonest cell, the cheapest and the knee, whether more processes help and why
+    not, and how sure that is.
+    """
+    return [_words(found, analysis, models) if (found := answer(target)) else
+            Text((f"Test NLL {target.nll:g}: not known, because at no batch size all runs reached it.",))
+            for target in targets]
+
+
+def _words(found: Answer, analysis: Analysis, models: Mapping[Options, Judged]) -> Text:
+    times, soonest, cheapest, knee = found.target.times, found.soonest, found.cheapest, found.knee
+    parts: list[str] = [f"Test NLL {found.target.nll:g}: soonest with ", Code(str(soonest.cell)),
+                        f", {say(soonest.seconds)} s of training"]
+    if len(times) > 1:
+        equal = sum(one is not soonest and not _is_slower(one, soonest) for one in times)
+        parts.append(f"; {equal} of {len(times) - 1} others are not shown to be slower")
+    if cheapest is soonest:
+        parts.append(f". It is also the cheapest, {say(soonest.cost)} device-seconds")
+    else:
+        parts += [". Cheapest with ", Code(str(cheapest.cell)), f", {say(cheapest.cost)} device-seconds"]
+        if knee is not soonest and knee is not cheapest:
+            parts += [". The knee is ", Code(str(knee.cell)), f", {say(knee.seconds)} s and {say(knee.cost)} "
+                      "device-seconds"]
+        else:
+            parts.append(f". The knee is the {'cheapest' if knee is cheapest else 'soonest'}")
+    parts += [". ", *_more_processes(found, analysis), *_ahead(found, models)]
+    runs = min(one.seconds.n for one in times)
+    parts.append(f" A figure is of {counted(runs, 'run')} of a cell or more, with its {100 * LEVEL:.0f} % interval."
+                 if runs > 1 else " How sure this is, is not known: a single run has no spread.")
+    return Text(parts)
+
+
+def _is_slower(one: TimeTo, than: TimeTo) -> bool:
+    """Whether that is shown; single runs show nothing."""
+    times = ratio(one, than)
+    return times.excludes(1) and times.value > 1
+
+
+def _more_processes(found: Answer, analysis: Analysis) -> list[str]:
+    """Whether they help: what the soonest cell gains over the fewest processes, and if more than it has do not help,
+    why.
+    """
+    best: dict[int, TimeTo] = {}
+    for one in sorted(found.target.times, key=lambda one: -one.seconds.value):
+        best[one.cell.processes] = one
+    counts, own = sorted(best), found.soonest.cell.processes
+    parts: list[str] = []
+    if own > counts[0]:
+        gain = ratio(best[counts[0]], found.soonest)
+        parts.append(f"{counted(counts[0], 'process takes', 'processes take')} {say(gain)} times as long"
+                     f"{'' if _is_slower(best[counts[0]], found.soonest) else ', which shows no gain'}. ")
+    more = [count for count in counts if count > own]
+    if not more:
+        return [*parts, f"More than {counted(own, 'process was', 'processes were')} not run."]
+    worse = best[more[0]]
+    words = "do not help" if _is_slower(worse, found.soonest) else "are not shown to help"
+    return [*parts, f"{more[0]} processes {words}: they take {say(ratio(worse, found.soonest))} times as long, with ",
+            Code(str(worse.cell)), ". ", *_why(worse.cell, analysis)]
+
+
+def _why(cell: Cell, analysis: Analysis) -> list[str]:
+    scaling = analysis.strong.get(cell)
+    if scaling is None:
+        return ["The cause is not known: its batch was not run on fewer processes."]
+    found = cause(analysis.cells[cell], analysis.cells[scaling.base])
+    return [f"{found}." if found else "The cause is not known: the runs do not say what their ranks wait for."]
+
+
+def _ahead(found: Answer, models: Mapping[Options, Judged]) -> list[str]:
+    """The soonest of what the model forecasts, and whether that is sooner."""
+    ahead = forecasts(found.target, models)
+    if not ahead:
+        return []
+    one, trusted = min(ahead, key=lambda pair: pair[0].seconds.value)
+    sooner = _is_slower(found.soonest, one)
+    return [" The model's forecast for ", Code(str(one.cell)), f" is {say(one.seconds)} s, which is ",
+            "sooner" if sooner else "not shown to be sooner", "." if trusted else ": it is not to be trusted."]
+
+
+def forecasts(target: Target, models: Mapping[Options, Judged]) -> list[tuple[TimeTo, bool]]:
+    """For more processes than were run, of each number the soonest batch size; and whether its model is trusted."""
+    found: dict[int, tuple[TimeTo, bool]] = {}
+    for one in target.learnt:
+        known = _judged(one.options, models)
+        if known is None or not one.is_reached:
+            continue
+        judged, model = known
+        largest = max(judged.members, key=lambda figures: figures.cell.processes)
+        speed = judged.places[largest.cell].speed
+        for place in beyond(judged.members, [one.batch])[one.batch]:
+            more = place.processes / largest.cell.processes * place.speed / speed
+            cell = Cell(one.batch, place.processes, one.options)
+            time = modelled(one, model, place, cell, round(devices_of(largest) * more))
+            if place.processes not in found or time.seconds.value < found[place.processes][0].seconds.value:
+                found[place.processes] = time, judged.is_trusted
+    return [found[processes] for processes in sorted(found)]
+
+
+def _judged(options: Options, models: Mapping[Options, Judged]) -> tuple[Judged, Model] | None:
+    """What is known of the step time with these options; None if there is no model."""
+    judged = models.get(as_timed(Cell(1, 1, options)).options)
+    return (judged, judged.model) if judged is not None and isinstance(judged.model, Model) else None
+
+
+def add_answer(page: Page, targets: Sequence[Target], models: Mapping[Options, Judged], folder: Path) -> None:
+    """The section: for each target the times of all cells, measured and by the model, and what the model forecasts."""
+    known = [found for target in targets if (found := answer(target))]
+    if not known:
+        return
+    page.add(Heading(2, "Time to a target"))
+    for found in known:
+        nll = f"{found.target.nll:g}"
+        rows = [(one, _by_model(one, found.target, models)) for one in found.target.times]
+        page.add(Heading(3, f"Seconds to test NLL {nll}"), _picture(nll, rows, folder), _table(found, rows, models))
+    page.add("Seconds: the steps to the target times the time of a step on so many processes; by the model: times the "
+             "time that the model has for it. Device-seconds: times the GPUs, or on a CPU the cores, that the cell "
+             "occupies. Front: no other cell is both sooner and cheaper. Knee: the cell with the least seconds x "
+             "device-seconds; from there to the soonest, the cost grows by more than the time falls. Forecast: for "
+             "more processes than were run, the batch size that is soonest. Evaluation, start-up and compiling are "
+             "outside, and batch sizes between those that were run are not looked at.")
+
+
+def _by_model(one: TimeTo, target: Target, models: Mapping[Options, Judged]) -> Interval | None:
+    known = _judged(one.cell.options, models)
+    if known is None:
+        return None
+    judged, model = known
+    (learnt,) = (own for own in target.learnt
+                 if (own.options, own.batch) == (one.cell.options, one.cell.global_batch_size))
+    return modelled(learnt, model, judged.places[as_timed(one.cell)], one.cell, one.devices).seconds
+
+
+def _picture(nll: str, rows: Sequence[tuple[TimeTo, Interval | None]], folder: Path) -> Picture:
+    groups: dict[tuple[int, Options], list[tuple[TimeTo, Interval | None]]] = {}
+    for row in rows:
+        groups.setdefault((row[0].cell.processes, row[0].cell.options), []).append(row)
+    series = []
+    for (processes, options), own in groups.items():
+        batches = [one.cell.global_batch_size for one, _ in own]
+        by_model = [model for _, model in own if model is not None]
+        series.append(Series(
+            name_of_line(processes, options), batches, [one.seconds for one, _ in own], [[] for _ in own],
+            [f"{one.cell}: {say(one.seconds)} s" for one, _ in own],
+            batches if len(by_model) == len(own) else (), by_model if len(by_model) == len(own) else ()))
+    return pictures.draw(
+        folder, f"time-{nll}", f"Seconds of training to test NLL {nll} against the global batch size: measured, with "
+        "intervals, and the model's line, if there is one. Both axes are logarithmic.", series,
+        x_label="global batch size (samples)", y_label="seconds to the target")
+
+
+def _table(found: Answer, rows: Sequence[tuple[TimeTo, Interval | None]], models: Mapping[Options, Judged]) -> Table:
+    cells = [one.cell for one, _ in rows]
+    lines: list[list[Inline]] = []
+    for one, model in rows:
+        marks = [name for name, which in (("soonest", found.soonest), ("cheapest", found.cheapest),
+                                          ("knee", found.knee)) if which is one]
+        marks += ["front"] if not marks and any(one is other for other in found.front) else []
+        lines.append([*cell_words(one.cell, cells), say(one.seconds), say(model) if model else "-", say(one.cost),
+                      "1" if one is found.soonest else say(ratio(one, found.soonest)), ", ".join(marks)])
+    for one, trusted in forecasts(found.target, models):
+        lines.append([*cell_words(one.cell, cells), "not run", say(one.seconds), say(one.cost),
+                      say(ratio(one, found.soonest)), "forecast" if trusted else "forecast, not to be trusted"])
+    return Table([*cell_head(cells), "seconds to it", "by the model", "device-seconds", "times the soonest", ""], lines)

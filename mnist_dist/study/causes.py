@@ -1,0 +1,64 @@
+"""Why a step on more processes is not as much shorter as it could be."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+from mnist_dist.study.analysis import CellFigures, usual_own_ms
+from mnist_dist.study.words import counted
+from mnist_dist.tables import number
+
+LEAST_SHARE = 0.1  # a part that is less of what is lost is not named
+COMPUTING = "computing"
+CAUSES = {
+    COMPUTING: "computing", "wait": "waiting for data", "straggler": "waiting for the slowest rank",
+    "communication": "communication",
+}
+
+
+def cause(figures: CellFigures, base: CellFigures) -> str:
+    """What a step loses in comparison with an ideal division of the base case's, which has the same global batch on
+    fewer processes: a sentence with the parts, the largest first. "" if the runs say nothing of ranks, or if nothing is
+    lost.
+    """
+    ours, theirs = _parts(figures), _parts(base)
+    if ours is None or theirs is None:
+        return ""
+    ideal = base.cell.processes / figures.cell.processes
+    lost = {name: value - theirs[name] * ideal for name, value in ours.items()}
+    total = sum(lost.values())
+    if total <= 0:
+        return ""
+    named = sorted((name for name in lost if lost[name] > LEAST_SHARE * total), key=lambda name: -lost[name])
+    shared = " (the processes share the same cores)" if _shares_cores(figures, base) else ""
+    words = ", ".join(f"{CAUSES[name]}{shared if name == COMPUTING else ''} {number(lost[name])} ms" for name in named)
+    return (f"The cause is {CAUSES[named[0]]}: at batch {figures.cell.global_batch_size:,} a step takes "
+            f"{number(total)} ms more than {number(ideal)} of a step on "
+            f"{counted(base.cell.processes, 'process', 'processes')}; of these {words}")
+
+
+def _parts(figures: CellFigures) -> dict[str, float] | None:
+    """Milliseconds of a step by what they are for: medians over the runs, of their last epoch."""
+    found: dict[str, list[float]] = {name: [] for name in CAUSES}
+    for run in figures.repeats:
+        ranks = run.row["epochs"][-1].get("ranks")
+        if not isinstance(ranks, Mapping):
+            return None
+        usual, slowest, wait = usual_own_ms(ranks), ranks["own_ms"]["max"], ranks["data_wait_ms"]["median"]
+        parts = (usual - wait, wait, slowest - usual, ranks["step_ms"]["median"] - slowest)
+        for name, value in zip(CAUSES, parts, strict=True):
+            found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _shares_cores(figures: CellFigures, base: CellFigures) -> bool:
+    """Whether all processes together have no more threads of one CPU than the base case's."""
+    return devices_of(figures) <= devices_of(base) and figures.cell.processes > base.cell.processes
+
+
+def devices_of(figures: CellFigures) -> int:
+    """What a cell occupies: a GPU per process, or on a CPU a core per thread."""
+    environment = figures.repeats[0].row.get("environment") or {}
+    threads = environment.get("num_threads") if environment.get("device") == "cpu" else None
+    return int(figures.cell.processes * (threads or 1))
