@@ -21,7 +21,7 @@ from benchmarks.variants import trainer
 from mnist_dist.data import Images, ImageSets, load
 from mnist_dist.tables import cell, number, spread, table
 from mnist_dist.training.model import MLP
-from mnist_dist.training.noise import EVERY, NoiseScale, SampleNorms, gradient_norm, noise_scale
+from mnist_dist.training.noise import EVERY, EVERY_SAMPLES, NoiseScale, SampleNorms, gradient_norm, noise_scale
 from mnist_dist.training.steps.plain import loss_sum
 
 BATCH, ORDERS = 200, 20
@@ -46,8 +46,8 @@ def truth(model: MLP, train: Images, chunk: int = 100) -> float:
 
 
 def one_epoch(model: MLP, train: Images, order: Tensor) -> tuple[NoiseScale, NoiseScale, NoiseScale]:
-    """Estimates from an epoch: from single samples, every fourth step; the same, every step; and every step from the
-    gradients of two halves of the batch, as two processes have them.
+    """Estimates from an epoch: from single samples in some steps, as in the plain step; the same in every step; and
+    in every step from the gradients of two halves of the batch, as two processes have them.
     """
     norms, weights = SampleNorms(model), list(model.parameters())
     rows = []
@@ -66,7 +66,9 @@ def one_epoch(model: MLP, train: Images, order: Tensor) -> tuple[NoiseScale, Noi
     counts = [BATCH] * len(rows)
     # two halves are like a batch of two samples, each with the variance of a half: the scale is in halves
     halved = noise_scale([value / 2 for value in local], whole, [2] * len(rows))
-    return (noise_scale(single[::EVERY], whole[::EVERY], counts[::EVERY]), noise_scale(single, whole, counts),
+    some = [[value if step % every == 0 else 0.0 for step, value in enumerate(values)]
+            for values, every in ((single, EVERY_SAMPLES), (whole, EVERY))]
+    return (noise_scale(*some, counts), noise_scale(single, whole, counts),
             NoiseScale(*(value and value * BATCH / 2 for value in halved)))
 
 
@@ -111,7 +113,7 @@ def main(data_dir: str, turns: int = 20) -> None:
     generator = torch.Generator().manual_seed(1)
     epochs = [one_epoch(made.module, sets.train, torch.randperm(len(sets.train), generator=generator))
               for _ in range(ORDERS)]
-    names = ("single samples, every fourth step", "single samples, every step", "two halves, every step")
+    names = ("single samples, as the plain step", "single samples, every step", "two halves, every step")
     print(f"After one epoch at batch {BATCH} the noise scale is {number(true)}. {ORDERS} estimates, each from an epoch "
           "in another order:\n")
     print("\n".join(table(["estimate from", "median (minimum to maximum)", "standard deviation", "within 20 %",

@@ -74,12 +74,14 @@ def build_parser() -> Parser:
     _add_options(reproduce, (*SHARED, "wandb"))
 
     study = command("study", "a scaling study: throughput over batch sizes and processes; continues where it stopped")
-    study.add_argument("--batch-sizes", metavar="N,N", default="200", help="global batch sizes (under --scaling weak: "
+    study.add_argument("--batch-sizes", metavar="N,N", help="global batch sizes (under --scaling weak: "
                        "per process) (default 200)")
-    study.add_argument("--processes", metavar="N,N", default="1", help="numbers of processes (default 1)")
-    study.add_argument("--scaling", metavar="{strong,weak}", default="strong", help="strong = a batch size is global; "
+    study.add_argument("--processes", metavar="N,N", help="numbers of processes (default 1)")
+    study.add_argument("--scaling", metavar="{strong,weak}", help="strong = a batch size is global; "
                        "weak = per process; or both: strong,weak (default strong)")
-    study.add_argument("--repeats", metavar="N", default="5", help="runs of each cell (default 5)")
+    study.add_argument("--repeats", metavar="N", help="runs of each cell (default 5)")
+    study.add_argument("--quick", action="store_true", help="choose the grid, from a first look at this machine, and "
+                       "end within ten minutes: throughput, samples to a target, and the batch size that serves best")
     for axis, option in AXES.items():
         study.add_argument(flag_of(axis), metavar="A,B", help=f"a further axis: values of {flag_of(option)}")
     study.add_argument("--output-dir", metavar="DIR", default="studies/study", help="folder of the study (default "

@@ -75,7 +75,7 @@ class TrainConfig:
     local_sgd_steps: int = knob(1, int, "Local SGD: each process takes this many steps alone, then the weights (not "
                                 "Adam's moments) are averaged; approximate, so the number of processes changes the "
                                 "result", minimum=1, fixed=True)
-    noise_scale: bool = knob(False, bool, "estimate the gradient noise scale in each epoch, from every fourth step; "
+    noise_scale: bool = knob(False, bool, "estimate the gradient noise scale in each epoch, from some of its steps; "
                              "not with --reproducible, Local SGD, fp16 or batches of one sample", fixed=True)
     output_dir: str | None = knob(None, str, "folder for everything a run leaves (default runs/<time>-<id>)",
                                   metavar="DIR")

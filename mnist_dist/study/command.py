@@ -16,8 +16,9 @@ from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid, HoldOut
 from mnist_dist.study.launches import look_at_machine
+from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
 from mnist_dist.study.study import Request, run_study
-from mnist_dist.study.table import read_table
+from mnist_dist.study.table import hold_out_of, read_table
 
 T = TypeVar("T")
 TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too; another script does not get them
@@ -49,7 +50,8 @@ def report(given: argparse.Namespace) -> int:
 
     try:
         if len(folders) == 1:
-            written = write_report(folders[0], tables[0], hold_out(given.hold_out))
+            named = hold_out(given.hold_out)
+            written = write_report(folders[0], tables[0], hold_out_of(tables[0]) if named is None else named)
         else:
             written = write_comparison((folders[0], tables[0]), (folders[1], tables[1]))
     except OSError as error:
@@ -59,11 +61,13 @@ def report(given: argparse.Namespace) -> int:
     return 0
 
 
-def hold_out(text: str | None) -> HoldOut:
+def hold_out(text: str | None) -> HoldOut | None:
     """The cells that `--hold-out` names. Raises `UserError`."""
+    if text is None:
+        return None
     names = {"processes": "processes", "batch-size": "global_batch_size"}
     values = {}
-    for part in text.split(",") if text is not None else ():
+    for part in text.split(","):
         name, _, value = part.strip().partition("=")
         if name not in names or not value.isdecimal():
             raise UserError("--hold-out must be processes=N, batch-size=N, or both separated by a comma, got "
@@ -75,6 +79,8 @@ def hold_out(text: str | None) -> HoldOut:
 def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     """What the command line asks for. Raises `UserError`."""
     training = {name: value for name, value in vars(given).items() if name in OPTIONS and name != "output_dir"}
+    if given.quick:
+        _take_quick(given, training)
     script, rest = given.script, tuple(given.rest)
     if script is None and rest:
         raise UserError(f"words after -- are for a --script, got {shlex.join(rest)}: drop them, or name the script")
@@ -85,11 +91,15 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     for option in axes:
         if option in training:
             raise UserError(f"{flag_of(option)} {training[option]} and an axis of it say two things: give one of them")
+
+    def of_grid(name: str, default: str) -> str:
+        return default if getattr(given, name) is None else str(getattr(given, name))
+
     grid = Grid(
-        batch_sizes=_list("--batch-sizes", given.batch_sizes, _whole(1)),
-        processes=_list("--processes", given.processes, _whole(1)),
-        scaling=_list("--scaling", given.scaling, _scaling), repeats=_one("--repeats", given.repeats, _whole(1)),
-        axes=axes,
+        batch_sizes=_list("--batch-sizes", of_grid("batch_sizes", "200"), _whole(1)),
+        processes=_list("--processes", of_grid("processes", "1"), _whole(1)),
+        scaling=_list("--scaling", of_grid("scaling", "strong"), _scaling),
+        repeats=_one("--repeats", of_grid("repeats", "5"), _whole(1)), axes=axes,
     )
     folder = Path(given.output_dir)
     group = folder.resolve().name
@@ -107,9 +117,20 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         script=script, hold_out=hold_out(given.hold_out), command=shlex.join(["mnist-dist", *argv]),
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
+        quick=given.quick,
         tracking=TrainConfig(**{"wandb_group": group, **tracking}),
         check=_check(training) if script is None else lambda cell: None,
     )
+
+
+def _take_quick(given: argparse.Namespace, training: dict[str, Any]) -> None:
+    """Add what `--quick` sets to the options of training. Raises `UserError` if the command line says it too."""
+    for name in ("batch_sizes", "processes", "scaling", "repeats", "script", *AXES):
+        if getattr(given, name) is not None:
+            raise UserError(f"--quick chooses the grid by itself, got {flag_of(name)} {getattr(given, name)}: drop "
+                            "one of the two")
+    for name, value in OPTIONS_OF_QUICK.items():
+        training.setdefault(name, value)
 
 
 def _check(training: Mapping[str, Any]) -> Callable[[Cell], None]:

@@ -83,6 +83,7 @@ class Grid:
     scaling: tuple[str, ...] = ("strong",)
     repeats: int = 5
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option of training to its values
+    drift: bool = True  # whether the base case is also the first and the last run
 
     def cells(self) -> list[Cell]:
         """Every cell once: batch sizes in their order, then processes, then the further axes."""
@@ -120,19 +121,19 @@ def base_of(cells: Sequence[Cell]) -> Cell:
     return min(cells, key=lambda cell: cell.processes)
 
 
-def plan(cells: Sequence[Cell], repeats: int, seed: int, number: int,
-         done: Iterable[str] = ()) -> list[PlannedRun]:
-    """The runs that are not `done` (names), in their order: for each repeat every cell once, in random order, so that a
-    slow hour of the machine falls on all cells. The base case is also the first and the last run of grid `number`.
+def plan(cells: Sequence[Cell], grid: Grid, seed: int, number: int, done: Iterable[str] = ()) -> list[PlannedRun]:
+    """The runs of these cells that are not `done` (names), in their order: for each repeat every cell once, in random
+    order, so that a slow hour of the machine falls on all cells. The base case is also the first and the last run of
+    the grid, which has this number.
     """
     shuffled, known = random.Random(seed), set(done)
     runs = []
-    for repeat in range(1, repeats + 1):
+    for repeat in range(1, grid.repeats + 1):
         new = [run for cell in cells if (run := PlannedRun(cell, "repeat", repeat)).name not in known]
         shuffled.shuffle(new)
         runs += new
-    if not runs:
-        return []
+    if not runs or not grid.drift:
+        return runs
     base = base_of(cells)
     return [PlannedRun(base, "first", number), *runs, PlannedRun(base, "last", number)]
 

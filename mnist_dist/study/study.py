@@ -8,13 +8,14 @@ the same command continues a study that was interrupted at any point.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from mnist_dist import runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.files import replace_json
-from mnist_dist.study.grid import Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible
+from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible
 from mnist_dist.study.launches import Machine, command_of, environment_of, start, whole_result
+from mnist_dist.study.quick import SECONDS, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
+from mnist_dist.study.words import counted
 
 STUDY, LOG, RUNS, OUTCOME = "study.json", "study.log", "runs", "outcome.json"
 # For an estimate before any run: a start, and what a step and a sample cost on a CPU core pair, in seconds.
 START_SECONDS, STEP_SECONDS, SAMPLE_SECONDS, UNKNOWN_SAMPLES = 6.0, 1.5e-3, 5e-6, 60_000
+UNTIL_TARGET = 300_000  # samples of a run that ends at its target, roughly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,9 @@ class Request:
     seed: int
     cell_timeout: float
     oversubscribe: bool
-    hold_out: HoldOut
+    hold_out: HoldOut | None  # None: not said
+    quick: bool
+    seconds: float = math.inf  # no run is started that would end later, in seconds of runs
     tracking: TrainConfig  # its options of W&B are for the run there that holds the study's table and report
     check: Callable[[Cell], None]  # raises `UserError` for a cell that the training refuses
 
@@ -60,6 +66,7 @@ class Study:
     mark: str = field(default_factory=lambda: f"study-{secrets.token_hex(8)}")  # carried by all processes of its runs
     script: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    hold_out: HoldOut = MOST_PROCESSES
     grids: list[dict[str, Any]] = field(default_factory=list)  # each command, with its seed and date
     runs: list[PlannedRun] = field(default_factory=list)  # all of them, in their order
     impossible: dict[Cell, str] = field(default_factory=dict)
@@ -69,6 +76,7 @@ class Study:
         """Write `study.json`."""
         values = {
             "mark": self.mark, "script": self.script, "fixed": self.fixed, "grids": self.grids,
+            "hold_out": self.hold_out.values,
             "runs": [{**run.cell.as_row(), "role": run.role, "number": run.number} for run in self.runs],
             "impossible": [{**cell.as_row(), "reason": reason} for cell, reason in self.impossible.items()],
         }
@@ -96,7 +104,8 @@ class Study:
         return {
             "run": run.name, "role": run.role, "repeat": run.number, "order": order, **run.cell.as_row(),
             **outcome, "status": "failed" if values is None else "completed",
-            "study": {"command": grid["command"], "seed": grid["seed"], "date": grid["date"], "script": self.script},
+            "study": {"command": grid["command"], "seed": grid["seed"], "date": grid["date"], "script": self.script,
+                      "hold_out": self.hold_out.values},
             **{name: value for name, value in (values or {}).items() if name != "status"},
         }
 
@@ -109,9 +118,12 @@ class Study:
         return rows + [{"run": cell.name, "role": "none", "repeat": None, "order": None, **cell.as_row(),
                         "status": "impossible", "reason": reason} for cell, reason in self.impossible.items()]
 
-    def forget(self, run: PlannedRun) -> None:
-        """The run is done anew: its row is read again."""
-        self._rows.pop(run.name, None)
+    def forget(self, run: PlannedRun | None = None) -> None:
+        """The run is done anew, so its row is read again; without one, all are."""
+        if run is None:
+            self._rows.clear()
+        else:
+            self._rows.pop(run.name, None)
 
 
 def open_study(folder: Path) -> Study:
@@ -119,7 +131,8 @@ def open_study(folder: Path) -> Study:
     try:
         values = json.loads((folder / STUDY).read_bytes())
         return Study(
-            folder, values["mark"], values["script"], values["fixed"], values["grids"],
+            folder, values["mark"], values["script"], values["fixed"],
+            HoldOut(values.get("hold_out", {})), values["grids"],
             [PlannedRun(cell_of(run), run["role"], run["number"]) for run in values["runs"]],
             {cell_of(cell): cell["reason"] for cell in values["impossible"]},
         )
@@ -146,7 +159,10 @@ def extend(study: Study, request: Request, machine: Machine) -> None:
         study.impossible.pop(cell, None)
     study.impossible |= cannot
     study.script, study.fixed = request.script, dict(request.fixed)
-    new = plan(can, request.grid.repeats, request.seed, len(study.grids) + 1, (run.name for run in study.runs))
+    if request.hold_out is not None:
+        study.hold_out = request.hold_out
+        study.forget()
+    new = plan(can, request.grid, request.seed, len(study.grids) + 1, (run.name for run in study.runs))
     if new:
         study.grids.append({"command": request.command, "seed": request.seed, "first_run": len(study.runs) + 1,
                             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -162,6 +178,8 @@ def estimate(pending: Sequence[PlannedRun], rows: Sequence[Row], fixed: Mapping[
         samples = UNKNOWN_SAMPLES * int(fixed.get("--epochs") or 1)
         if fixed.get("--max-steps"):
             samples = min(samples, int(fixed["--max-steps"]) * cell.global_batch_size)
+        if fixed.get("--target-nll"):
+            samples = min(samples, UNTIL_TARGET)
         return START_SECONDS + samples / cell.global_batch_size * STEP_SECONDS + samples * SAMPLE_SECONDS
 
     seen: dict[Cell, list[float]] = {}
@@ -200,13 +218,28 @@ def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> lis
     return pending
 
 
+def requests(request: Request, study: Study, machine: Machine) -> Iterator[Request]:
+    """What is to be run, one grid after the other: `--quick` chooses its second one from the runs of the first."""
+    if not request.quick:
+        yield request
+        return
+    devices = machine.devices[0]
+    completed = {cell_of(row) for row in study.rows() if row["status"] == "completed"}
+    if not completed.issuperset(first_look(devices).cells()):
+        yield replace(request, grid=first_look(devices), cell_timeout=min(request.cell_timeout, SECONDS / 4))
+    grid, hold_out = choose(study.rows(), devices)
+    yield replace(request, grid=grid, hold_out=request.hold_out or hold_out, seconds=SECONDS)
+
+
 def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
     """Run or continue the study; returns the exit status: 0, or 1 if a run failed. Raises `MnistDistError`."""
     if dry_run:
         study = open_study(request.folder)
-        extend(study, request, machine)
+        extend(study, next(requests(request, study, machine)), machine)
         pending = show_plan(study, machine, print)
         print("in this order: " + ", ".join(run.name for run in pending))
+        if request.quick:
+            print(f"these decide what follows; all runs together take {SECONDS:.0f} s at most")
         return 0
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +255,9 @@ def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
 def _run(request: Request, machine: Machine) -> int:
     study = open_study(request.folder)
     runner.end_tree(study.mark)  # of a study that was killed, runs may be left
-    extend(study, request, machine)
+    grids = requests(request, study, machine)
+    grid = next(grids)
+    extend(study, grid, machine)
     study.save()
     with open(study.folder / LOG, "a", encoding="utf-8") as log:
         def say(line: str) -> None:
@@ -231,11 +266,13 @@ def _run(request: Request, machine: Machine) -> int:
             log.flush()
 
         say(request.command)
-        pending = show_plan(study, machine, say)
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
-            for done, run in enumerate(pending, 1):
-                _do(study, run, request, machine, say, f"[{done}/{len(pending)}]", pending[done:])
+            _do_pending(study, grid, machine, say)
+            for further in grids:
+                extend(study, further, machine)
+                study.save()
+                _do_pending(study, further, machine, say)
         except KeyboardInterrupt as stop:
             raise Interrupted(signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT) from None
         finally:
@@ -244,7 +281,7 @@ def _run(request: Request, machine: Machine) -> int:
             write_table(study.folder, rows)
             from mnist_dist.study.report import write_report  # scipy and matplotlib take a second to import
 
-            say(f"written: {', '.join(map(str, write_report(study.folder, rows, request.hold_out)))}")
+            say(f"written: {', '.join(map(str, write_report(study.folder, rows, study.hold_out)))}")
         from mnist_dist.study.mirror import mirror_study
 
         hint = mirror_study(study.folder, rows, request.tracking, study.mark.split("-")[1], request.command, say)
@@ -270,6 +307,19 @@ class _Terminated(KeyboardInterrupt):
 
 def _terminate(number: int, frame: object) -> None:
     raise _Terminated
+
+
+def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[[str], None]) -> None:
+    """The runs that are planned and not done, as long as there is time for them."""
+    pending = show_plan(study, machine, say)
+    for done, run in enumerate(pending, 1):
+        rows = study.rows()
+        left = request.seconds - sum(row.get("seconds") or 0.0 for row in rows)
+        if estimate([run], rows, study.fixed) > left:
+            say(f"the {request.seconds:.0f} s of --quick are over: {counted(len(pending) - done + 1, 'run')} left out")
+            return
+        _do(study, run, replace(request, cell_timeout=min(left, request.cell_timeout)), machine, say,
+            f"[{done}/{len(pending)}]", pending[done:])
 
 
 def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: Callable[[str], None], place: str,

@@ -18,6 +18,7 @@ from typing import Any
 from mnist_dist.errors import UserError
 from mnist_dist.record.files import replace_synced
 from mnist_dist.record.folder import RESULT
+from mnist_dist.study.grid import MOST_PROCESSES, HoldOut
 
 JSONL, CSV = "runs.jsonl", "runs.csv"
 Row = dict[str, Any]
@@ -125,6 +126,15 @@ def read_table(folder: Path) -> list[Row]:
     finally:
         if collecting:
             gc.enable()
+
+
+def hold_out_of(rows: Iterable[Row]) -> HoldOut:
+    """What the study that has left these rows left out of its model's fit."""
+    for row in rows:
+        values = (row.get("study") or {}).get("hold_out")
+        if isinstance(values, dict):
+            return HoldOut(values)
+    return MOST_PROCESSES
 
 
 def _row(path: Path, number: int, line: str) -> Row:

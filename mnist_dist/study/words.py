@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from mnist_dist.study.grid import Cell
 from mnist_dist.study.pages import Code, Inline
-from mnist_dist.study.statistics import Interval
 from mnist_dist.tables import number
+
+if TYPE_CHECKING:  # the command and the runner need no numpy
+    from mnist_dist.study.statistics import Interval
 
 
 def say(interval: Interval) -> str:

@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-EVERY = 4  # the plain step measures in each such step: it takes some 10 operations more then
-LEAST_STEPS = 20  # measured ones, for an interval
+# The plain step takes the norm of the batch's gradient in each such step, and the norms of single samples' gradients in
+# each such one: these cost most, and vary little, because they are means over a batch.
+EVERY, EVERY_SAMPLES = 2, 8
+LEAST_STEPS, LEAST_SAMPLES_STEPS = 10, 4  # measured ones, for an interval
 Z = 1.96  # of a normal distribution, for 95 %
 
 
@@ -72,22 +74,32 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 def noise_scale(sample_squares: Sequence[float], batch_squares: Sequence[float], counts: Sequence[int]) -> NoiseScale:
     """From the steps of an epoch: of each the sum over its samples of |gradient / B|^2, the batch's |gradient|^2, and
-    its samples B. Steps that were not measured have zeros; a batch of one sample says nothing.
+    its samples B. What was not measured is zero; the first is measured in some of the steps in which the second is. A
+    smaller batch at the end of the epoch is left out.
 
     tr(S) and |G|^2 are averaged apart, and then divided: a step's own ratio is biased. The interval is Fieller's, from
     the spread of the steps (Fieller 1954, JRSS B 16(2)); without an upper end the scale is not known.
     """
-    measured = [(squares * count, batch, count) for squares, batch, count
-                in zip(sample_squares, batch_squares, counts, strict=True) if batch > 0 and count > 1]
-    n = len(measured)
-    if n < LEAST_STEPS:
+    size = max(counts)
+    measured = torch.tensor([(squares * size, batch) for squares, batch, count
+                             in zip(sample_squares, batch_squares, counts, strict=True) if batch > 0 and count == size],
+                            dtype=torch.float64).reshape(-1, 2)
+    both = measured[measured[:, 0] > 0]
+    n, n_both = len(measured), len(both)
+    if size < 2 or n < LEAST_STEPS or n_both < LEAST_SAMPLES_STEPS:
         return NOT_KNOWN
-    pairs = torch.tensor([((one - batch) * count / (count - 1), (count * batch - one) / (count - 1))
-                          for one, batch, count in measured], dtype=torch.float64)
-    (noise, signal), covariance = pairs.mean(dim=0).tolist(), (torch.cov(pairs.T) / n).tolist()
-    (var_noise, both), (_, var_signal) = covariance
-    # the ratios r for which (noise - r signal)^2 <= Z^2 (var_noise - 2 r both + r^2 var_signal)
-    a, b, c = signal**2 - Z**2 * var_signal, noise * signal - Z**2 * both, noise**2 - Z**2 * var_noise
+    # of the mean squared norms of single samples' and of batches' gradients; the steps of the first are among the
+    # second's, so that the covariance of the means is that of a step over the second's number
+    means = torch.stack([both[:, 0].mean(), measured[:, 1].mean()])
+    covariance = torch.cov(both.T) / n
+    covariance[0, 0] *= n / n_both
+    covariance[1, 1] = measured[:, 1].var() / n
+    to_noise_and_signal = torch.tensor([[size, -size], [-1, size]], dtype=torch.float64) / (size - 1)
+    noise, signal = (to_noise_and_signal @ means).tolist()
+    (var_noise, cov), (_, var_signal) = (to_noise_and_signal @ covariance @ to_noise_and_signal.T).tolist()
+    t = Z + (Z**3 + Z) / (4 * (n - 1))  # Student's, to the first order
+    # the ratios r for which (noise - r signal)^2 <= t^2 (var_noise - 2 r cov + r^2 var_signal)
+    a, b, c = signal**2 - t**2 * var_signal, noise * signal - t**2 * cov, noise**2 - t**2 * var_noise
     if signal <= 0 or a <= 0 or b * b < a * c:
         return NOT_KNOWN
     half = math.sqrt(b * b - a * c)

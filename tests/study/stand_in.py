@@ -16,6 +16,7 @@ parser.add_argument("--output-dir", type=Path)
 parser.add_argument("--trouble", default="")
 parser.add_argument("--seconds", type=float, default=0.0)
 parser.add_argument("--lr")
+parser.add_argument("--processes", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
 given = parser.parse_args()
 kind = dict(pair.split(":") for pair in given.trouble.split(",") if pair).get(str(given.batch_size))
 with open(given.output_dir.parents[1] / "started.txt", "a") as file:
@@ -30,7 +31,7 @@ elif kind == "silent":
     sys.exit(0)
 time.sleep(given.seconds)
 result = {
-    "status": "completed", "environment": {"num_processes": int(os.environ.get("WORLD_SIZE", 1))},
+    "status": "completed", "environment": {"num_processes": given.processes},
     "summary": {"global_batch_size": given.batch_size},
     "epochs": [{"measured_samples": 100 * given.batch_size, "measured_seconds": 0.5 + given.batch_size / 1000}],
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mnist_dist.errors import UserError
@@ -34,21 +36,25 @@ def test_a_name_is_a_file_name_whatever_the_value():
 
 def test_the_order_is_random_within_a_repeat_and_the_same_for_a_seed():
     cells = Grid(batch_sizes=tuple(range(1, 9)), processes=(1, 2)).cells()
-    runs = plan(cells, 3, seed=1, number=1)
-    assert runs == plan(cells, 3, seed=1, number=1) != plan(cells, 3, seed=2, number=1)
+    grid = Grid(batch_sizes=(), repeats=3)
+    runs = plan(cells, grid, seed=1, number=1)
+    assert runs == plan(cells, grid, seed=1, number=1) != plan(cells, grid, seed=2, number=1)
     assert runs[0] == PlannedRun(Cell(1, 1), "first", 1) and runs[-1] == PlannedRun(Cell(1, 1), "last", 1)
     blocks = [runs[1 + 16 * i : 17 + 16 * i] for i in range(3)]
     for repeat, block in enumerate(blocks, 1):
         assert {run.number for run in block} == {repeat} and {run.cell for run in block} == set(cells)
     assert [run.cell for run in blocks[0]] != [run.cell for run in blocks[1]]
+    assert plan(cells, replace(grid, drift=False), seed=1, number=1) == runs[1:-1]
 
 
 def test_what_is_planned_already_is_not_planned_again():
     cells = Grid(batch_sizes=(1, 2)).cells()
-    first = plan(cells, 2, seed=0, number=1)
+    grid = Grid(batch_sizes=(1, 2), repeats=2)
+    first = plan(cells, grid, seed=0, number=1)
     names = [run.name for run in first]
-    assert plan(cells, 2, seed=0, number=2, done=names) == []
-    more = plan(Grid(batch_sizes=(1, 2, 3)).cells(), 3, seed=0, number=2, done=names)
+    assert plan(cells, grid, seed=0, number=2, done=names) == []
+    wider = Grid(batch_sizes=(1, 2, 3), repeats=3)
+    more = plan(wider.cells(), wider, seed=0, number=2, done=names)
     assert {run.name for run in more} == {"b1-p1-first-2", "b1-p1-last-2", "b3-p1-repeat-1", "b3-p1-repeat-2",
                                           "b1-p1-repeat-3", "b2-p1-repeat-3", "b3-p1-repeat-3"}
 

@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler
 
 from mnist_dist.data import load
 from mnist_dist.training.model import MLP
-from mnist_dist.training.noise import NOT_KNOWN, SampleNorms, gradient_norm, noise_scale
+from mnist_dist.training.noise import EVERY, EVERY_SAMPLES, NOT_KNOWN, SampleNorms, gradient_norm, noise_scale
 from mnist_dist.training.steps.plain import loss_sum
 
 
@@ -76,7 +76,7 @@ def test_processes_and_passes_change_nothing(some, others, on_each):
 
 
 def test_a_run_measures_what_the_formula_says(small_dir, on_each):
-    """By hand: the same training, and all gradients of each step, or of every fourth one."""
+    """By hand: the same training and all gradients of each step, of which the plain step takes some."""
     train = load("mnist", str(small_dir)).train
     torch.manual_seed(0)
     model = MLP().double()
@@ -92,13 +92,18 @@ def test_a_run_measures_what_the_formula_says(small_dir, on_each):
                                        strict=True):
             parameter.grad = gradient.view_as(parameter)
         optimizer.step()
-    for name, every in (("1", 4), ("compiled", 1)):
-        for field, value in noise_scale(*zip(*steps[::every], strict=True))._asdict().items():
+    some = [(single if step % EVERY_SAMPLES == 0 else 0.0, batch if step % EVERY == 0 else 0.0, count)
+            for step, (single, batch, count) in enumerate(steps)]
+    for name, taken in (("1", some), ("compiled", steps)):
+        for field, value in noise_scale(*zip(*taken, strict=True))._asdict().items():
             assert on_each(name)[0][field] == pytest.approx(value, rel=1e-9)
 
 
-def test_the_interval_holds_the_truth():
-    """Gradients in 20 dimensions: the scale is 300 in batches of 50, or 5 in batches of 20."""
+@pytest.mark.parametrize(("every", "every_samples"), [(1, 1), (EVERY, EVERY_SAMPLES)])
+def test_the_interval_holds_the_truth(every, every_samples):
+    """Gradients in 20 dimensions: the scale is 300 in batches of 50, or 5 in batches of 20. The last batch of an epoch
+    is smaller.
+    """
     random, held = np.random.default_rng(5), []
     for truth, batch, repeats in ((300.0, 50, 400), (5.0, 20, 400)):
         signal = np.sqrt(20 / truth)  # |G| for a covariance of 1
@@ -107,13 +112,16 @@ def test_the_interval_holds_the_truth():
             samples[..., 0] += signal
             squares = np.square(samples).sum(axis=(1, 2)) / batch**2
             batches = np.square(samples.mean(axis=1)).sum(axis=1)
-            found = noise_scale(list(squares), list(batches), [batch] * 100)
+            step = np.arange(100)
+            squares, batches = squares * (step % every_samples == 0), batches * (step % every == 0)
+            found = noise_scale([*squares, 9e9], [*batches, 9e9], [batch] * 100 + [batch - 1])
             held.append(found.noise_scale is None or found.noise_scale_low <= truth <= found.noise_scale_high)
     assert 0.93 <= np.mean(held) <= 0.99
 
 
 @pytest.mark.parametrize(("squares", "batches", "counts"), [
-    ([1.0] * 10, [0.5] * 10, [4] * 10),  # too few steps
+    ([1.0] * 9, [0.5] * 9, [4] * 9),  # too few steps
+    ([1.0] * 3 + [0.0] * 20, [0.5] * 23, [4] * 23),  # too few with single samples
     ([1.0] * 50, [1.0] * 50, [1] * 50),  # batches of one sample
     ([0.0] * 50, [0.0] * 50, [4] * 50),  # not measured
     ([0.01] * 25 + [0.03] * 25, [0.019] * 25 + [0.021] * 25, [100] * 50),  # the gradient is less than its noise

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from mnist_dist.data import scale
-from mnist_dist.training.noise import EVERY, SampleNorms, gradient_norm
+from mnist_dist.training.noise import EVERY, EVERY_SAMPLES, SampleNorms, gradient_norm
 from mnist_dist.training.sampling import make_loader
 from mnist_dist.training.steps import StepParts
 
@@ -63,7 +63,7 @@ class PlainStep:
         """
         accelerator, passes, waited = self.accelerator, self.batches.passes, 0.0
         factor = self.team.size * passes / self.batches.count(step)
-        norms = self.norms if step % EVERY == 0 else None
+        norms = self.norms if step % EVERY_SAMPLES == 0 else None
         with accelerator.no_sync(self.model) if self.local_steps > 1 else nullcontext():
             for _ in range(passes):
                 asked = time.perf_counter()
@@ -75,8 +75,12 @@ class PlainStep:
                         accelerator.backward(loss * factor)
                     if self.gradients_ready:
                         self.team.exchanged_since(self.gradients_ready)
-                    if norms:
-                        self._note_norms(norms, step)
+                    if norms and norms.total is not None:
+                        # over this rank's samples, whose gradients DistributedDataParallel has yet to divide
+                        self.sums[1, step] += norms.total / self.team.size**2
+                    if self.norms and step % EVERY == 0 and self.team.is_main and accelerator.sync_gradients:
+                        self.sums[2, step] = gradient_norm([gradient for parameter in self.parameters
+                                                            if (gradient := parameter.grad) is not None])
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 self.sums[0, step] += loss.detach()
@@ -84,16 +88,6 @@ class PlainStep:
         if self.apart == self.local_steps:
             self._average()
         return waited
-
-    def _note_norms(self, norms: SampleNorms, step: int) -> None:
-        """After a backward pass: the sum over its samples, whose gradients DistributedDataParallel has yet to divide by
-        the number of ranks; and after the last one the norm of the batch's gradient.
-        """
-        if norms.total is not None:
-            self.sums[1, step] += norms.total / self.team.size**2
-        if self.team.is_main and self.accelerator.sync_gradients:
-            self.sums[2, step] = gradient_norm([gradient for parameter in self.parameters
-                                                if (gradient := parameter.grad) is not None])
 
     def _note_gradient(self, parameter: Tensor) -> None:
         """Called for each gradient, before DistributedDataParallel sends it; the last of them counts."""

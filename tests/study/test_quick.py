@@ -1,0 +1,165 @@
+"""`mnist-dist study --quick`: its choice of the grid, its end in time, and that a killed one goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import run_here
+from tables import row
+
+from mnist_dist.errors import MnistDistError
+from mnist_dist.study import launches, study
+from mnist_dist.study.grid import Cell, HoldOut
+from mnist_dist.study.launches import Machine
+from mnist_dist.study.quick import LADDER, LARGE, SMALLEST, batch_sizes, choose, duration, first_look
+from mnist_dist.study.table import read_table
+
+STAND_IN = Path(__file__).parent / "stand_in.py"
+
+
+def looks(devices, seconds=10.0, fixed=1e-3, per_sample=7e-6):
+    """The rows of a first look at a machine."""
+    return [{**row(cell, cell.global_batch_size / (fixed + per_sample * cell.global_batch_size), 1), "seconds": seconds}
+            for cell in first_look(devices).cells()]
+
+
+@pytest.mark.parametrize("fixed, per_sample, largest", [
+    (1e-3, 7e-6, 12_800),  # two cores: computing outweighs the rest from a batch of 143 on
+    (3e-4, 1e-7, 51_200),  # a GPU: from 3,000 on
+    (0.0, 1e-6, 12_800), (1e-3, 0.0, 51_200),
+])
+def test_the_step_times_decide_the_batch_sizes(fixed, per_sample, largest):
+    sizes = batch_sizes(fixed + SMALLEST * per_sample, fixed + LARGE * per_sample)
+    assert sizes[-1] == largest and len(sizes) == 5 and set(sizes) <= set(LADDER) and 200 in sizes
+
+
+@pytest.mark.parametrize("devices, seconds, processes, repeats", [
+    (1, 6.0, (1,), 5), (1, 60.0, (1,), 3), (2, 8.0, (1, 2), 5), (2, 14.0, (1, 2), 3), (2, 100.0, (1, 2), 3),
+    (6, 8.0, (1, 2, 4, 6), 3), (8, 16.0, (1, 8), 3), (8, 5.0, (1, 2, 4, 8), 5),
+])
+def test_the_duration_of_runs_decides_processes_and_repeats(devices, seconds, processes, repeats):
+    grid, hold_out = choose(looks(devices, seconds), devices)
+    assert (grid.processes, grid.repeats) == (processes, repeats)
+    assert hold_out == HoldOut({"global_batch_size": 800} if len(processes) < 3 else {})
+
+
+def test_the_duration_lies_between_those_of_the_first_look():
+    seconds = {Cell(SMALLEST, 1): 10.0, Cell(LARGE, 1): 20.0, Cell(SMALLEST, 4): 30.0, Cell(LARGE, 4): 40.0}
+    grid = first_look(4)
+    assert duration(grid, seconds, 4) == pytest.approx(10 + 20 + 30 + 40 + 2 * 10)
+    middle = type(grid)(batch_sizes=(800,), processes=(2,), repeats=2)
+    assert duration(middle, seconds, 4) == pytest.approx((2 + 2) * 25)
+
+
+def test_a_failed_first_look_is_named():
+    rows = looks(2)
+    rows[1] |= {"status": "failed", "reason": "no memory"}
+    with pytest.raises(MnistDistError, match="the first look failed: batch 50 on 2 processes: no memory"):
+        choose(rows, 2)
+    with pytest.raises(MnistDistError, match="the first look failed: batch 50 on 2 processes: it was not run"):
+        choose([rows[0], *rows[2:]], 2)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """`study --quick` in `tmp_path` with runs of the stand-in, on a machine with two cores."""
+    def command_of(run, folder, options, script):
+        alone = replace(run, cell=replace(run.cell, processes=1))  # a process says that it is several: much sooner
+        words = launches.command_of(alone, folder, [], str(STAND_IN))
+        return [*words, f"--processes={run.cell.processes}", *(["--trouble", trouble[0]] if trouble else [])]
+
+    trouble = []
+    monkeypatch.setattr(study, "command_of", command_of)
+    monkeypatch.setattr("mnist_dist.study.command.look_at_machine", lambda use_cpu: Machine(0, 2))
+
+    def run(*words):
+        return run_here(["study", "--quick", "--output-dir", str(tmp_path), "--wandb", "disabled", *words])
+
+    run.trouble = trouble
+    return run
+
+
+def last(printed):
+    return printed.strip().splitlines()[-1]
+
+
+def started(folder):
+    return (folder / "started.txt").read_text().split()
+
+
+def test_it_looks_chooses_and_reports(quick, tmp_path):
+    assert quick() == 0
+    rows = read_table(tmp_path)
+    assert [row["order"] for row in rows] == list(range(1, len(rows) + 1))
+    assert {(row["global_batch_size"], row["processes"]) for row in rows[:4]} == {
+        (50, 1), (50, 2), (12_800, 1), (12_800, 2)}
+    cells = {(row["global_batch_size"], row["processes"]) for row in rows}
+    assert len(cells) == 10 and {200, 800, 3200} <= {batch for batch, _ in cells}
+    assert all(row["status"] == "completed" for row in rows)
+    assert rows[-1]["study"]["hold_out"] == {"global_batch_size": 800}
+    report = (tmp_path / "report.md").read_text()
+    assert "The model was fitted without 2 cells" in report
+    assert run_here(["report", str(tmp_path)]) == 0 and (tmp_path / "report.md").read_text() == report
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(quick, tmp_path, monkeypatch):
+    do, count = study._do, []
+
+    def interrupted(*arguments):
+        count.append(None)
+        if len(count) == 9:
+            raise KeyboardInterrupt
+        do(*arguments)
+
+    monkeypatch.setattr(study, "_do", interrupted)
+    assert quick() == 130
+    before = started(tmp_path)
+    assert len(before) == 8 and (tmp_path / "report.md").exists()
+    stamps = {name: (tmp_path / "runs" / name / "result.json").stat().st_mtime_ns for name in before}
+    plan = json.loads((tmp_path / "study.json").read_text())["runs"]
+    monkeypatch.setattr(study, "_do", do)
+    assert quick() == 0
+    assert json.loads((tmp_path / "study.json").read_text())["runs"] == plan, "the same choice"
+    assert stamps == {name: (tmp_path / "runs" / name / "result.json").stat().st_mtime_ns for name in before}
+    assert started(tmp_path)[:8] == before and len(started(tmp_path)) == len(plan)
+
+
+def test_it_ends_in_time(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "SECONDS", 1.5)
+    assert quick() == 0
+    printed = capsys.readouterr().out
+    assert "the 2 s of --quick are over: " in printed and " runs left out" in printed
+    rows = read_table(tmp_path)
+    assert 4 < len(rows) < 52 and sum(row["seconds"] for row in rows) < 2.5
+    assert quick() == 0 and len(read_table(tmp_path)) == len(rows), "no more time with the same command"
+
+
+def test_a_run_of_the_first_look_that_fails_ends_it(quick, tmp_path, capsys):
+    quick.trouble.append("12800:memory")
+    assert quick() == 1
+    assert "the first look failed: batch 12,800 on 1 process: MemoryError: no room for the batch" in last(
+        capsys.readouterr().err)
+    assert (tmp_path / "report.md").exists() and len(started(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("words", [["--batch-sizes", "5"], ["--processes", "2"], ["--repeats", "3"],
+                                   ["--scaling", "weak"], ["--lrs", "0.1"], ["--script", sys.executable]])
+def test_what_it_chooses_cannot_be_given(words, capsys):
+    assert run_here(["study", "--quick", *words]) == 2
+    assert last(capsys.readouterr().err) == (
+        f"mnist-dist: error: --quick chooses the grid by itself, got {words[0]} {words[1]}: drop one of the two")
+
+
+def test_options_of_training_that_are_given_hold(quick, tmp_path):
+    assert quick("--target-nll", "0.5", "--dry-run") == 0
+    from mnist_dist.cli import parse
+    from mnist_dist.study.command import request_from
+
+    given = parse(["study", "--quick", "--target-nll", "0.5"])
+    request = request_from(given, ["study", "--quick"])
+    assert request.fixed["--target-nll"] == "0.5" and request.fixed["--lr-rule"] == "sqrt" and request.quick
+    assert "--noise-scale" in request.options and "--compile=off" in request.options
