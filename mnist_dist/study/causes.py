@@ -10,6 +10,7 @@ from mnist_dist.study.words import counted
 from mnist_dist.tables import number
 
 LEAST_SHARE = 0.1  # a part that is less of what is lost is not named
+AS_LARGE = 0.5  # a part that is so much of the largest one is a cause as well
 COMPUTING = "computing"
 CAUSES = {
     COMPUTING: "computing", "wait": "waiting for data", "straggler": "waiting for the slowest rank",
@@ -32,9 +33,11 @@ def cause(figures: CellFigures, base: CellFigures) -> str:
         return ""
     named = sorted((name for name in lost if lost[name] > LEAST_SHARE * total), key=lambda name: -lost[name])
     shared = " (the processes share the same cores)" if _shares_cores(figures, base) else ""
-    words = ", ".join(f"{CAUSES[name]}{shared if name == COMPUTING else ''} {number(lost[name])} ms" for name in named)
-    return (f"The cause is {CAUSES[named[0]]}: at batch {figures.cell.global_batch_size:,} a step takes "
-            f"{number(total)} ms more than {number(ideal)} of a step on "
+    words = ", ".join(f"{number(lost[name])} ms {CAUSES[name]}{shared if name == COMPUTING else ''}" for name in named)
+    causes = [CAUSES[name] for name in named if lost[name] >= AS_LARGE * lost[named[0]]]
+    begin = f"The cause is {causes[0]}" if len(causes) == 1 else f"The causes are {' and '.join(causes)}"
+    return (f"{begin}: at batch {figures.cell.global_batch_size:,} a step takes "
+            f"{number(total)} ms more than {number(ideal)} times a step on "
             f"{counted(base.cell.processes, 'process', 'processes')}; of these {words}")
 
 

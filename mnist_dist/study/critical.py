@@ -17,6 +17,7 @@ import numpy as np
 from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws, resampled_medians
 
 DRAWS = 400
+MISFIT, BY_CHANCE = 0.1, 3.0  # a part of the samples; standard errors of a median
 LEAST_BATCHES = 4  # of different sizes, in which runs reached the target
 TOLERANCE = 0.2  # more samples than a small batch needs, at the critical batch size as it is measured directly
 REACH, GRID = 100, 500  # the fit looks so many times below and above the batch sizes, at so many places
@@ -26,16 +27,23 @@ REACH, GRID = 100, 500  # the fit looks so many times below and above the batch 
 class Critical:
     """The critical batch size, estimated three times, in samples. None is what is not known.
 
-    `fitted` and `least_samples` are of the fit. `direct` is the batch from which on the runs take 20 % more samples
-    than at the two smallest batch sizes (Zhang et al. 2024, arXiv 2410.21676), as it is measured, without the fit;
-    `expected` is where the fit has that. `noise` is the noise scale, which is to be the critical batch size (McCandlish
-    et al. 2018); `noise_expected` is where the runs then take 20 % more. `direct_ratio` and `noise_ratio` compare
-    `direct` with `expected`, and `noise` with `fitted`.
+    `fitted` and `least_samples` are of the fit; `off` is by which part the medians differ from it at most, and
+    `describes` whether it describes them: not if one of them is more than MISFIT off, and by more than chance.
+
+    `direct` is the batch from which on the runs take 20 % more samples than at the two smallest batch sizes (Zhang et
+    al. 2024, arXiv 2410.21676), as it is measured, without the fit: not known if these two are not small, or if it is
+    not within the batch sizes. `expected` is where the fit has that.
+
+    `noise` is the noise scale, which is to be the critical batch size (McCandlish et al. 2018); `noise_expected` is
+    where the runs then take 20 % more. `direct_ratio` compares `direct` with `expected`, and `noise_ratio` compares
+    `noise` with `fitted`.
     """
 
     fitted: Interval
     least_samples: Interval
     expected: Interval
+    off: float
+    describes: bool
     direct: Interval | None = None
     direct_ratio: Interval | None = None
     noise: Interval | None = None
@@ -67,7 +75,7 @@ def critical(samples: Mapping[int, Sequence[float]], noise_scales: Mapping[int, 
         return interval_of_draws(values[0], values[1:][np.isfinite(values[1:])], runs)
 
     found: dict[str, Interval] = {}
-    if np.isfinite(direct[0]) and np.isfinite(direct[1:]).mean() > LEVEL:
+    if _are_small(batches, np.exp(medians[0])) and np.isfinite(direct[0]) and np.isfinite(direct[1:]).mean() > LEVEL:
         found = {"direct": interval(direct), "direct_ratio": interval(direct / expected)}
     if scales := [np.asarray(values, dtype=float) for values in (noise_scales or {}).values() if len(values)]:
         noise = np.median(np.vstack([[np.median(values) for values in scales],
@@ -75,7 +83,11 @@ def critical(samples: Mapping[int, Sequence[float]], noise_scales: Mapping[int, 
         fewest = min(map(len, scales))
         found |= {"noise": interval(noise, fewest), "noise_expected": interval(_expected(batches, noise), fewest),
                   "noise_ratio": interval(noise / size, min(fewest, runs))}
-    return Critical(interval(size), interval(least), interval(expected), **found)
+    off = medians[0] - np.log(least[0] * (1 + batches / size[0]))
+    errors = medians[1:].std(axis=0)  # none, if there is one run of each
+    is_off = (np.abs(off) > math.log1p(MISFIT)) & (np.abs(off) > BY_CHANCE * errors)
+    return Critical(interval(size), interval(least), interval(expected), float(np.expm1(np.abs(off).max())),
+                    not is_off.any(), **found)
 
 
 def _expected(batches: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -99,6 +111,12 @@ def _fit(batches: np.ndarray, medians: np.ndarray) -> tuple[np.ndarray, np.ndarr
     size = sizes[at] + part * (sizes[1] - sizes[0])
     least = medians.mean(axis=1) - np.log1p(batches / np.exp(size)[:, None]).mean(axis=1)
     return np.exp(least), np.exp(size)
+
+
+def _are_small(batches: np.ndarray, medians: np.ndarray) -> bool:
+    """Whether the two smallest batch sizes take little more than a batch of 0 on a straight line through them."""
+    at_zero = medians[0] - (medians[1] - medians[0]) * batches[0] / (batches[1] - batches[0])
+    return bool(math.sqrt(medians[0] * medians[1]) <= (1 + TOLERANCE) * at_zero)
 
 
 def _direct(batches: np.ndarray, medians: np.ndarray) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from mnist_dist.study import pictures
 from mnist_dist.study.critical import TOLERANCE, Critical, critical
 from mnist_dist.study.grid import Cell
-from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Table, Text
+from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Strong, Table, Text
 from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import Interval, median_interval
 from mnist_dist.study.targets import Learnt, Target
@@ -80,7 +80,8 @@ def _lines(target: Target) -> list[Line]:
     for options, tried in _by_line(target.learnt).items():
         own = [rates[0] for rates in tried]
         lines.append(Line(options, tried, critical(
-            {one.batch: one.samples for one in own}, {one.batch: one.noise_scales for one in own})))
+            {one.batch: one.samples for one in own},
+            {one.batch: one.noise_scales for one in own if len(one.noise_scales) > len(one.samples) / 2})))
     return lines
 
 
@@ -174,9 +175,12 @@ def _critical(line: Line) -> Text:
     found = line.found
     if isinstance(found, str):
         return Text((f"{name[0].upper()}{name[1:]}", *where, f" is not known: {found}", *best, "."))
-    return Text((f"By the fit E = least (1 + B / critical), {name}", *where, " is "
-                 f"{_say(found.fitted, 0)} samples, with at least {_say(found.least_samples, 0)} samples to the target"
-                 f". {_direct(found)}{'' if line.is_knee else '. ' + _by_noise(found)}", *best, "."))
+    doubt = () if found.describes else (": ", Strong("it does not describe them, and is not to be trusted"))
+    noise = "" if line.is_knee else f". {_by_noise(found)}"
+    return Text((f"By the fit E = least (1 + B / critical), {name}", *where,
+                 f" is {_say(found.fitted, 0)} samples, with at least {_say(found.least_samples, 0)} samples to the "
+                 f"target. The runs are {100 * found.off:.0f} % off it at most", *doubt,
+                 f". {_direct(found)}{noise}", *best, "."))
 
 
 def _best(rates: Sequence[Learnt]) -> str:
@@ -189,15 +193,17 @@ def _best(rates: Sequence[Learnt]) -> str:
 def _direct(found: Critical) -> str:
     more = f"{_PERCENT} more samples than at the two smallest batch sizes"
     if found.direct is None or found.direct_ratio is None:
-        return f"Where runs take {more} is not within the batch sizes that were run"
+        return (f"Where runs take {more} is not known: these two are not small enough, or it is not within the batch "
+                "sizes that were run")
     return (f"Measured directly, runs take {more} from batch {_say(found.direct, 0)} on, by the fit from "
             f"{_say(found.expected, 0)} on: {_agreement(found.direct_ratio)}")
 
 
 def _by_noise(found: Critical) -> str:
-    if found.noise is None or found.noise_ratio is None:
+    if found.noise is None or found.noise_ratio is None or found.noise_expected is None:
         return "The noise scale is not known"
-    return f"The noise scale is {_say(found.noise, 0)}: {_agreement(found.noise_ratio)}"
+    return (f"The noise scale is {_say(found.noise, 0)}: {_agreement(found.noise_ratio)}; by it runs take {_PERCENT} "
+            f"more samples from batch {_say(found.noise_expected, 0)} on")
 
 
 def _agreement(ratio: Interval) -> str:

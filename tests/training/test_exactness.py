@@ -27,35 +27,51 @@ CASES = {
 CASES |= {f"n97-b1-a{passes}": {"images": 97, "batch_size": 1, "gradient_accumulation_steps": passes,
                                "dtype": "float64"} for passes in (1, 3)}
 # the step as compiled functions: sizes that do not divide, one sample at a time, and passes
-CASES |= {f"n{images}-b{batch}-a{passes}-compiled": {
+COMPILED = {f"n{images}-b{batch}-a{passes}-compiled": {
     "images": images, "batch_size": batch, "gradient_accumulation_steps": passes, "dtype": "float64", "compile": "on"}
     for images, batch, passes in ((401, 96, 1), (211, 30, 3), (97, 1, 1))}
 # several processes compile the same functions with passes and without: once is enough
 ALONE = "n401-b96-a1-compiled"
+NAMES = [*CASES, *(pytest.param(name, marks=pytest.mark.long) for name in COMPILED)]
 SHARDED = {f"sharded-{dtype}": {"images": 401, "batch_size": 50, "reproducible": True, "dtype": dtype}
            for dtype in ("float32", "float64")}
 
 
 def runs_on(name, size):
     """A batch smaller than the processes is refused: test_cli.py."""
-    return CASES[name]["batch_size"] >= size and (size == 1 or name != ALONE)
+    return {**CASES, **COMPILED}[name]["batch_size"] >= size and (size == 1 or name != ALONE)
 
 
 @pytest.fixture(scope="module")
 def outcomes(small_dir, tmp_path_factory):
+    """What each case of the plain and the sharded step came to, as `run_all` returns it."""
+    return run_all({**CASES, **SHARDED}, small_dir, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def compiled(small_dir, tmp_path_factory):
+    """The same of the compiled step."""
+    return run_all(COMPILED, small_dir, tmp_path_factory)
+
+
+def run_all(wanted, small_dir, tmp_path_factory):
     """What each case came to, by number of processes: {size: (folder of weights, {case: figures})}."""
     found = {}
     for size in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"processes{size}")
-        cases = {name: options for name, options in CASES.items() if runs_on(name, size)}
-        if size != 3:  # 3 does not divide the 8 logical shards
-            cases |= SHARDED
+        # 3 does not divide the 8 logical shards
+        cases = {name: options for name, options in wanted.items()
+                 if (size != 3 if name in SHARDED else runs_on(name, size))}
         done = run_forked([small_dir, folder, json.dumps(cases)], cwd=folder, size=size,
                           target="exactness_worker:main", environment={"ACCELERATE_USE_CPU": "true"})
         assert done.returncode == 0, done.stderr
         found[size] = folder, {name: json.loads((folder / f"{name}.json").read_text()) for name in cases}
         assert {figures["processes"] for figures in found[size][1].values()} == {size}
     return found
+
+
+def outcomes_of(name, request):
+    return request.getfixturevalue("compiled" if name in COMPILED else "outcomes")
 
 
 def weights(outcomes, size, name):
@@ -84,9 +100,9 @@ def trained_by_hand(folder, images, batch, epochs=2):
     return model
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_process_is_plain_pytorch(name, outcomes, small_dir):
-    case = CASES[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_one_process_is_plain_pytorch(name, request, small_dir):
+    case, outcomes = {**CASES, **COMPILED}[name], outcomes_of(name, request)
     model = trained_by_hand(small_dir, case["images"], case["batch_size"])
     assert largest_difference(model.state_dict(), weights(outcomes, 1, name)) < 1e-10
     sets = load("mnist", str(small_dir))
@@ -95,8 +111,11 @@ def test_one_process_is_plain_pytorch(name, outcomes, small_dir):
     assert outcomes[1][1][name]["epochs"][-1]["test_nll_sum"] == pytest.approx(float(nll), rel=1e-10)
 
 
-@pytest.mark.parametrize(("name", "size"), [(name, size) for name in CASES for size in (2, 3) if runs_on(name, size)])
-def test_processes_change_nothing(name, size, outcomes):
+@pytest.mark.parametrize(("name", "size"), [
+    pytest.param(name, size, marks=[pytest.mark.long] * (name in COMPILED))
+    for name in (*CASES, *COMPILED) for size in (2, 3) if runs_on(name, size)])
+def test_processes_change_nothing(name, size, request):
+    outcomes = outcomes_of(name, request)
     alone, together = outcomes[1][1][name], outcomes[size][1][name]
     assert together["steps"] == alone["steps"]
     for ours, theirs in zip(together["epochs"], alone["epochs"], strict=True):
