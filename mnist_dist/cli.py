@@ -54,6 +54,8 @@ def build_parser() -> Parser:
 
     train = command("train", "train on one process, or on several")
     train.add_argument("--processes", metavar="N", help="start N processes on this machine: on its GPUs, else its CPU")
+    train.add_argument("--max-restarts", metavar="N", help="if a process is lost, start all again, N times at most; "
+                       "they continue from the newest checkpoint (default 0)")
     train.add_argument("--config", metavar="FILE", help="a run's config.yaml; flags on the command line win")
     _add_options(train, [option.name for option in fields(TrainConfig)])
 
@@ -165,20 +167,26 @@ def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> in
     asked = given.processes
     if asked is not None and (not asked.isdecimal() or int(asked) < 1):
         raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
+    if given.max_restarts is not None and not given.max_restarts.isdecimal():
+        raise UserError(f"--max-restarts must be a whole number at least 0, got {given.max_restarts!r}")
+    restarts = int(given.max_restarts or 0)
     if launch.is_launched:
         if asked is not None and int(asked) != launch.size:
             raise UserError(f"--processes {asked} conflicts with the launcher, which started {launch.size}: remove "
                             f"--processes, or launch {asked}")
+        if given.max_restarts is not None and restarts != launch.max_restarts:
+            raise UserError(f"--max-restarts {restarts} conflicts with the launcher, which has {launch.max_restarts}: "
+                            "give it to the launcher")
         config.global_batch_size(launch.size)  # before anything is downloaded or imported
     else:
         number = int(asked) if asked else number_asked_of_accelerate()
-        if number != 1 and number is not None:
+        if (number != 1 and number is not None) or restarts:
             from mnist_dist.processes.spawn import local_number, spawn
 
-            number = local_number(launch, number)
-            if number > 1:
+            number = local_number(launch, 1 if number is None else number)
+            if number > 1 or restarts:
                 config.global_batch_size(number)  # before any process is started
-                return spawn(launch, number, argv)
+                return spawn(launch, number, argv, restarts)
     from mnist_dist.training.run import train
 
     train(config, launch)

@@ -31,10 +31,19 @@ class Launch:
     local_rank: int = 0
     local_size: int = 1
     master_address: str = "localhost"  # of the machine where the processes find each other
+    master_port: int = 29500
+    has_store: bool = False  # the launcher keeps the store in which they do
+    max_restarts: int = 0  # how often the launcher starts all processes again if one is lost
+    restart: int = 0  # how often it has done so
     is_launched: bool = False  # by a launcher that starts the processes of a run (perhaps one)
     use_cpu: bool = False  # although there may be a GPU
     mixed_precision: str = "no"  # as the launcher says it, not checked: an option may replace it
     compiles: bool = False
+
+    @property
+    def starts_again(self) -> bool:
+        """Whether the launcher starts all processes again if one is lost now."""
+        return self.restart < self.max_restarts
 
     @property
     def num_machines(self) -> int:
@@ -63,7 +72,11 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
         return Launch(**common)
     # without a local size, all processes are taken to be on this machine
     launch = Launch(rank=rank or 0, size=size, local_rank=local_rank or 0, local_size=local_size or size,
-                    master_address=environment.get("MASTER_ADDR", "localhost"), is_launched=True, **common)
+                    master_address=environment.get("MASTER_ADDR", "localhost"),
+                    master_port=_number(environment, "MASTER_PORT") or 29500,
+                    has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                    max_restarts=_number(environment, "TORCHELASTIC_MAX_RESTARTS") or 0,
+                    restart=_number(environment, "TORCHELASTIC_RESTART_COUNT") or 0, is_launched=True, **common)
     for name, value in zip(TORCH, (launch.rank, launch.size, launch.local_rank, launch.local_size), strict=True):
         environment.setdefault(name, str(value))
     return launch

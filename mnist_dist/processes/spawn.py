@@ -40,8 +40,9 @@ def local_number(launch: Launch, asked: int) -> int:
     return asked
 
 
-def spawn(launch: Launch, num_processes: int, arguments: Sequence[str]) -> int:
-    """Run `mnist-dist ARGUMENTS` in `num_processes` processes on this machine and return their exit status.
+def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
+    """Run `mnist-dist ARGUMENTS` in `num_processes` processes on this machine and return their exit status. If one of
+    them is lost, all are started again, `max_restarts` times at most.
 
     Each gets its share of the cores: more OpenMP threads than cores slow a small step a hundredfold. Raises
     `UserError` if there are GPUs, but too few.
@@ -57,7 +58,7 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print what went wrong
     elastic = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+        rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.1,
     )
     try:
         elastic_launch(elastic, sys.executable)("-m", "mnist_dist", *arguments)

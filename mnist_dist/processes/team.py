@@ -21,6 +21,7 @@ from torch import Tensor
 from mnist_dist.errors import LostProcess, MnistDistError, NotJoined, UserError
 from mnist_dist.processes.heartbeat import Heartbeats
 from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.restarts import Starts
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ ASK_SECONDS = 2.0  # of waiting for the device; then this rank looks for the oth
 class Team:
     """This process among the `size` ranks of a run."""
 
-    def __init__(self, accelerator: Accelerator, timeout_s: float) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, timeout_s: float, starts: Starts | None = None) -> None:
+        self.accelerator, self.starts = accelerator, starts
         self.device: torch.device = accelerator.device
         self.size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
@@ -186,13 +187,17 @@ class Team:
             self.barrier()  # so that no rank's thread is in the store when it ends
         self.accelerator.end_training()
 
-    def lost_process(self, step: int, error: RuntimeError) -> LostProcess | None:
+    def lost_process(self, step: int, error: RuntimeError, *, starts_again: bool = False) -> LostProcess | None:
         """After a failed collective: the error that names the lost ranks, or those that are alive and do not come;
-        None if the error is this rank's own. Takes some seconds. Not collective.
+        None if the error is this rank's own. Takes some seconds, so it names none if the launcher `starts_again`. Not
+        collective.
         """
         if self.size == 1:
             return None
         reason = str(error).strip().splitlines()[0]
+        if starts_again and re.search("gloo|nccl|connection", reason, re.IGNORECASE):
+            return LostProcess(f"process {self.rank} lost another one after step {step} ({reason}): the launcher "
+                               "starts all processes again")
         self.heartbeats.is_stuck = True
         if missing := self._others(self.heartbeats.look()):
             return LostProcess(f"process {self.rank} lost {self._named(missing)} after step {step}: {reason}")
@@ -227,13 +232,18 @@ def join(launch: Launch, *, timeout_s: float, kwargs_handlers: Sequence[Any] = (
     from accelerate.utils import InitProcessGroupKwargs
 
     check_gpus(launch, launch.local_size)
+    timeout, on_cpu = timedelta(seconds=timeout_s), runs_on_cpu(launch)
     try:
+        starts = Starts(launch) if launch.max_restarts else None
+        if starts and launch.size > 1:
+            if not on_cpu:
+                torch.cuda.set_device(launch.local_rank)
+            starts.meet("gloo" if on_cpu else "nccl", timeout)
         accelerator = Accelerator(
-            cpu=runs_on_cpu(launch),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)), *kwargs_handlers],
+            cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout), *kwargs_handlers],
             **accelerator_options,
         )
-        team = Team(accelerator, timeout_s)
+        team = Team(accelerator, timeout_s, starts)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         kind = NotJoined if launch.local_rank == 0 else UserError

@@ -20,6 +20,7 @@ from mnist_dist.data import ImageSets, load, obtain
 from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.network import choose_interface
+from mnist_dist.processes.signals import stop_with_launcher
 from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.record.checkpoint import Checkpoint, load_newest, save_checkpoint
@@ -37,6 +38,8 @@ from mnist_dist.training.trainer import Trainer
 
 def train(config: TrainConfig, launch: Launch) -> None:
     """Run `config` with the processes of this launch. Raises `MnistDistError` if the run ends early."""
+    if launch.has_store:  # torch's elastic launcher, which starts processes in its main thread
+        stop_with_launcher()
     if config.reproducible:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS needs it
         torch.use_deterministic_algorithms(True)
@@ -55,6 +58,7 @@ def train(config: TrainConfig, launch: Launch) -> None:
                     "another")
     run = None
     try:
+        config = of_earlier_start(config, team)
         name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
                            patient=True)
         run = Run(config, launch, team, console, team.run_on("every", lambda: load(name, config.data_dir)))
@@ -62,6 +66,8 @@ def train(config: TrainConfig, launch: Launch) -> None:
     except OfThisProcess:
         raise  # a barrier would wait for others
     except MnistDistError as error:
+        if team.starts and team.is_main and not isinstance(error, Stopped):
+            team.starts.end = error.exit_status, str(error)
         if run:
             # before any rank ends: a launcher would then end the main one, which has a line to print
             team.run_on("main", partial(run.mirror.finish, error.exit_status), patient=True)
@@ -73,7 +79,7 @@ def train(config: TrainConfig, launch: Launch) -> None:
                             "smaller batch or more --gradient-accumulation-steps, or end what else runs on this GPU "
                             f"({str(error).splitlines()[0]})") from error
     except RuntimeError as error:
-        lost = team.lost_process(run.global_step if run else 0, error)
+        lost = team.lost_process(run.global_step if run else 0, error, starts_again=launch.starts_again)
         if lost is None:
             raise
         raise lost from error
@@ -83,6 +89,20 @@ def train(config: TrainConfig, launch: Launch) -> None:
     run.mirror.finish()
     if hint := run.mirror.sync_hint():
         console.say(f"W&B was offline: to bring this run there, {hint}")
+
+
+def of_earlier_start(config: TrainConfig, team: Team) -> TrainConfig:
+    """The config that continues the run of an earlier start of this launch, if one has opened its folder. Raises
+    `MnistDistError` if that run has ended for good: the same options would end it again.
+    """
+    if not team.starts:
+        return config
+    if end := team.starts.end:
+        again = MnistDistError(end[1])
+        again.exit_status = end[0]
+        raise again
+    folder = team.starts.folder
+    return config if folder is None else replace(config, output_dir=folder, resume=True)
 
 
 def mixed_precision(config: TrainConfig, launch: Launch) -> str:
@@ -104,6 +124,8 @@ class Run:
     def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets) -> None:
         self.team, self.console, self.sets = team, console, sets
         self.folder, self.run_id = team.run_on("main", lambda: open_folder(config))
+        if team.starts and team.is_main:
+            team.starts.folder = str(self.folder)
         self.config = replace(config, output_dir=str(self.folder))
         self.mirror = Mirror(self.folder, console.warn)
         kept: Checkpoint | None = None

@@ -25,13 +25,14 @@ def test_without_spread_both_are_exact():
     assert found.direct.value == pytest.approx(0.26 * 1500, rel=0.02)
 
 
-@pytest.mark.parametrize("batches", [BATCHES, BATCHES[::2]], ids=["times 2", "times 4"])
-def test_with_spread_it_is_near_and_its_interval_holds_the_truth(batches):
-    """200 tables of 5 runs with a spread of 3 %; the small batches' own samples are 5 % or 8 % above the least."""
+@pytest.mark.parametrize(("batches", "tables"), [
+    (BATCHES[::2], 60), *(pytest.param(batches, 200, marks=pytest.mark.long) for batches in (BATCHES, BATCHES[::2]))])
+def test_with_spread_it_is_near_and_its_interval_holds_the_truth(batches, tables):
+    """Tables of 5 runs with a spread of 3 %; the small batches' own samples are 5 % or 8 % above the least."""
     small = math.sqrt((1 + batches[0] / 1500) * (1 + batches[1] / 1500))
     truth = {"fitted": 1500, "direct": 1500 * (1.2 * small - 1)}
     off, held = {name: [] for name in truth}, {name: [] for name in truth}
-    for seed in range(200):
+    for seed in range(tables):
         found = critical(runs_of(1500, seed=seed, spread=0.03, batches=batches))
         for name, true in truth.items():
             if (interval := getattr(found, name)) is None:  # chance makes the smallest batches look large
@@ -41,8 +42,8 @@ def test_with_spread_it_is_near_and_its_interval_holds_the_truth(batches):
     for name in truth:
         print(f"{name}: median {np.median(off[name]):+.1%}, absolute {np.median(np.abs(off[name])):.1%}, within 10 %: "
               f"{np.mean(np.abs(off[name]) < 0.1):.0%}, held {np.mean(held[name]):.1%}")
-        assert len(off[name]) >= 190 and np.median(np.abs(off[name])) < 0.1
-        assert 0.9 <= np.mean(held[name]) <= 0.995
+        assert len(off[name]) >= 0.95 * tables and np.median(np.abs(off[name])) < 0.1
+        assert 0.9 <= np.mean(held[name]) <= (0.995 if tables == 200 else 1)
 
 
 def test_the_noise_scale_is_held_against_the_fit():
@@ -76,7 +77,7 @@ def test_a_fit_that_does_not_describe_the_runs_says_so():
 
     steep = critical(power(0.37))
     assert not steep.describes and steep.off > 0.2 and steep.direct is None
-    found = [critical(runs_of(1500, spread=0.03, seed=seed)).describes for seed in range(100)]
+    found = [critical(runs_of(1500, spread=0.03, seed=seed)).describes for seed in range(40)]
     assert np.mean(found) > 0.97
     assert critical(runs_of(1500, spread=0)).describes
 

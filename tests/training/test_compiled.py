@@ -120,6 +120,7 @@ def test_bf16_is_compiled_too(small_dir, tmp_path):
     assert compiled["epochs"][-1]["test_nll"] == pytest.approx(plain["epochs"][-1]["test_nll"], rel=0.05)
 
 
+@pytest.mark.long
 def test_without_a_compiler_auto_goes_on_and_on_says_so(small_dir, tmp_path):
     broken = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = trained(tmp_path, small_dir, "on", "--compile", "on", status=2, **broken)

@@ -1,0 +1,231 @@
+"""Kills a run again and again, and compares what it learns with the run that was left alone.
+
+    python -m benchmarks.faults DATA_DIR OUTPUT [--kills 1200] [--seed 0] [--minutes 60]
+
+A plan of faults follows from the seed: of each start the number of processes (1, 2 or 4), whom `kill -9` hits (a rank
+or the launcher), and when, between the start and a little after its expected end. Each killed run is resumed until it
+is done, and then compared: SHA-256 of the model and of the last checkpoint (weights, Adam, sums), and every line of
+metrics.jsonl but its times. Writes OUTPUT/faults.json after each run and prints Markdown. The same command goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.machine import describe
+from mnist_dist import runner
+from mnist_dist.processes.launch import child_environment
+from mnist_dist.record.files import replace_json
+from mnist_dist.tables import table
+
+EPOCHS, PROCESSES = 3, (1, 2, 4)
+OPTIONS = ["--dataset", "mnist", "--reproducible", "--batch-size", "500", "--epochs", str(EPOCHS), "--checkpoint-every",
+           "20steps", "--wandb", "disabled", "--resume"]
+TIMES = {"train_seconds", "warmup_seconds", "measured_seconds", "eval_seconds", "epoch_seconds", "step_ms_p50",
+         "step_ms_p95", "measured_samples", "samples_per_second", "samples_per_second_per_process",
+         "data_wait_fraction", "peak_memory_bytes", "ranks"}  # of a line: what a fault may change
+END_SECONDS = 60.0  # a start that takes so much longer than expected hangs
+FIRST_GUESS = 8.0  # seconds of a start, before any was seen
+
+
+@dataclass
+class Start:
+    """One start of a run: what was done to it, and what became of it."""
+
+    processes: int
+    victim: str  # "launcher", "rank 1" or "", if it ended before its kill
+    seconds: float  # from the start to its end
+    to_first_step: float | None  # from the start to the first step
+    lost_seconds: float | None  # of training: from the newest checkpoint to the kill
+
+
+@dataclass
+class Campaign:
+    """What the faults have come to so far."""
+
+    starts: list[Start] = field(default_factory=list)
+    runs: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        """Starts that were killed."""
+        return sum(bool(start.victim) for start in self.starts)
+
+    def expected(self, processes: int) -> float:
+        """Seconds of a start that is left alone."""
+        known = [start.seconds for start in self.starts if start.processes == processes and not start.victim]
+        return statistics.median(known) if known else FIRST_GUESS
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What a run has come to: figures that no fault may change."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    newest = max((folder / "checkpoints").glob("step-*"))
+    return {
+        "model": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "checkpoint": json.loads((newest / "manifest.json").read_bytes())["tensors.safetensors"],
+        "lines": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
+    }
+
+
+def start(folder: Path, data_dir: str, processes: int, victim: str, delay: float, limit: float) -> Start:
+    """Start the run in `folder`, and kill the victim after `delay` seconds if it is still there."""
+    mark, begin = uuid.uuid4().hex, time.monotonic()
+    words = [sys.executable, "-m", "mnist_dist", "train", *OPTIONS, "--data-dir", data_dir, "--processes",
+             str(processes), "--output-dir", str(folder)]
+    with open(folder.parent / "printed.txt", "w") as printed:
+        launcher = subprocess.Popen(words, env={**child_environment(), runner.MARK: mark}, stdin=subprocess.DEVNULL,
+                                    stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
+        first_step, killed = None, False
+        try:
+            while launcher.poll() is None:
+                now = time.monotonic() - begin
+                if first_step is None and _is_stepping(folder.parent / "printed.txt"):
+                    first_step = now
+                if not killed and now >= delay and (process := _named(launcher, victim)) is not None:
+                    lost = time.time() - _newest_time(folder, time.time() - now)
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                        killed = True
+                if now > limit:
+                    raise TimeoutError(f"{folder}: {processes} processes were not done after {limit:.0f} s")
+                time.sleep(0.01)
+        finally:
+            runner.end_tree(mark)  # what a launcher leaves behind, as a scheduler does it
+            launcher.wait()
+    if not killed and launcher.returncode:
+        raise RuntimeError(f"{folder}: exit status {launcher.returncode} without a kill: "
+                           f"{(folder.parent / 'printed.txt').read_text()[-2000:]}")
+    return Start(processes, victim if killed else "", time.monotonic() - begin, first_step, lost if killed else None)
+
+
+def _is_stepping(printed: Path) -> bool:
+    """The head of the table of epochs is printed when everything is ready for the first step."""
+    return "train loss" in printed.read_text()
+
+
+def _named(launcher: subprocess.Popen[bytes], victim: str) -> psutil.Process | None:
+    """The victim's process; None if it is not there yet."""
+    with contextlib.suppress(psutil.Error):
+        if victim == "launcher":
+            return psutil.Process(launcher.pid)
+        rank = victim.split()[1]
+        for process in psutil.Process(launcher.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RANK") == rank:
+                    return process
+    return None
+
+
+def _newest_time(folder: Path, otherwise: float) -> float:
+    """When the newest checkpoint of this start was written, else when it was started."""
+    times = [otherwise]
+    for path in folder.glob("checkpoints/step-*"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def plan(seed: int, run: int) -> Iterator[tuple[int, str, float]]:
+    """For one start of this run after the other: processes, victim, and when, as a part of what a start takes."""
+    chance = random.Random(f"{seed}-{run}")
+    while True:
+        processes = chance.choice(PROCESSES)
+        victims = ["launcher", *(f"rank {rank}" for rank in range(processes))] if processes > 1 else ["launcher"]
+        yield processes, chance.choice(victims), chance.uniform(0.0, 1.05)
+
+
+def one_run(campaign: Campaign, number: int, given: argparse.Namespace, reference: dict[str, Any]) -> None:
+    """Kill and resume a run until it is done, and compare it."""
+    folder = given.output / f"run-{number:04d}" / "run"
+    shutil.rmtree(folder.parent, ignore_errors=True)  # of a campaign that was ended in it
+    folder.parent.mkdir(parents=True)
+    for processes, victim, part in plan(given.seed, number):
+        expected = campaign.expected(processes)
+        campaign.starts.append(start(folder, given.data_dir, processes, victim, part * expected,
+                                     expected + END_SECONDS))
+        if (folder / "result.json").exists():
+            break
+    campaign.runs += 1
+    found = result_of(folder)
+    if found == reference:
+        shutil.rmtree(folder.parent)
+    campaign.wrong += [f"{folder}: another {name}" for name, value in reference.items() if found[name] != value]
+
+
+def save(campaign: Campaign, given: argparse.Namespace, reference: dict[str, Any], begin: float) -> None:
+    """Write what there is."""
+    replace_json(given.output / "faults.json", {
+        "machine": describe(), "seed": given.seed, "command": OPTIONS, "seconds": time.monotonic() - begin,
+        "runs": campaign.runs, "kills": campaign.kills, "wrong": campaign.wrong, "reference": reference,
+        "starts": [vars(start) for start in campaign.starts],
+    })
+
+
+def lines_of(campaign: Campaign) -> list[list[str]]:
+    """A line for each number of processes."""
+    lines = []
+    for processes in PROCESSES:
+        own = [start for start in campaign.starts if start.processes == processes]
+        killed = [start for start in own if start.victim]
+        ready = [start.to_first_step for start in own if start.to_first_step is not None]
+        lost = [start.lost_seconds for start in killed if start.lost_seconds is not None and start.to_first_step]
+        lines.append([f"{processes}", f"{len(killed)}", f"{sum(start.victim == 'launcher' for start in killed)}",
+                      f"{statistics.median(ready):.1f}" if ready else "-",
+                      f"{statistics.median(lost):.2f}" if lost else "-"])
+    return lines
+
+
+def main() -> None:
+    """Carry the plan out, print; the exit status is 1 if a run came to something else."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n")[0])
+    parser.add_argument("data_dir")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--kills", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    given = parser.parse_args()
+    begin, campaign, reference = time.monotonic(), Campaign(), {}
+    if (saved := given.output / "faults.json").exists():
+        values = json.loads(saved.read_bytes())
+        campaign = Campaign([Start(**one) for one in values["starts"]], values["runs"], values["wrong"])
+        reference, begin = values["reference"], begin - values["seconds"]
+    else:
+        alone = given.output / "alone" / "run"
+        alone.parent.mkdir(parents=True, exist_ok=True)
+        campaign.starts.append(start(alone, given.data_dir, 1, "launcher", math.inf, END_SECONDS))
+        reference = result_of(alone)
+    while campaign.kills < given.kills and time.monotonic() - begin < 60 * given.minutes:
+        one_run(campaign, campaign.runs + 1, given, reference)
+        save(campaign, given, reference, begin)
+        print(f"run {campaign.runs}: {campaign.kills} kills, {len(campaign.wrong)} wrong", file=sys.stderr, flush=True)
+    print(f"{campaign.kills} kills over {campaign.runs} runs, each resumed until it was done: {len(campaign.wrong)} "
+          "differ from the run that was left alone.\n")
+    print("\n".join(table(["processes", "kills", "of the launcher", "start to first step, s",
+                           "lost training at a kill, s"], lines_of(campaign))))
+    for wrong in campaign.wrong:
+        print(f"- {wrong}")
+    sys.exit(bool(campaign.wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What the starts of a launch know of each other, if its launcher starts all processes again when one is lost.
+
+The launcher's store outlives the processes. It holds addresses of processes that are dead, and a new one that reads
+them fails or hangs: so the processes of each start meet under names of their own. And it tells a later start which
+folder an earlier one has opened, and whether the run has ended in a way that another start does not change.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from mnist_dist.processes.launch import Launch
+
+FOLDER, END = "mnist_dist/folder", "mnist_dist/end"
+STORE_TIMEOUT = timedelta(seconds=30)  # to reach the store
+
+
+class Starts:
+    """The starts of this launch, as the launcher's store knows them."""
+
+    def __init__(self, launch: Launch) -> None:
+        from torch.distributed import TCPStore
+
+        self.launch = launch
+        self._store = TCPStore(launch.master_address, launch.master_port, launch.size, timeout=STORE_TIMEOUT,
+                               multi_tenant=True, is_master=launch.rank == 0 and not launch.has_store)
+
+    def meet(self, backend: str, timeout: timedelta) -> None:
+        """Make the process group of this start; Accelerate takes it as it is. Collective."""
+        from torch.distributed import PrefixStore, init_process_group
+
+        init_process_group(backend, store=PrefixStore(f"start-{self.launch.restart}", self._store),
+                           rank=self.launch.rank, world_size=self.launch.size, timeout=timeout)
+
+    @property
+    def folder(self) -> str | None:
+        """The folder that an earlier start has opened for its run."""
+        return self._read(FOLDER)
+
+    @folder.setter
+    def folder(self, folder: str) -> None:
+        self._store.set(FOLDER, folder)
+
+    @property
+    def end(self) -> tuple[int, str] | None:
+        """Exit status and message of an earlier start that has ended for good."""
+        status, _, message = (self._read(END) or "").partition(" ")
+        return (int(status), message) if status else None
+
+    @end.setter
+    def end(self, end: tuple[int, str]) -> None:
+        self._store.set(END, f"{end[0]} {end[1]}")
+
+    def _read(self, name: str) -> str | None:
+        return self._store.get(name).decode() if self.launch.restart and self._store.check([name]) else None

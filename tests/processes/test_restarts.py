@@ -1,0 +1,143 @@
+"""Launchers that start all processes again: after `kill -9` of a rank, the run ends as the one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+from support import ROOT, TORCHRUN, TRAIN, assert_one_line_error, mnist_dist, result_of, run
+
+from mnist_dist.processes.launch import Launch, read_launch
+from mnist_dist.processes.restarts import Starts
+
+OURS = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", "--max-restarts", "5"]
+TORCHS = [*TORCHRUN, "--max-restarts=5", "--monitor-interval=0.1", "--nproc-per-node=2", TRAIN]
+ACCELERATES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1",
+               "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+               "--max_restarts=5", "--monitor_interval=0.1", TRAIN]
+EPOCHS = 6
+OPTIONS = ["--reproducible", "--batch-size", "10", "--epochs", str(EPOCHS), "--checkpoint-every", "10steps",
+           "--wandb", "disabled"]
+
+
+@pytest.fixture(scope="module")
+def alone(small_dir, tmp_path_factory):
+    """The folder of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = mnist_dist("train", *OPTIONS, "--data-dir", small_dir, "--output-dir", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def rank(launcher, number):
+    """The process of this rank below the launcher; None if there is none yet."""
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        try:
+            if process.environ().get("RANK") == str(number) and process.environ().get("LOCAL_RANK"):
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def kill_after(folder, launcher, number, *, checkpoints, deadline=60.0):
+    """`kill -9` of a rank when there are more checkpoints than these; returns the newest one's name."""
+    until = time.monotonic() + deadline
+    while not (found := set(names(folder)) - checkpoints) or (process := rank(launcher, number)) is None:
+        assert launcher.poll() is None and time.monotonic() < until, "the run did not get under way"
+        time.sleep(0.02)
+    process.kill()
+    return max(found)
+
+
+def names(folder):
+    return [path.name for path in (folder / "checkpoints").glob("step-*")] if folder.exists() else []
+
+
+@pytest.mark.parametrize(("command", "victims"), [
+    (OURS, (1,)),
+    pytest.param(OURS, (0, 1), marks=pytest.mark.long),
+    pytest.param(TORCHS, (0, 1), marks=pytest.mark.long),
+    pytest.param(ACCELERATES, (1, 0), marks=pytest.mark.long),
+], ids=["mnist-dist once", "mnist-dist", "torchrun", "accelerate"])
+def test_a_killed_rank_is_started_again(command, victims, alone, small_dir, tmp_path):
+    """A rank in the first start, the other one in the second: the last start ends the run."""
+    folder = tmp_path / "run"
+    words = [*command, *OPTIONS, "--data-dir", str(small_dir), "--output-dir", str(folder)]
+    launcher = subprocess.Popen(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for victim in victims:
+        kill_after(folder, launcher, victim, checkpoints=set(names(folder)))
+    printed, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, errors
+    assert printed.count("continuing after step") == len(victims), "each start takes up the newest checkpoint"
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(EPOCHS)), "no line is doubled or missing"
+    for ours, theirs in zip(result_of(folder)["epochs"], result_of(alone)["epochs"], strict=True):
+        assert [ours[name] for name in ("train_loss", "test_nll_sum")] == [
+            theirs[name] for name in ("train_loss", "test_nll_sum")]
+
+
+@pytest.mark.long
+def test_a_killed_launcher_leaves_a_checkpoint_and_no_process(alone, small_dir, tmp_path):
+    folder = tmp_path / "run"
+    words = [*OURS[:-2], *OPTIONS, "--data-dir", str(small_dir), "--output-dir", str(folder)]
+    launcher = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while not names(folder):
+        time.sleep(0.02)
+    ranks = [rank(launcher, number) for number in range(2)]
+    before = max(names(folder))
+    launcher.kill()
+    launcher.wait()
+    gone, left = psutil.wait_procs(ranks, timeout=10)
+    assert not left and len(gone) == 2
+    assert max(names(folder)) >= before
+    done = mnist_dist("train", *OPTIONS, "--data-dir", small_dir, "--resume", "--output-dir", folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+
+
+@pytest.mark.long
+def test_an_end_that_another_start_does_not_change_is_not_repeated(small_dir, tmp_path):
+    """The folder holds a run of another launch: no later start may continue it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    done = run([*OURS[:-1], "1", *OPTIONS, "--data-dir", small_dir, "--output-dir", "run"], cwd=tmp_path,
+               PYTHONPATH=str(ROOT))
+    assert done.returncode == 2 and "already holds a run" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("words", [["--max-restarts", "-1"], ["--max-restarts", "many"]])
+def test_a_number_is_needed(words, tmp_path):
+    done = mnist_dist("train", *words, cwd=tmp_path)
+    assert_one_line_error(done, "--max-restarts must be a whole number at least 0")
+
+
+def test_what_the_launcher_says_of_restarts():
+    launch = read_launch({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                          "MASTER_PORT": "1234", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                          "TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert (launch.master_port, launch.has_store, launch.max_restarts, launch.restart) == (1234, True, 2, 1)
+    assert launch.starts_again and not Launch(max_restarts=2, restart=2).starts_again and not Launch().starts_again
+
+
+def test_a_later_start_knows_of_the_earlier_ones():
+    first = Starts(Launch(master_address="localhost", master_port=0, max_restarts=2))
+    assert first.folder is None and first.end is None
+    port = first._store.port
+    later = Starts(Launch(master_address="localhost", master_port=port, max_restarts=2, restart=1, has_store=True))
+    assert later.folder is None and later.end is None
+    first.folder, first.end = "runs/one", (3, "training diverged: at step 7")
+    assert later.folder == "runs/one" and later.end == (3, "training diverged: at step 7")
+    assert first.folder is None, "a first start continues nothing"
