@@ -76,6 +76,7 @@ def test_what_a_command_leaves_behind_is_ended(tmp_path):
     assert not alive(tmp_path / "started")
 
 
+@pytest.mark.long
 def test_a_training_beyond_its_time_is_ended(small_dir, tmp_path):
     outcome = runner.train(["--data-dir", small_dir, "--epochs", 10**6, *WORDS], tmp_path / "run", processes=2,
                            timeout=6)
