@@ -41,7 +41,7 @@ OPTIONS = ["--dataset", "mnist", "--reproducible", "--batch-size", "500", "--epo
            "20steps", "--wandb", "disabled", "--resume"]
 TIMES = {"train_seconds", "warmup_seconds", "measured_seconds", "eval_seconds", "epoch_seconds", "step_ms_p50",
          "step_ms_p95", "measured_samples", "samples_per_second", "samples_per_second_per_process",
-         "data_wait_fraction", "peak_memory_bytes", "ranks"}  # of a line: what a fault may change
+         "data_wait_fraction", "peak_memory_bytes", "ranks", "windows"}  # of a line: what a fault may change
 END_SECONDS = 60.0  # a start that takes so much longer than expected hangs
 FIRST_GUESS = 8.0  # seconds of a start, before any was seen
 
@@ -54,7 +54,7 @@ class Start:
     victim: str  # "launcher", "rank 1" or "", if it ended before its kill
     seconds: float  # from the start to its end
     to_first_step: float | None  # from the start to the first step
-    lost_seconds: float | None  # of training: from the newest checkpoint to the kill
+    lost_seconds: float | None  # of training: from the newest checkpoint, or the first step, to the kill
 
 
 @dataclass
@@ -95,14 +95,15 @@ def start(folder: Path, data_dir: str, processes: int, victim: str, delay: float
     with open(folder.parent / "printed.txt", "w") as printed:
         launcher = subprocess.Popen(words, env={**child_environment(), runner.MARK: mark}, stdin=subprocess.DEVNULL,
                                     stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
-        first_step, killed = None, False
+        first_step, lost, killed = None, None, False
         try:
             while launcher.poll() is None:
                 now = time.monotonic() - begin
                 if first_step is None and _is_stepping(folder.parent / "printed.txt"):
                     first_step = now
                 if not killed and now >= delay and (process := _named(launcher, victim)) is not None:
-                    lost = time.time() - _newest_time(folder, time.time() - now)
+                    if first_step is not None:
+                        lost = time.time() - _newest_time(folder, time.time() - now + first_step)
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
                         killed = True
@@ -115,7 +116,7 @@ def start(folder: Path, data_dir: str, processes: int, victim: str, delay: float
     if not killed and launcher.returncode:
         raise RuntimeError(f"{folder}: exit status {launcher.returncode} without a kill: "
                            f"{(folder.parent / 'printed.txt').read_text()[-2000:]}")
-    return Start(processes, victim if killed else "", time.monotonic() - begin, first_step, lost if killed else None)
+    return Start(processes, victim if killed else "", time.monotonic() - begin, first_step, lost)
 
 
 def _is_stepping(printed: Path) -> bool:
@@ -137,7 +138,7 @@ def _named(launcher: subprocess.Popen[bytes], victim: str) -> psutil.Process | N
 
 
 def _newest_time(folder: Path, otherwise: float) -> float:
-    """When the newest checkpoint of this start was written, else when it was started."""
+    """When the newest checkpoint of this start was written, else when its first step was taken."""
     times = [otherwise]
     for path in folder.glob("checkpoints/step-*"):
         with contextlib.suppress(FileNotFoundError):
@@ -188,7 +189,7 @@ def lines_of(campaign: Campaign) -> list[list[str]]:
         own = [start for start in campaign.starts if start.processes == processes]
         killed = [start for start in own if start.victim]
         ready = [start.to_first_step for start in own if start.to_first_step is not None]
-        lost = [start.lost_seconds for start in killed if start.lost_seconds is not None and start.to_first_step]
+        lost = [start.lost_seconds for start in killed if start.lost_seconds is not None]
         lines.append([f"{processes}", f"{len(killed)}", f"{sum(start.victim == 'launcher' for start in killed)}",
                       f"{statistics.median(ready):.1f}" if ready else "-",
                       f"{statistics.median(lost):.2f}" if lost else "-"])
