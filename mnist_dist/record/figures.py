@@ -97,14 +97,19 @@ class RunSummary:
                                                   "it, as in evaluations, with None if there is none", default=())
 
 
+def samples_at(step: int, num_train: int, batch: int) -> int:
+    """Samples of a run's first steps; the last batch of an epoch, which has `num_train`, may be smaller."""
+    epochs, steps = divmod(step, -(-num_train // batch))
+    return epochs * num_train + steps * batch
+
+
 def evaluations_of(records: Sequence[EpochRecord], num_train: int, batch: int) -> list[dict[str, Any]]:
     """Every evaluation of a run in its order, within the epochs and at their ends. An epoch has `num_train` samples."""
-    found, seconds, per_epoch = [], 0.0, -(-num_train // batch)
+    found, seconds = [], 0.0
     for record in records:
         found += [dict(one) for one in record.evaluations]
         seconds += record.train_seconds
-        whole, steps = divmod(record.step, per_epoch)
-        found.append({"step": record.step, "samples": whole * num_train + min(steps * batch, num_train),
+        found.append({"step": record.step, "samples": samples_at(record.step, num_train, batch),
                       "train_seconds": seconds, "test_nll": record.test_nll, "test_accuracy": record.test_accuracy})
     return found
 

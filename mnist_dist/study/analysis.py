@@ -88,6 +88,21 @@ class CellFigures:
         return self.cell.global_batch_size / self.cell.processes
 
     @property
+    def environment(self) -> Mapping[str, Any]:
+        """What the runs say of the machine."""
+        return self.repeats[0].row.get("environment") or {}
+
+    @property
+    def threads(self) -> int:
+        """Threads of a process on a CPU; on a GPU 1."""
+        return (self.environment.get("num_threads") if self.environment.get("device") == "cpu" else None) or 1
+
+    @property
+    def devices(self) -> int:
+        """What the cell occupies: a GPU for each process, or on a CPU a core for each thread."""
+        return self.cell.processes * self.threads
+
+    @property
     def more_repeats(self) -> int:
         """Repeats that are missing for a conclusion."""
         return more_repeats(self.rate)

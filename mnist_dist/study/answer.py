@@ -4,15 +4,15 @@ help.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.causes import cause, devices_of
-from mnist_dist.study.grid import Cell
-from mnist_dist.study.models import Judged, Options, as_timed, beyond
+from mnist_dist.study.causes import cause
+from mnist_dist.study.grid import Cell, Options
+from mnist_dist.study.models import Judged, as_timed
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Table, Text
 from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws
@@ -26,10 +26,14 @@ class Answer:
     """The choices at a target. `front` has the cells that no other one beats in both seconds and device-seconds, the
     soonest first. The knee is the one of them with the least seconds x device-seconds: beyond it, time falls by a
     smaller factor than the cost rises (for S and E of a batch size, that is at the critical one; McCandlish et al.).
+
+    `ahead` is what the models forecast for more processes than were run: of each number the soonest batch size, and
+    whether its model is to be trusted.
     """
 
     target: Target
     front: list[TimeTo]
+    ahead: list[tuple[TimeTo, bool]]
 
     @property
     def soonest(self) -> TimeTo:
@@ -47,13 +51,13 @@ class Answer:
         return min(self.front, key=lambda one: one.seconds.value * one.cost.value)
 
 
-def answer(target: Target) -> Answer | None:
+def answer(target: Target, models: Mapping[Options, Judged]) -> Answer | None:
     """The choices; None if no cell's runs all reached the target."""
     front: list[TimeTo] = []
     for one in sorted(target.times, key=lambda one: (one.seconds.value, one.cost.value)):
         if not front or one.cost.value < front[-1].cost.value:
             front.append(one)
-    return Answer(target, front) if front else None
+    return Answer(target, front, _forecasts(target, models)) if front else None
 
 
 def ratio(one: TimeTo, than: TimeTo) -> Interval:
@@ -63,16 +67,16 @@ def ratio(one: TimeTo, than: TimeTo) -> Interval:
                              min(one.seconds.n, than.seconds.n))
 
 
-def answers(targets: Sequence[Target], analysis: Analysis, models: Mapping[Options, Judged]) -> list[Text]:
+def in_words(answers: Mapping[float, Answer | None], analysis: Analysis) -> list[Text]:
     """For each target a paragraph: the soonest cell, the cheapest and the knee, whether more processes help and why
     not, and how sure that is.
     """
-    return [_words(found, analysis, models) if (found := answer(target)) else
-            Text((f"Test NLL {target.nll:g}: not known, because at no batch size all runs reached it.",))
-            for target in targets]
+    return [_words(found, analysis) if found else
+            Text((f"Test NLL {nll:g}: not known, because at no batch size all runs reached it.",))
+            for nll, found in answers.items()]
 
 
-def _words(found: Answer, analysis: Analysis, models: Mapping[Options, Judged]) -> Text:
+def _words(found: Answer, analysis: Analysis) -> Text:
     times, soonest, cheapest, knee = found.target.times, found.soonest, found.cheapest, found.knee
     parts: list[str] = [f"Test NLL {found.target.nll:g}: soonest with ", Code(str(soonest.cell)),
                         f", {say(soonest.seconds)} s of training"]
@@ -88,7 +92,7 @@ def _words(found: Answer, analysis: Analysis, models: Mapping[Options, Judged]) 
                       "device-seconds"]
         else:
             parts.append(f". The knee is the {'cheapest' if knee is cheapest else 'soonest'}")
-    parts += [". ", *_more_processes(found, analysis), *_ahead(found, models)]
+    parts += [". ", *_more_processes(found, analysis), *_ahead(found)]
     runs = min(one.seconds.n for one in times)
     parts.append(f" A figure is of {counted(runs, 'run')} of a cell or more, with its {100 * LEVEL:.0f} % interval."
                  if runs > 1 else " How sure this is, is not known: a single run has no spread.")
@@ -131,31 +135,27 @@ def _why(cell: Cell, analysis: Analysis) -> list[str]:
     return [f"{found}." if found else "The cause is not known: the runs do not say what their ranks wait for."]
 
 
-def _ahead(found: Answer, models: Mapping[Options, Judged]) -> list[str]:
-    """The soonest of what the model forecasts, and whether that is sooner."""
-    ahead = forecasts(found.target, models)
-    if not ahead:
+def _ahead(found: Answer) -> list[str]:
+    """The soonest of what the models forecast, and whether that is sooner."""
+    if not found.ahead:
         return []
-    one, trusted = min(ahead, key=lambda pair: pair[0].seconds.value)
+    one, trusted = min(found.ahead, key=lambda pair: pair[0].seconds.value)
     sooner = _is_slower(found.soonest, one)
     return [" The model's forecast for ", Code(str(one.cell)), f" is {say(one.seconds)} s, which is ",
             "sooner" if sooner else "not shown to be sooner", "." if trusted else ": it is not to be trusted."]
 
 
-def forecasts(target: Target, models: Mapping[Options, Judged]) -> list[tuple[TimeTo, bool]]:
-    """For more processes than were run, of each number the soonest batch size; and whether its model is trusted."""
+def _forecasts(target: Target, models: Mapping[Options, Judged]) -> list[tuple[TimeTo, bool]]:
+    """`ahead` of an answer."""
     found: dict[int, tuple[TimeTo, bool]] = {}
     for one in target.learnt:
         known = _judged(one.options, models)
         if known is None or not one.is_reached:
             continue
         judged, model = known
-        largest = max(judged.members, key=lambda figures: figures.cell.processes)
-        speed = judged.places[largest.cell].speed
-        for place in beyond(judged.members, [one.batch])[one.batch]:
-            more = place.processes / largest.cell.processes * place.speed / speed
+        for place in judged.beyond([one.batch])[one.batch]:
             cell = Cell(one.batch, place.processes, one.options)
-            time = modelled(one, model, place, cell, round(devices_of(largest) * more))
+            time = modelled(one, model, place, cell, judged.devices(place))
             if place.processes not in found or time.seconds.value < found[place.processes][0].seconds.value:
                 found[place.processes] = time, judged.is_trusted
     return [found[processes] for processes in sorted(found)]
@@ -167,16 +167,16 @@ def _judged(options: Options, models: Mapping[Options, Judged]) -> tuple[Judged,
     return (judged, judged.model) if judged is not None and isinstance(judged.model, Model) else None
 
 
-def add_answer(page: Page, targets: Sequence[Target], models: Mapping[Options, Judged], folder: Path) -> None:
+def add_answers(page: Page, answers: Iterable[Answer | None], models: Mapping[Options, Judged], folder: Path) -> None:
     """The section: for each target the times of all cells, measured and by the model, and what the model forecasts."""
-    known = [found for target in targets if (found := answer(target))]
+    known = [found for found in answers if found]
     if not known:
         return
     page.add(Heading(2, "Time to a target"))
     for found in known:
         nll = f"{found.target.nll:g}"
         rows = [(one, _by_model(one, found.target, models)) for one in found.target.times]
-        page.add(Heading(3, f"Seconds to test NLL {nll}"), _picture(nll, rows, folder), _table(found, rows, models))
+        page.add(Heading(3, f"Seconds to test NLL {nll}"), _picture(nll, rows, folder), _table(found, rows))
     page.add("Seconds: the steps to the target times the time of a step on so many processes; by the model: times the "
              "time that the model has for it. Device-seconds: times the GPUs, or on a CPU the cores, that the cell "
              "occupies. Front: no other cell is both sooner and cheaper. Knee: the cell with the least seconds x "
@@ -213,7 +213,7 @@ def _picture(nll: str, rows: Sequence[tuple[TimeTo, Interval | None]], folder: P
         x_label="global batch size (samples)", y_label="seconds to the target")
 
 
-def _table(found: Answer, rows: Sequence[tuple[TimeTo, Interval | None]], models: Mapping[Options, Judged]) -> Table:
+def _table(found: Answer, rows: Sequence[tuple[TimeTo, Interval | None]]) -> Table:
     cells = [one.cell for one, _ in rows]
     lines: list[list[Inline]] = []
     for one, model in rows:
@@ -222,7 +222,7 @@ def _table(found: Answer, rows: Sequence[tuple[TimeTo, Interval | None]], models
         marks += ["front"] if not marks and any(one is other for other in found.front) else []
         lines.append([*cell_words(one.cell, cells), say(one.seconds), say(model) if model else "-", say(one.cost),
                       "1" if one is found.soonest else say(ratio(one, found.soonest)), ", ".join(marks)])
-    for one, trusted in forecasts(found.target, models):
+    for one, trusted in found.ahead:
         lines.append([*cell_words(one.cell, cells), "not run", say(one.seconds), say(one.cost),
                       say(ratio(one, found.soonest)), "forecast" if trusted else "forecast, not to be trusted"])
     return Table([*cell_head(cells), "seconds to it", "by the model", "device-seconds", "times the soonest", ""], lines)

@@ -32,7 +32,7 @@ def cause(figures: CellFigures, base: CellFigures) -> str:
     if total <= 0:
         return ""
     named = sorted((name for name in lost if lost[name] > LEAST_SHARE * total), key=lambda name: -lost[name])
-    shared = " (the processes share the same cores)" if _shares_cores(figures, base) else ""
+    shared = " (the processes share the same cores)" if figures.devices <= base.devices else ""
     words = ", ".join(f"{number(lost[name])} ms {CAUSES[name]}{shared if name == COMPUTING else ''}" for name in named)
     causes = [CAUSES[name] for name in named if lost[name] >= AS_LARGE * lost[named[0]]]
     begin = f"The cause is {causes[0]}" if len(causes) == 1 else f"The causes are {' and '.join(causes)}"
@@ -53,15 +53,3 @@ def _parts(figures: CellFigures) -> dict[str, float] | None:
         for name, value in zip(CAUSES, parts, strict=True):
             found[name].append(value)
     return {name: statistics.median(values) for name, values in found.items()}
-
-
-def _shares_cores(figures: CellFigures, base: CellFigures) -> bool:
-    """Whether all processes together have no more threads of one CPU than the base case's."""
-    return devices_of(figures) <= devices_of(base) and figures.cell.processes > base.cell.processes
-
-
-def devices_of(figures: CellFigures) -> int:
-    """What a cell occupies: a GPU per process, or on a CPU a core per thread."""
-    environment = figures.repeats[0].row.get("environment") or {}
-    threads = environment.get("num_threads") if environment.get("device") == "cpu" else None
-    return int(figures.cell.processes * (threads or 1))

@@ -20,6 +20,8 @@ SCALINGS = ("strong", "weak")
 # option of a study: of training
 AXES = {"lrs": "lr", "lr_rules": "lr_rule", "mixed_precisions": "mixed_precision", "compiles": "compile"}
 
+Options = tuple[tuple[str, str], ...]  # option of training to its value, for the axes that are studied
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -27,7 +29,7 @@ class Cell:
 
     global_batch_size: int
     processes: int
-    options: tuple[tuple[str, str], ...] = ()  # option of training to its value, for the axes that are studied
+    options: Options = ()
 
     @property
     def name(self) -> str:

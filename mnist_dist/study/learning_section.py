@@ -11,7 +11,7 @@ import numpy as np
 
 from mnist_dist.study import pictures
 from mnist_dist.study.critical import TOLERANCE, Critical, critical
-from mnist_dist.study.grid import Cell
+from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Strong, Table, Text
 from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import Interval, median_interval
@@ -55,7 +55,7 @@ class Line:
     batch sizes, or the reason why it is not known. At one fixed rate it is a knee: a larger batch wants a larger rate.
     """
 
-    options: tuple[tuple[str, str], ...]
+    options: Options
     tried: Sequence[Sequence[Learnt]]
     found: Critical | str
 
@@ -152,9 +152,9 @@ def _say(interval: Interval, limit: int) -> str:
     return f"{value} ({low} to {high})" if interval.n > 1 and low != high else value
 
 
-def _by_line(cells: Sequence[Learnt]) -> dict[tuple[tuple[str, str], ...], list[list[Learnt]]]:
+def _by_line(cells: Sequence[Learnt]) -> dict[Options, list[list[Learnt]]]:
     """For each value of the options without the rate, the rates that were tried at each batch size, the best first."""
-    found: dict[tuple[tuple[str, str], ...], dict[int, list[Learnt]]] = {}
+    found: dict[Options, dict[int, list[Learnt]]] = {}
     for one in cells:
         options = tuple(option for option in one.options if option[0] != RATE)
         found.setdefault(options, {}).setdefault(one.batch, []).append(one)

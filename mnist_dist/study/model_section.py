@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import CellFigures
-from mnist_dist.study.grid import Cell
-from mnist_dist.study.models import Judged, Options, beyond
+from mnist_dist.study.grid import Cell, Options
+from mnist_dist.study.models import Judged
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Strong, Table, Text
 from mnist_dist.study.pictures import MOST_LINES, Series
 from mnist_dist.study.statistics import LEVEL, Interval
@@ -32,16 +32,14 @@ METHOD = (
 def add_model(page: Page, models: Mapping[Options, Judged], folder: Path) -> None:
     """The section: for each value of the study's options a model, how it was checked, and its forecast."""
     page.add(Heading(2, TITLE))
-    fitted = {options: (judged.members, judged.model) for options, judged in models.items()
-              if isinstance(judged.model, Model)}
+    fitted = {options: (judged, judged.model) for options, judged in models.items() if isinstance(judged.model, Model)}
     page.add(*(Text(("No model", *for_options(options), f": {judged.model}.")) for options, judged in models.items()
                if isinstance(judged.model, str)))
-    for options in fitted:
-        _add_check(page, models[options].left_out, options, models[options].checked)
+    for options, (judged, _) in fitted.items():
+        _add_check(page, judged.left_out, options, judged.checked)
     if not fitted:
         return
-    series = [one for options, (_, model) in fitted.items()
-              for one in _series(models[options], options, model)]
+    series = [one for options, (judged, model) in fitted.items() for one in _series(judged, options, model)]
     page.add(pictures.draw(
         folder, "model", "Milliseconds of a step against the number of processes, for each global batch: measured "
         f"medians, the model's line, and dashed, with a band, its forecast; the smallest {MOST_LINES} batches at most. "
@@ -84,7 +82,7 @@ def _series(judged: Judged, options: Options, model: Model) -> list[Series]:
         groups.setdefault(one.cell.global_batch_size, []).append((one, judged.places[one.cell]))
     shown = sorted(groups)[:MOST_LINES]
     found = []
-    for batch, ahead in beyond(judged.members, shown).items():
+    for batch, ahead in judged.beyond(shown).items():
         own = [one for one, _ in groups[batch]]
         places = [*(place for _, place in groups[batch]), *ahead]
         found.append(Series(
@@ -95,13 +93,13 @@ def _series(judged: Judged, options: Options, model: Model) -> list[Series]:
     return found
 
 
-def _add_forecast(page: Page, fitted: dict[Options, tuple[Sequence[CellFigures], Model]]) -> None:
+def _add_forecast(page: Page, fitted: dict[Options, tuple[Judged, Model]]) -> None:
     """The forecasts, and what a step is made of there."""
     lines: list[list[Inline]] = []
-    every = [one.cell for members, _ in fitted.values() for one in members]
-    for options, (members, model) in fitted.items():
-        batches = sorted({one.cell.global_batch_size for one in members})
-        for batch, places in beyond(members, batches).items():
+    every = [one.cell for judged, _ in fitted.values() for one in judged.members]
+    for options, (judged, model) in fitted.items():
+        batches = sorted({one.cell.global_batch_size for one in judged.members})
+        for batch, places in judged.beyond(batches).items():
             for place, step in zip(places, model.predict(places), strict=True):
                 shares = model.shares(place)
                 lines.append([*cell_words(Cell(batch, place.processes, options), every), _ms(step),

@@ -37,14 +37,13 @@ def choose(rows: Sequence[Row], devices: int) -> tuple[Grid, HoldOut]:
     Raises `MnistDistError` if a run of the first look failed.
     """
     looks = {cell_of(row): row for row in rows if row["role"] == "repeat" and row["repeat"] == 1}
-    cells = first_look(devices).cells()
-    for cell in cells:
-        row = looks.get(cell)
-        if row is None or rate_of(row) is None:
-            reason = row.get("reason") if row else "it was not run"
-            raise MnistDistError(f"the first look failed: {cell}: {reason or 'no step was measured'}")
-    steps = {cell: cell.global_batch_size / (rate_of(looks[cell]) or math.inf) for cell in cells}
-    seconds = {cell: float(looks[cell]["seconds"] or 0.0) for cell in cells}
+    steps, seconds = {}, {}
+    for cell in first_look(devices).cells():
+        row = looks.get(cell, {"status": "failed", "reason": "it was not run"})
+        rate = rate_of(row)
+        if rate is None:
+            raise MnistDistError(f"the first look failed: {cell}: {row['reason'] or 'no step was measured'}")
+        steps[cell], seconds[cell] = cell.global_batch_size / rate, row["seconds"] or 0.0
     sizes = batch_sizes(steps[Cell(SMALLEST, 1)], steps[Cell(LARGE, 1)])
     powers = tuple(2**k for k in range(devices.bit_length()) if 2**k < devices)
     every, ends = (*powers, devices), tuple(dict.fromkeys((1, devices)))

@@ -11,16 +11,16 @@ from typing import Any
 from mnist_dist.record.files import replace_synced
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
-from mnist_dist.study.answer import add_answer, answers
+from mnist_dist.study.answer import Answer, add_answers, answer, in_words
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
 from mnist_dist.study.learning_section import add_learning
 from mnist_dist.study.model_section import add_model
-from mnist_dist.study.models import Judged, Options, judge
+from mnist_dist.study.models import judge
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import LEAST_CHANGE, LEAST_REPEATS, LEVEL, PRECISION, SIGNIFICANT, Interval
 from mnist_dist.study.table import CSV, JSONL, Row
-from mnist_dist.study.targets import Target, targets_of
+from mnist_dist.study.targets import targets_of
 from mnist_dist.study.words import cell_head, cell_words, counted, level_of, listed, name_of_line, say, short
 from mnist_dist.tables import number
 
@@ -39,7 +39,8 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     (folder / PICTURES).mkdir(exist_ok=True)
     page = Page(f"Scaling study {folder.resolve().name}")
     targets, models = targets_of(analysis), judge(analysis.cells, hold_out)
-    _summary(page, analysis, targets, models)
+    answers = {target.nll: answer(target, models) for target in targets}
+    _summary(page, analysis, answers)
     if analysis.cells:
         _throughput(page, analysis, folder / PICTURES)
         _scaling(page, analysis, folder / PICTURES)
@@ -47,7 +48,7 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
         _ranks(page, analysis)
         add_model(page, models, folder / PICTURES)
     add_learning(page, targets, folder / PICTURES)
-    add_answer(page, targets, models, folder / PICTURES)
+    add_answers(page, answers.values(), models, folder / PICTURES)
     _problems(page, analysis)
     _method(page, analysis)
     return _write(folder, page, REPORT)
@@ -111,7 +112,7 @@ def _factor(factor: Factor | None) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def _summary(page: Page, analysis: Analysis, targets: Sequence[Target], models: Mapping[Options, Judged]) -> None:
+def _summary(page: Page, analysis: Analysis, answers: Mapping[float, Answer | None]) -> None:
     """What was measured, what was found, and what was not measured."""
     cells, runs = analysis.cells, analysis.runs
     processes = sorted({cell.processes for cell in cells})
@@ -129,7 +130,7 @@ def _summary(page: Page, analysis: Analysis, targets: Sequence[Target], models: 
         found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {say(best.rate)} samples/s."))]
         for count in processes:
             found += _pays(analysis, count)
-        found += answers(targets, analysis, models)
+        found += in_words(answers, analysis)
         page.add(found)
     notes = []
     if failed := [row for row in analysis.failed if row["status"] == "failed"]:
@@ -147,7 +148,7 @@ def _summary(page: Page, analysis: Analysis, targets: Sequence[Target], models: 
     if notes:
         page.add(f"Look at this first: {'; '.join(notes)} (below).")
     others = f"any number of processes but {', '.join(map(str, processes))}" if processes else "anything else"
-    learning = "other batch sizes, learning rates and targets" if targets else "how well the model learns"
+    learning = "other batch sizes, learning rates and targets" if answers else "how well the model learns"
     page.add("Not measured: start-up, compilation, warm-up steps, evaluation and checkpoints; "
              f"{learning}; {others}; other hardware.")
 

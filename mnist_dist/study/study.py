@@ -313,11 +313,14 @@ def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[
     """The runs that are planned and not done, as long as there is time for them."""
     pending = show_plan(study, machine, say)
     for done, run in enumerate(pending, 1):
-        rows = study.rows()
-        left = request.seconds - sum(row.get("seconds") or 0.0 for row in rows)
-        if estimate([run], rows, study.fixed) > left:
-            say(f"the {request.seconds:.0f} s of --quick are over: {counted(len(pending) - done + 1, 'run')} left out")
-            return
+        left = request.seconds
+        if math.isfinite(left):
+            rows = study.rows()
+            left -= sum(row.get("seconds") or 0.0 for row in rows)
+            if estimate([run], rows, study.fixed) > left:
+                many = counted(len(pending) - done + 1, "run")
+                say(f"the {request.seconds:.0f} s of --quick are over: {many} left out")
+                return
         _do(study, run, replace(request, cell_timeout=min(left, request.cell_timeout)), machine, say,
             f"[{done}/{len(pending)}]", pending[done:])
 

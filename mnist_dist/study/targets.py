@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.causes import devices_of
 from mnist_dist.study.critical import DRAWS
-from mnist_dist.study.grid import Cell
+from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.statistics import Interval, interval_of_draws, resampled_medians
 from mnist_dist.study.step_time import Model, Place, seconds
 
@@ -27,7 +26,7 @@ class Learnt:
     """
 
     batch: int
-    options: tuple[tuple[str, str], ...]
+    options: Options
     steps: list[float] = field(default_factory=list)
     samples: list[float] = field(default_factory=list)
     most_steps: int = 0
@@ -124,7 +123,7 @@ def times_to(analysis: Analysis, cells: Sequence[Learnt]) -> list[TimeTo]:
         random = np.random.default_rng([cell.global_batch_size, cell.processes])
         draws = one.draws * resampled_medians([each], DRAWS, random)[:, 0]
         found.append(TimeTo(cell, interval_of_draws(np.median(one.steps) * np.median(each), draws,
-                                                    min(len(one.steps), len(each))), draws, devices_of(figures)))
+                                                    min(len(one.steps), len(each))), draws, figures.devices))
     return found
 
 

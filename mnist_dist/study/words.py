@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from mnist_dist.study.grid import Cell
+from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.pages import Code, Inline
 from mnist_dist.tables import number
 
@@ -53,21 +53,21 @@ def counted(n: int, one: str, many: str | None = None) -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
-def name_of_line(processes: int, options: tuple[tuple[str, str], ...]) -> str:
+def name_of_line(processes: int, options: Options) -> str:
     """`2 processes, lr 0.001`: of a line in a picture."""
     return counted(processes, "process", "processes") + short(options)
 
 
-def options_alone(options: tuple[tuple[str, str], ...]) -> Code:
+def options_alone(options: Options) -> Code:
     """The options of a cell, by themselves."""
     return Code(short(options).removeprefix(", "))
 
 
-def for_options(options: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+def for_options(options: Options) -> tuple[str, ...]:
     """Parts of a sentence: ` for lr 0.001`, if the study varies an option."""
     return (" for ", options_alone(options)) if options else ()
 
 
-def short(options: tuple[tuple[str, str], ...]) -> str:
+def short(options: Options) -> str:
     """The options of a line in a picture, which has little room."""
     return "".join(f", {name.replace('_', ' ')} {value[:24]}" for name, value in options)

@@ -24,7 +24,7 @@ from mnist_dist.processes.signals import stop_with_launcher
 from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.record.checkpoint import Checkpoint, load_newest, save_checkpoint
-from mnist_dist.record.figures import EpochRecord, RunSummary, record_from, summarise
+from mnist_dist.record.figures import EpochRecord, RunSummary, record_from, samples_at, summarise
 from mnist_dist.record.folder import CHECKPOINTS, append_metrics, open_folder, write_config, write_metrics
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
@@ -216,7 +216,7 @@ class Run:
         (seconds,) = self.team.max(watch.seconds + watch.warmup_seconds)
         self.evaluations.append({
             "step": self.global_step,
-            "samples": self.epoch * len(self.sets.train) + self.step * self.trainer.global_batch_size,
+            "samples": samples_at(self.global_step, len(self.sets.train), self.trainer.global_batch_size),
             "train_seconds": sum(record.train_seconds for record in self.records) + seconds,
             "test_nll": test["test_nll"], "test_accuracy": test["test_accuracy"],
         })

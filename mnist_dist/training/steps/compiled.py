@@ -137,6 +137,7 @@ class CompiledStep:
         zeros = [images_B1HW.new_zeros(len(rows_B), size, dtype=self.dtype) for size in self.outputs]
 
         def mean_loss(both: tuple[dict[str, Tensor], list[Tensor]]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+            """The mean over the batch, and beside it what is wanted of its making: the sum, and the layers' inputs."""
             weights, zeros = both
             inputs: list[Tensor] = []
 
