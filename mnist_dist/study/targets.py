@@ -96,8 +96,9 @@ def targets_of(analysis: Analysis) -> list[Target]:
                     mine.noise_scales.append(noise)
                 mine.steps.append(math.inf if one["step"] is None else one["step"])
                 mine.samples.append(math.inf if one["samples"] is None else one["samples"])
-    return [Target(nll, list(cells.values()), times_to(analysis, list(cells.values())))
-            for nll, cells in sorted(found.items(), reverse=True)]
+    # a batch size that was run on several processes only is among the others
+    ordered = {nll: sorted(cells.values(), key=lambda one: (one.options, one.batch)) for nll, cells in found.items()}
+    return [Target(nll, learnt, times_to(analysis, learnt)) for nll, learnt in sorted(ordered.items(), reverse=True)]
 
 
 def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None:

@@ -58,6 +58,12 @@ def test_a_target_that_none_reached_has_no_answer(tmp_path):
     assert "Test NLL 0.3: not known" in (tmp_path / "report.md").read_text().split("\n## ")[0]
 
 
+def test_batch_sizes_of_several_processes_alone_are_among_the_others(tmp_path):
+    text = section(tmp_path, rows_of([Cell(200, 1), Cell(800, 1), Cell(100, 2), Cell(400, 2)]))
+    lines = [line.split(" | ")[0] for line in text.splitlines() if "3 of 3" in line]
+    assert lines == ["| 100", "| 200", "| 400", "| 800"]
+
+
 def test_runs_of_one_seed_count_once(tmp_path):
     rows = rows_of([Cell(200, processes) for processes in (1, 2, 4)])
     rows = [{**one, "config": {"seed": one["repeat"]}} for one in rows]
