@@ -16,7 +16,7 @@ from support import ROOT, TORCHRUN, TRAIN, assert_one_line_error, mnist_dist, re
 from mnist_dist.processes.launch import Launch, read_launch
 from mnist_dist.processes.restarts import Starts
 
-OURS = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", "--max-restarts", "5"]
+OURS = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", "--max-restarts", "1"]
 TORCHS = [*TORCHRUN, "--max-restarts=5", "--monitor-interval=0.1", "--nproc-per-node=2", TRAIN]
 ACCELERATES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1",
                "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
@@ -60,22 +60,44 @@ def names(folder):
     return [path.name for path in (folder / "checkpoints").glob("step-*")] if folder.exists() else []
 
 
-@pytest.mark.parametrize(("command", "victims"), [
-    (OURS, (1,)),
-    pytest.param(TORCHS, (0, 1), marks=pytest.mark.long),
-    pytest.param(ACCELERATES, (1,), marks=pytest.mark.long),
-], ids=["mnist-dist", "torchrun", "accelerate"])
-def test_a_killed_rank_is_started_again(command, victims, alone, small_dir, tmp_path):
+def launch(command, folder, data_dir):
+    """The launcher of a run in this folder, with what it prints in pipes."""
+    words = [*command, *OPTIONS, "--data-dir", str(data_dir), "--output-dir", str(folder)]
+    return subprocess.Popen(words, cwd=folder.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_a_killed_rank_is_started_again_as_often_as_was_asked_for(alone, small_dir, tmp_path):
+    """Once; the second kill ends the launch, and the run continues on one process."""
+    folder = tmp_path / "run"
+    launcher = launch(OURS, folder, small_dir)
+    for victim in (1, 0):
+        kill_after(folder, launcher, victim, checkpoints=set(names(folder)))
+    printed, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and "was ended by SIGKILL" in errors and "Traceback" not in errors
+    assert printed.count("continuing after step") == 1
+    done = mnist_dist("train", *OPTIONS, "--resume", "--data-dir", small_dir, "--output-dir", folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same(folder, alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("command", "victims"), [(TORCHS, (0, 1)), (ACCELERATES, (1,))],
+                         ids=["torchrun", "accelerate"])
+def test_other_launchers_start_again_too(command, victims, alone, small_dir, tmp_path):
     """A rank in the first start, the other one in the second: the last start ends the run."""
     folder = tmp_path / "run"
-    words = [*command, *OPTIONS, "--data-dir", str(small_dir), "--output-dir", str(folder)]
-    launcher = subprocess.Popen(words, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={**os.environ, "PYTHONPATH": str(ROOT)})
+    launcher = launch(command, folder, small_dir)
     for victim in victims:
         kill_after(folder, launcher, victim, checkpoints=set(names(folder)))
     printed, errors = launcher.communicate(timeout=120)
     assert launcher.returncode == 0, errors
     assert printed.count("continuing after step") == len(victims), "each start takes up the newest checkpoint"
+    assert_same(folder, alone)
+
+
+def assert_same(folder, alone):
+    """The run of this folder learnt what the one that was left alone did, and recorded it once."""
     ours, theirs = load_file(folder / "model.safetensors"), load_file(alone / "model.safetensors")
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -88,9 +110,7 @@ def test_a_killed_rank_is_started_again(command, victims, alone, small_dir, tmp_
 @pytest.mark.long
 def test_a_killed_launcher_leaves_a_checkpoint_and_no_process(alone, small_dir, tmp_path):
     folder = tmp_path / "run"
-    words = [*OURS[:-2], *OPTIONS, "--data-dir", str(small_dir), "--output-dir", str(folder)]
-    launcher = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                env={**os.environ, "PYTHONPATH": str(ROOT)})
+    launcher = launch(OURS[:-2], folder, small_dir)
     while not names(folder):
         time.sleep(0.02)
     ranks = [rank(launcher, number) for number in range(2)]
@@ -102,8 +122,7 @@ def test_a_killed_launcher_leaves_a_checkpoint_and_no_process(alone, small_dir, 
     assert max(names(folder)) >= before
     done = mnist_dist("train", *OPTIONS, "--data-dir", small_dir, "--resume", "--output-dir", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    ours, theirs = load_file(folder / "model.safetensors"), load_file(alone / "model.safetensors")
-    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    assert_same(folder, alone)
 
 
 @pytest.mark.long
@@ -111,7 +130,7 @@ def test_an_end_that_another_start_does_not_change_is_not_repeated(small_dir, tm
     """The folder holds a run of another launch: no later start may continue it."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    done = run([*OURS[:-1], "1", *OPTIONS, "--data-dir", small_dir, "--output-dir", "run"], cwd=tmp_path,
+    done = run([*OURS, *OPTIONS, "--data-dir", small_dir, "--output-dir", "run"], cwd=tmp_path,
                PYTHONPATH=str(ROOT))
     assert done.returncode == 2 and "already holds a run" in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
