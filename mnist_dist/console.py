@@ -13,7 +13,7 @@ from typing import Any
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.record.environment import Environment
-from mnist_dist.record.figures import EpochRecord
+from mnist_dist.record.figures import EpochRecord, RunSummary
 from mnist_dist.record.folder import CURVES, METRICS, MODEL, PREDICTIONS, RESULT
 
 COLUMNS = (  # heading, width, how the epoch's record fills it
@@ -61,6 +61,13 @@ class Console:
         self.say(f"global batch {global_batch_size} = {at_most}{per_device_batch_size} per process, {num_batches:,} "
                  f"steps per epoch, Adam at {learning_rate:g}, {config.dtype}, mixed precision {place.mixed_precision}")
         self.say(f"writing to {config.output_dir}")
+
+    def say_checkpoints(self, summary: RunSummary) -> None:
+        """What the checkpoints of a run took."""
+        if summary.checkpoint_pause_seconds is not None and summary.checkpoint_seconds is not None:
+            self.say(f"{summary.checkpoints} checkpoints: each kept the training for "
+                     f"{1000 * summary.checkpoint_pause_seconds:.1f} ms, and was whole after "
+                     f"{1000 * summary.checkpoint_seconds:.1f} ms (medians)")
 
     def say_where(self, folder: Path) -> None:
         """What a completed run has left."""

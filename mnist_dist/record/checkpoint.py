@@ -1,24 +1,31 @@
 """Checkpoints that are whole or absent: tensors as safetensors, the rest as JSON, a manifest of checksums last.
 
 A checkpoint is written to a temporary folder, synced, and renamed. If one does not match its manifest, a warning names
-it and the one before it is read. Nothing is unpickled. One process writes; it knows nothing of the others.
+it and the one before it is read. Nothing is unpickled. One process writes, beside its training; it knows nothing of the
+others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import statistics
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mnist_dist.errors import MnistDistError
 from mnist_dist.record.files import sync_folder, write_synced
 
+FORMAT = 2  # of what a run keeps in STATE; a run of another format is not continued
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -37,12 +44,82 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Write `root`/step-<step>, then drop all but the newest `keep`. Raises `MnistDistError` if the disk is full or
-    cannot be written; the older checkpoints are then unchanged.
+class CheckpointWriter:
+    """Writes the checkpoints of one run below `root` beside its training, one at a time, and keeps the newest `keep`.
+
+    Leaving it as a context waits for the one that is being written.
     """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root, self.keep = root, keep
+        self.pauses: list[float] = []  # seconds that each kept the caller
+        self.delays: list[float] = []  # seconds from the request until each was whole
+        self._content = bytearray()  # of the file of tensors
+        self._places: dict[str, Tensor] = {}  # the tensors in it
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Copy everything, and begin to write `root`/step-<step>. Waits for the one before, and raises as `wait`."""
+        begin = time.perf_counter()
+        self.wait()
+        self._copy(tensors)
+        files = {TENSORS: self._content, STATE: json.dumps(state, allow_nan=False).encode()}
+        self._thread = threading.Thread(target=self._write, args=(step, files, begin), name="checkpoint")
+        self._thread.start()
+        self.pauses.append(time.perf_counter() - begin)
+
+    def wait(self) -> None:
+        """Wait until the last one is whole. Raises `MnistDistError` if the disk is full or cannot be written; the older
+        checkpoints are then unchanged.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    def figures(self) -> dict[str, Any]:
+        """How many were written, and how long they took, as `RunSummary` names it."""
+        return {
+            "checkpoints": len(self.delays),
+            "checkpoint_pause_seconds": statistics.median(self.pauses) if self.pauses else None,
+            "checkpoint_seconds": statistics.median(self.delays) if self.delays else None,
+        }
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(MnistDistError):
+            self.wait()
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors to where they are in the file, so that nothing is left to do but to write it."""
+        if not self._content:
+            self._content = bytearray(tensor_bytes(tensors))
+            # a safetensors file has the length of its head, the head as JSON, the data
+            start = 8 + int.from_bytes(self._content[:8], "little")
+            for name, place in json.loads(self._content[8:start]).items():
+                self._places[name] = torch.frombuffer(
+                    self._content, dtype=tensors[name].dtype, count=tensors[name].numel(),
+                    offset=start + place["data_offsets"][0],
+                ).view(tensors[name].shape)
+        for name, tensor in tensors.items():
+            self._places[name].copy_(tensor.detach())
+
+    def _write(self, step: int, files: dict[str, bytes | bytearray], begin: float) -> None:
+        try:
+            _write_checkpoint(self.root, step, files, self.keep)
+            self.delays.append(time.perf_counter() - begin)
+        except BaseException as error:
+            self._error = error
+
+
+def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray], keep: int) -> None:
+    """Write `root`/step-<step> of these files, then drop all but the newest `keep`. Raises `MnistDistError`."""
     final, temporary = root / f"step-{step:09d}", root / f".step-{step:09d}.{os.getpid()}"
-    files = {TENSORS: tensor_bytes(tensors), STATE: json.dumps(state, allow_nan=False).encode()}
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[MANIFEST] = json.dumps(checksums).encode()
     try:
@@ -61,7 +138,6 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], state:
                              "it are whole: free some space and continue with --resume") from None
     for old in _newest_first(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def _newest_first(root: Path) -> list[Path]:

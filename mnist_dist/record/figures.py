@@ -87,6 +87,11 @@ class RunSummary:
     per_device_batch_size: int = figure("summary", "of these, at most so many on one process", unit="samples")
     learning_rate: float = figure("summary", "the rate in force, after --lr-rule")
     compile_seconds: float = figure("summary", "compiling the step, outside all other times", unit="s")
+    checkpoints: int = figure("summary", "checkpoints written since the process started", default=0)
+    checkpoint_pause_seconds: float | None = figure("summary", "how long one kept the training, median", unit="s",
+                                                    default=None)
+    checkpoint_seconds: float | None = figure("summary", "from the request until it was whole, median", unit="s",
+                                              default=None)
     samples_per_second: float | None = figure("summary", "measured samples / measured seconds", unit="samples/s")
     best_test_nll: float | None = figure("summary", "the lowest test_nll of an epoch", unit="nats")
     final_test_nll: float | None = figure("summary", "test_nll of the last epoch", unit="nats")

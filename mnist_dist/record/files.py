@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes | bytearray) -> None:
     """Write a file and wait until it is on the disk. Its mode follows the user's umask."""
     with open(path, "wb") as file:
         file.write(content)

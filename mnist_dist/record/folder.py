@@ -44,16 +44,17 @@ def write_config(folder: Path, config: TrainConfig) -> None:
         raise UserError(f"{folder / CONFIG} cannot be written ({error.strerror}): give another --output-dir") from None
 
 
-def write_metrics(folder: Path, records: Sequence[EpochRecord]) -> None:
-    """Make `metrics.jsonl` hold exactly these records: those of the checkpoint that is continued, or none."""
-    replace_synced(folder / METRICS, "".join(_line(record) for record in records).encode())
+def write_metrics(folder: Path, lines: Sequence[str]) -> None:
+    """Make `metrics.jsonl` hold exactly these lines: those of the checkpoint that is continued, or none."""
+    replace_synced(folder / METRICS, "".join(lines).encode())
 
 
-def append_metrics(folder: Path, record: EpochRecord) -> None:
+def append_metrics(folder: Path, line: str) -> None:
     """Append one epoch's line to `metrics.jsonl`."""
     with open(folder / METRICS, "a", encoding="utf-8") as file:
-        file.write(_line(record))
+        file.write(line)
 
 
-def _line(record: EpochRecord) -> str:
+def metrics_line(record: EpochRecord) -> str:
+    """One epoch's line of `metrics.jsonl`."""
     return json.dumps(asdict(record), allow_nan=False) + "\n"

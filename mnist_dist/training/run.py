@@ -5,6 +5,7 @@ Read `train`, then `Run.go`: start or resume, then for each epoch train, evaluat
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -23,9 +24,16 @@ from mnist_dist.processes.network import choose_interface
 from mnist_dist.processes.signals import stop_with_launcher
 from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
-from mnist_dist.record.checkpoint import Checkpoint, load_newest, save_checkpoint
+from mnist_dist.record.checkpoint import FORMAT, Checkpoint, CheckpointWriter, load_newest
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from, samples_at, summarise
-from mnist_dist.record.folder import CHECKPOINTS, append_metrics, open_folder, write_config, write_metrics
+from mnist_dist.record.folder import (
+    CHECKPOINTS,
+    append_metrics,
+    metrics_line,
+    open_folder,
+    write_config,
+    write_metrics,
+)
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result
@@ -139,6 +147,8 @@ class Run:
         self.evaluations: list[dict[str, Any]] = []  # within the epoch in progress
         self.epoch = self.step = 0  # the next step to take
         self.records: list[EpochRecord] = []
+        self.lines: list[str] = []  # the same as JSON: made once, as every checkpoint has them all
+        self.checkpoints = CheckpointWriter(self.folder / CHECKPOINTS, config.keep_checkpoints)
         self.watch: dict[str, Any] = {}  # the stopwatch's state, of an epoch that was interrupted
         if kept:
             self._take_up(kept)
@@ -161,13 +171,14 @@ class Run:
     def go(self) -> None:
         """Train to the end, and leave the results. Raises `Diverged` or `Stopped`, with what there is written."""
         self._open_record()
-        with self.pacer.signals:
+        with self.pacer.signals, self.checkpoints:
             try:
                 while not self._is_finished():
                     self._run_epoch()
             except Diverged:
                 self._leave("diverged")
                 raise
+            self._wait_for_checkpoint()
         self._leave("completed")
 
     def _run_epoch(self) -> None:
@@ -191,11 +202,11 @@ class Run:
         record = self._evaluate(watch)
         if end < self.num_batches:  # kept as an epoch in progress, so that it can be continued with more steps
             self._save()
-            self.records.append(record)
+            self._keep(record)
             return
         self.epoch, self.step, self.watch, self.evaluations = epoch + 1, 0, {}, []
         trainer.sums.zero_()
-        self.records.append(record)
+        self._keep(record)
         pacer.poll()
         if pacer.wants_checkpoint_after(epoch):
             self._save()
@@ -243,16 +254,21 @@ class Run:
             evaluations=self.evaluations, peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
         )
         if team.is_main:
-            append_metrics(self.folder, record)
+            append_metrics(self.folder, metrics_line(record))
             self.mirror.log(record)
         self.console.table_row(record)
         return record
+
+    def _keep(self, record: EpochRecord) -> None:
+        self.records.append(record)
+        self.lines.append(metrics_line(record))
 
     def _show_progress(self, done: int) -> None:
         self.console.progress(self.epoch, done, self.num_batches)
 
     def _stop_if_asked(self) -> None:
         if self.pacer.stop_signal:
+            self._wait_for_checkpoint()
             what_next = (f"continue with --resume --output-dir {self.folder}" if self.pacer.is_on
                          else "no checkpoint was wanted")
             raise Stopped(self.pacer.stop_signal, self.global_step, what_next)
@@ -272,7 +288,7 @@ class Run:
         """
         def task() -> None:
             write_config(self.folder, self.config)
-            write_metrics(self.folder, self.records)
+            write_metrics(self.folder, self.lines)
             self.mirror.start(self.config, self.run_id, {
                 **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
                 "environment": asdict(self.environment),
@@ -284,20 +300,23 @@ class Run:
             self.console.table_row(record)
 
     def _save(self) -> None:
-        """Write a checkpoint, if any are wanted. Collective."""
+        """Begin to write a checkpoint, if any are wanted. Collective."""
         if not self.pacer.is_on:
             return
         scaler = self.team.accelerator.scaler
         state = {
             "epoch": self.epoch, "step": self.step, "watch": self.watch, "run_id": self.run_id,
             "evaluations": self.evaluations,
-            "records": [asdict(record) for record in self.records],
+            "records": self.lines,
             "scaler": scaler.state_dict() if scaler else None,
             "fixed": self._fixed(), "kind": self.trainer.step.kind,
         }
-        self.team.run_on("main", lambda: save_checkpoint(self.folder / CHECKPOINTS, self.global_step,
-                                                         self.trainer.tensors(), state, self.config.keep_checkpoints))
+        self.team.run_on("main", lambda: self.checkpoints.write(self.global_step, self.trainer.tensors(), state))
         self.pacer.saved()
+
+    def _wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is whole. Collective."""
+        self.team.run_on("main", self.checkpoints.wait)
 
     def _fixed(self) -> dict[str, Any]:
         """What a run that continues this one may not change, by its name in an error message."""
@@ -307,7 +326,8 @@ class Run:
         values["--mixed-precision"] = self.team.accelerator.mixed_precision  # the launcher may have set it
         if not config.reproducible:
             del values["--logical-shards"]
-        return {**values, "global batch size": self.trainer.global_batch_size, "data set": self.sets.summary}
+        return {**values, "checkpoint format": FORMAT, "global batch size": self.trainer.global_batch_size,
+                "data set": self.sets.summary}
 
     def _take_up(self, kept: Checkpoint) -> None:
         """Continue from the end of the checkpoint. Raises `UserError` if it belongs to another run."""
@@ -319,7 +339,8 @@ class Run:
                 raise UserError(f"{kept.folder} was written with {name} {before}, this run has {value}: continue with "
                                 "the same, or give another --output-dir")
         self.epoch, self.step = kept.state["epoch"], kept.state["step"]
-        self.records = [record_from(EpochRecord, record, kept.folder) for record in kept.state["records"]]
+        self.lines = kept.state["records"]
+        self.records = [record_from(EpochRecord, json.loads(line), kept.folder) for line in self.lines]
         self.watch, self.run_id = kept.state["watch"], kept.state["run_id"]
         self.evaluations = kept.state["evaluations"]
 
@@ -332,6 +353,7 @@ class Run:
         summary = RunSummary(
             global_batch_size=trainer.global_batch_size, per_device_batch_size=trainer.per_device_batch_size,
             learning_rate=trainer.learning_rate, compile_seconds=trainer.step.compile_seconds,
+            **self.checkpoints.figures(),
             **summarise(self.records, self.config.targets, len(self.sets.train), trainer.global_batch_size),
         )
         write_result(self.folder, RunResult(
@@ -339,5 +361,6 @@ class Run:
             epochs=tuple(self.records), summary=summary,
         ))
         if predictions:
+            self.console.say_checkpoints(summary)
             self.console.say_where(self.folder)
             self.mirror.log_results(summary, *predictions)

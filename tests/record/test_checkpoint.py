@@ -13,9 +13,15 @@ from support import assert_one_line_error, mnist_dist, result_of
 
 from mnist_dist.errors import MnistDistError
 from mnist_dist.record import checkpoint
-from mnist_dist.record.checkpoint import load_newest, save_checkpoint
+from mnist_dist.record.checkpoint import CheckpointWriter, load_newest
 
 TENSORS = {"model.weight": torch.arange(12.0).reshape(3, 4), "losses": torch.rand(5, dtype=torch.float64)}
+
+
+def save(root, step, state, keep=2):
+    """Write one checkpoint, and wait for it."""
+    with CheckpointWriter(root, keep) as writer:
+        writer.write(step, TENSORS, state)
 
 
 def warn_not(line):
@@ -24,7 +30,8 @@ def warn_not(line):
 
 def test_what_is_saved_is_loaded(tmp_path):
     state = {"epoch": 3, "records": [{"test_nll": 0.1234567890123456789}]}
-    folder = save_checkpoint(tmp_path / "checkpoints", 42, TENSORS, state, keep=2)
+    save(tmp_path / "checkpoints", 42, state)
+    folder = tmp_path / "checkpoints" / "step-000000042"
     kept = load_newest(tmp_path / "checkpoints", warn_not)
     assert kept.folder == folder and kept.state == state
     assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in TENSORS.items())
@@ -39,7 +46,7 @@ def umask():
 
 def test_the_newest_are_kept(tmp_path):
     for step in (5, 100, 20):
-        save_checkpoint(tmp_path, step, TENSORS, {"step": step}, keep=2)
+        save(tmp_path, step, {"step": step})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000020", "step-000000100"]
     assert load_newest(tmp_path, warn_not).state == {"step": 100}
 
@@ -52,7 +59,7 @@ def test_none_where_there_is_none(tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped"])
 def test_a_damaged_one_is_named_and_passed_over(name, damage, tmp_path):
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, TENSORS, {"step": step}, keep=2)
+        save(tmp_path, step, {"step": step})
     path = tmp_path / "step-000000002" / name
     content = path.read_bytes()
     middle = len(content) // 2
@@ -65,7 +72,7 @@ def test_a_damaged_one_is_named_and_passed_over(name, damage, tmp_path):
 
 
 def test_a_failing_disk_costs_the_new_one_only(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, TENSORS, {"step": 1}, keep=2)
+    save(tmp_path, 1, {"step": 1})
     written = []
 
     def fail_on_the_second(path, content):
@@ -76,9 +83,42 @@ def test_a_failing_disk_costs_the_new_one_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_synced", fail_on_the_second)
     with pytest.raises(MnistDistError, match=r"step 2 .*No space left.*--resume"):
-        save_checkpoint(tmp_path, 2, TENSORS, {"step": 2}, keep=2)
+        save(tmp_path, 2, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
     assert load_newest(tmp_path, warn_not).state == {"step": 1}
+
+
+def test_what_is_written_is_as_of_the_request(tmp_path):
+    """The training changes its tensors while they are written; a scalar and one of 3 dimensions too."""
+    tensors = {"step": torch.tensor(3.0), "weight": torch.rand(300, 1000),
+               "deep": torch.arange(24, dtype=torch.int64).reshape(2, 3, 4)}
+    with CheckpointWriter(tmp_path, keep=9) as writer:
+        expected = []
+        for step in range(5):
+            expected.append({name: tensor.clone() for name, tensor in tensors.items()})
+            writer.write(step, tensors, {"step": step})
+            for tensor in tensors.values():
+                tensor.add_(1)
+    assert len(writer.pauses) == len(writer.delays) == writer.figures()["checkpoints"] == 5
+    for step in range(5):
+        found = load_file(tmp_path / f"step-{step:09d}" / "tensors.safetensors")
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected[step].items())
+
+
+def test_an_error_is_raised_by_the_next_request_and_once(tmp_path):
+    """The error of a run that ends otherwise is told, not that of its last checkpoint."""
+    (tmp_path / "checkpoints").write_text("a file, not a folder")
+    with CheckpointWriter(tmp_path / "checkpoints", keep=2) as writer:
+        writer.write(1, TENSORS, {})
+        with pytest.raises(MnistDistError, match="step 1 "):
+            writer.write(2, TENSORS, {})
+        writer.wait()
+    with pytest.raises(MnistDistError, match="step 3 "), writer:
+        writer.write(3, TENSORS, {})
+    with pytest.raises(KeyError, match="other"), writer:
+        writer.write(4, TENSORS, {})
+        raise KeyError("other")
 
 
 @pytest.fixture(scope="module")
