@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import statistics
 import threading
@@ -20,12 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from mnist_dist.errors import MnistDistError
-from mnist_dist.record.files import sync_folder, write_synced
+from mnist_dist.record.files import MEGABYTE, read_limited, sync_folder, write_synced
 
 FORMAT = 2  # of what a run keeps in STATE; a run of another format is not continued
+LIMIT = 1000 * MEGABYTE  # of a file that is read: 400 times what a checkpoint has
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -39,8 +43,6 @@ class Checkpoint(NamedTuple):
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """The tensors as one safetensors file."""
-    from safetensors.torch import save
-
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
@@ -119,11 +121,13 @@ class CheckpointWriter:
 
 def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray], keep: int) -> None:
     """Write `root`/step-<step> of these files, then drop all but the newest `keep`. Raises `MnistDistError`."""
-    final, temporary = root / f"step-{step:09d}", root / f".step-{step:09d}.{os.getpid()}"
+    final, temporary = root / step_name(step), root / f".{step_name(step)}.{os.getpid()}"
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files[MANIFEST] = json.dumps(checksums).encode()
+    files[MANIFEST] = json.dumps({"step": step, **checksums}).encode()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(".step-*"):  # by a process that was killed while it wrote
+            shutil.rmtree(left)
         temporary.mkdir()
         for name, content in files.items():
             write_synced(temporary / name, content)
@@ -136,26 +140,52 @@ def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray]
         shutil.rmtree(temporary, ignore_errors=True)
         raise MnistDistError(f"the checkpoint of step {step} could not be written to {root} ({error}); the ones before "
                              "it are whole: free some space and continue with --resume") from None
-    for old in _newest_first(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the new one is whole: what cannot be dropped today is dropped another time
+        # a later one is damaged, or it would have been resumed from: it does not count
+        for old in [one for one in _newest_first(root) if 0 <= _step_of(one) < step][keep - 1 :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def step_name(step: int) -> str:
+    """The name of the folder of this step's checkpoint."""
+    return f"step-{step:09d}"
 
 
 def _newest_first(root: Path) -> list[Path]:
-    return sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
+    """Everything that is called like a checkpoint; what has no number comes last."""
+    return sorted(root.glob("step-*"), key=lambda path: (_step_of(path), path.name), reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    """The step that the name says; -1 if it says none."""
+    found = re.fullmatch(r"step-(\d{9,18})", folder.name, re.ASCII)
+    return int(found[1]) if found else -1
 
 
 def load_newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint below `root`, or None. `warn` gets a line for each damaged one."""
-    from safetensors.torch import load
-
     for folder in _newest_first(root):
         try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            files = {name: (folder / name).read_bytes() for name in (TENSORS, STATE)}
-            for name, content in files.items():
-                if hashlib.sha256(content).hexdigest() != manifest[name]:
-                    raise ValueError(f"{name} does not match its checksum")
-            return Checkpoint(folder, load(files[TENSORS]), json.loads(files[STATE]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warn(f"checkpoint {folder} is damaged ({error}): skipped")
+            return _load(folder)
+        # RecursionError: of JSON with very many brackets
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            warn(f"checkpoint {folder} is damaged ({reason}): skipped")
     return None
+
+
+def _load(folder: Path) -> Checkpoint:
+    """The checkpoint of this folder. Raises many kinds of error if it is not what was written."""
+    if folder.is_symlink():
+        raise ValueError("it is a symbolic link")
+    manifest = json.loads(read_limited(folder / MANIFEST, MEGABYTE))
+    if manifest["step"] != _step_of(folder):
+        raise ValueError(f"its manifest is of step {manifest['step']}")
+    files = {name: read_limited(folder / name, LIMIT) for name in (TENSORS, STATE)}
+    for name, content in files.items():
+        if hashlib.sha256(content).hexdigest() != manifest[name]:
+            raise ValueError(f"{name} does not match its checksum")
+    state = json.loads(files[STATE])
+    if not isinstance(state, dict):
+        raise TypeError(f"{STATE} is a {type(state).__name__}")
+    return Checkpoint(folder, load(files[TENSORS]), state)

@@ -1,16 +1,20 @@
-"""Files that are whole or absent: written, synced to the disk, then renamed."""
+"""Files that are whole or absent: written, synced to the disk, then renamed. No symbolic link is followed to a file."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
+
+MEGABYTE = 1_000_000
 
 
 def write_synced(path: Path, content: bytes | bytearray) -> None:
     """Write a file and wait until it is on the disk. Its mode follows the user's umask."""
-    with open(path, "wb") as file:
+    with open(path, "wb", opener=_opened) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -19,14 +23,37 @@ def write_synced(path: Path, content: bytes | bytearray) -> None:
 def replace_synced(path: Path, content: bytes) -> None:
     """Replace a file atomically: a reader finds the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_synced(temporary, content)
-    os.replace(temporary, path)
+    try:
+        write_synced(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
 def replace_json(path: Path, values: Any) -> None:
     """Replace a file by these values as JSON, atomically. Raises `ValueError` if a number is not finite."""
     replace_synced(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line, which ends with a newline, in one write."""
+    with open(path, "ab", opener=_opened) as file:
+        file.write(line.encode())
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes, which may come from anywhere. Raises `OSError` if it is
+    larger, or something else: a symbolic link, a folder, a pipe that would never end.
+    """
+    with open(path, "rb", opener=_opened) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if found.st_size > limit:
+            raise OSError(errno.EFBIG, f"has {found.st_size:,} bytes, and at most {limit:,} are read", str(path))
+        return file.read(limit)
 
 
 def sync_folder(folder: Path) -> None:
@@ -36,3 +63,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _opened(path: str, flags: int) -> int:
+    # without O_NONBLOCK, opening a pipe waits for its other end
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.errors import UserError
+from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.config_file import config_text
 from mnist_dist.record.figures import EpochRecord
-from mnist_dist.record.files import replace_synced
+from mnist_dist.record.files import append_line, replace_synced
 
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
 CHECKPOINTS, PREDICTIONS, CURVES = "checkpoints", "predictions.png", "curves.png"
@@ -27,32 +29,50 @@ def open_folder(config: TrainConfig) -> tuple[Path, str]:
     folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
     if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, CHECKPOINTS)):
         raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with --resume")
+    if (folder / CHECKPOINTS).is_symlink():
+        raise UserError(f"{folder / CHECKPOINTS} is a symbolic link: what is written to it would be outside of the "
+                        "run's folder; move the folder that it names there, or give another --output-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        for left in folder.glob(".*"):  # by a process that was killed while it wrote
+            if re.fullmatch(r"\.(config|metrics|result|model|predictions|curves)\.[a-z]+\.\d+", left.name):
+                left.unlink()
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
     return folder, run_id
 
 
-def write_config(folder: Path, config: TrainConfig) -> None:
-    """Write the run's `config.yaml`. Raises `UserError`."""
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What is done inside writes to the run's folder. Raises `MnistDistError` if the disk is full or fails."""
     try:
-        replace_synced(folder / CONFIG, config_text(config).encode())
+        yield
     except OSError as error:
-        raise UserError(f"{folder / CONFIG} cannot be written ({error.strerror}): give another --output-dir") from None
+        name = error.filename or folder
+        raise MnistDistError(f"{name} could not be written ({error.strerror or error}): free some space and continue "
+                             f"with --resume --output-dir {folder}") from None
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write the run's `config.yaml`. Raises `MnistDistError`."""
+    with writing(folder):
+        replace_synced(folder / CONFIG, config_text(config).encode())
 
 
 def write_metrics(folder: Path, lines: Sequence[str]) -> None:
-    """Make `metrics.jsonl` hold exactly these lines: those of the checkpoint that is continued, or none."""
-    replace_synced(folder / METRICS, "".join(lines).encode())
+    """Make `metrics.jsonl` hold exactly these lines: those of the checkpoint that is continued, or none. Raises
+    `MnistDistError`.
+    """
+    with writing(folder):
+        replace_synced(folder / METRICS, "".join(lines).encode())
 
 
 def append_metrics(folder: Path, line: str) -> None:
-    """Append one epoch's line to `metrics.jsonl`."""
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
-        file.write(line)
+    """Append one epoch's line to `metrics.jsonl`. Raises `MnistDistError`."""
+    with writing(folder):
+        append_line(folder / METRICS, line)
 
 
 def metrics_line(record: EpochRecord) -> str:

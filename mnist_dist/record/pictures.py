@@ -6,6 +6,7 @@ colour alone. Images are uint8 [N, 1, 28, 28]. It draws what it is given and kno
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from mnist_dist.record.figures import EpochRecord
+from mnist_dist.record.files import replace_synced
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
 
 
 def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
     with matplotlib.rc_context({"savefig.facecolor": "white"}):
-        figure.savefig(path, dpi=120)
+        figure.savefig(content, dpi=120, format=path.suffix[1:])
+    replace_synced(path, content.getvalue())
 
 
 def draw_digit(image_1HW: Tensor, label: int, path: Path) -> None:

@@ -5,10 +5,10 @@ Read `train`, then `Run.go`: start or resume, then for each epoch train, evaluat
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from mnist_dist.processes.signals import stop_with_launcher
 from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.record.checkpoint import FORMAT, Checkpoint, CheckpointWriter, load_newest
-from mnist_dist.record.figures import EpochRecord, RunSummary, record_from, samples_at, summarise
+from mnist_dist.record.figures import EpochRecord, RunSummary, samples_at, summarise
 from mnist_dist.record.folder import (
     CHECKPOINTS,
     append_metrics,
@@ -33,6 +33,7 @@ from mnist_dist.record.folder import (
     open_folder,
     write_config,
     write_metrics,
+    writing,
 )
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
@@ -40,6 +41,7 @@ from mnist_dist.record.result import RunResult, write_result
 from mnist_dist.training.marks import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.progress import Progress
 from mnist_dist.training.results import describe_environment, leave_results, peak_memory_bytes
 from mnist_dist.training.trainer import Trainer
 
@@ -82,12 +84,12 @@ def train(config: TrainConfig, launch: Launch) -> None:
         team.end()
         raise
     except torch.OutOfMemoryError as error:
-        step = run.global_step if run else 0
+        step = run.progress.global_step if run else 0
         raise OfThisProcess(f"process {team.rank} of {team.size} has no GPU memory left after step {step}: give a "
                             "smaller batch or more --gradient-accumulation-steps, or end what else runs on this GPU "
                             f"({str(error).splitlines()[0]})") from error
     except RuntimeError as error:
-        lost = team.lost_process(run.global_step if run else 0, error, starts_again=launch.starts_again)
+        lost = team.lost_process(run.progress.global_step if run else 0, error, starts_again=launch.starts_again)
         if lost is None:
             raise
         raise lost from error
@@ -131,7 +133,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets) -> None:
         self.team, self.console, self.sets = team, console, sets
-        self.folder, self.run_id = team.run_on("main", lambda: open_folder(config))
+        self.folder, run_id = team.run_on("main", lambda: open_folder(config))
         if team.starts and team.is_main:
             team.starts.folder = str(self.folder)
         self.config = replace(config, output_dir=str(self.folder))
@@ -140,33 +142,24 @@ class Run:
         if config.resume:
             kept = team.run_on("main", lambda: load_newest(self.folder / CHECKPOINTS, console.warn))
         self.trainer = Trainer(config, team, sets, kept and kept.state.get("kind"))
-        self.num_batches = self.trainer.batches.num_batches
+        self.progress = Progress(run_id, self.trainer.batches.num_batches)
         every, batches = config.evaluation_samples, self.trainer.batches
-        self.pacer = Pacer(config.checkpoint_interval, self.num_batches, team,
+        self.pacer = Pacer(config.checkpoint_interval, batches.num_batches, team,
                            evaluates_after=lambda epoch: batches.steps_of_samples(every, epoch) if every else ())
-        self.evaluations: list[dict[str, Any]] = []  # within the epoch in progress
-        self.epoch = self.step = 0  # the next step to take
-        self.records: list[EpochRecord] = []
-        self.lines: list[str] = []  # the same as JSON: made once, as every checkpoint has them all
         self.checkpoints = CheckpointWriter(self.folder / CHECKPOINTS, config.keep_checkpoints)
-        self.watch: dict[str, Any] = {}  # the stopwatch's state, of an epoch that was interrupted
         if kept:
             self._take_up(kept)
         self.environment = describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain")
         console.introduce(self.environment, self.config, sets.summary, self.trainer.global_batch_size,
-                          self.trainer.per_device_batch_size, self.num_batches, self.trainer.learning_rate)
+                          self.trainer.per_device_batch_size, self.progress.num_batches, self.trainer.learning_rate)
         if config.resume:
-            console.say(f"continuing after step {self.global_step}" if kept else "no checkpoint: starting at step 0")
+            console.say(f"continuing after step {self.progress.global_step}" if kept
+                        else "no checkpoint: starting at step 0")
         self._make_step()
         if kept:
             self.trainer.load_tensors(kept.tensors)
-            if kept.state["scaler"] and team.accelerator.scaler:
+            if kept.state.get("scaler") and team.accelerator.scaler:
                 team.accelerator.scaler.load_state_dict(kept.state["scaler"])
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps done since the start of the run."""
-        return self.epoch * self.num_batches + self.step
 
     def go(self) -> None:
         """Train to the end, and leave the results. Raises `Diverged` or `Stopped`, with what there is written."""
@@ -176,21 +169,23 @@ class Run:
                 while not self._is_finished():
                     self._run_epoch()
             except Diverged:
-                self._leave("diverged")
+                with suppress(MnistDistError):  # of a full disk: why the run ended matters more
+                    self._leave("diverged")
                 raise
             self._wait_for_checkpoint()
         self._leave("completed")
 
     def _run_epoch(self) -> None:
         """Train and evaluate one epoch, or the part of it that --max-steps leaves; record it, save a checkpoint."""
-        trainer, pacer, epoch = self.trainer, self.pacer, self.epoch
-        end = self.num_batches
+        trainer, pacer, progress = self.trainer, self.pacer, self.progress
+        epoch = progress.epoch
+        end = progress.num_batches
         if self.config.max_steps is not None:
-            end = min(end, self.config.max_steps - epoch * self.num_batches)
+            end = min(end, self.config.max_steps - epoch * progress.num_batches)
         watch = Stopwatch(self.team.synchronize, exchange_clock=lambda: self.team.exchange_seconds,
-                          marks=DeviceMarks(self.team.wait_for) if self.team.queues else None, **self.watch)
-        for done in trainer.steps(epoch, range(self.step, end), watch, pacer, self._show_progress):
-            self.step, self.watch = done, watch.state()
+                          marks=DeviceMarks(self.team.wait_for) if self.team.queues else None, **progress.watch)
+        for done in trainer.steps(epoch, range(progress.step, end), watch, pacer, self._show_progress):
+            progress.step, progress.watch = done, watch.state()
             trainer.train_loss(epoch, done)  # no checkpoint of a run that has diverged
             if pacer.wants_evaluation(epoch, done) and self._evaluate_within(watch):
                 end = done
@@ -198,15 +193,15 @@ class Run:
             if pacer.wants_checkpoint(epoch, done):
                 self._save()
                 self._stop_if_asked()
-        self.step, self.watch = end, watch.state()
+        progress.step, progress.watch = end, watch.state()
         record = self._evaluate(watch)
-        if end < self.num_batches:  # kept as an epoch in progress, so that it can be continued with more steps
+        if end < progress.num_batches:  # kept as an epoch in progress, so that it can be continued with more steps
             self._save()
-            self._keep(record)
+            progress.add(record)
             return
-        self.epoch, self.step, self.watch, self.evaluations = epoch + 1, 0, {}, []
+        progress.next_epoch()
         trainer.sums.zero_()
-        self._keep(record)
+        progress.add(record)
         pacer.poll()
         if pacer.wants_checkpoint_after(epoch):
             self._save()
@@ -214,21 +209,21 @@ class Run:
             self._stop_if_asked()
 
     def _is_finished(self) -> bool:
-        config = self.config
+        config, progress = self.config, self.progress
         return (
-            self.epoch >= config.epochs
-            or (config.max_steps is not None and self.global_step >= config.max_steps and bool(self.records))
-            or (bool(config.targets) and any(record.test_nll <= config.targets[-1] for record in self.records))
+            progress.epoch >= config.epochs
+            or (config.max_steps is not None and progress.global_step >= config.max_steps and bool(progress.records))
+            or (bool(config.targets) and any(record.test_nll <= config.targets[-1] for record in progress.records))
         )
 
     def _evaluate_within(self, watch: Stopwatch) -> bool:
         """Evaluate between two steps; whether the lowest target is reached, which ends the run. Collective."""
         test, targets = self.trainer.evaluate(), self.config.targets
         (seconds,) = self.team.max(watch.seconds + watch.warmup_seconds)
-        self.evaluations.append({
-            "step": self.global_step,
-            "samples": samples_at(self.global_step, len(self.sets.train), self.trainer.global_batch_size),
-            "train_seconds": sum(record.train_seconds for record in self.records) + seconds,
+        self.progress.evaluations.append({
+            "step": self.progress.global_step,
+            "samples": samples_at(self.progress.global_step, len(self.sets.train), self.trainer.global_batch_size),
+            "train_seconds": sum(record.train_seconds for record in self.progress.records) + seconds,
             "test_nll": test["test_nll"], "test_accuracy": test["test_accuracy"],
         })
         self.trainer.module.train()
@@ -236,8 +231,8 @@ class Run:
 
     def _evaluate(self, watch: Stopwatch) -> EpochRecord:
         """The record of the epoch whose steps are done, shown and written. Collective."""
-        team = self.team
-        loss = self.trainer.train_loss(self.epoch, self.step)
+        team, progress = self.team, self.progress
+        loss = self.trainer.train_loss(progress.epoch, progress.step)
         noise = self.trainer.noise._asdict()
         begin = time.perf_counter()
         test = self.trainer.evaluate()
@@ -249,29 +244,26 @@ class Run:
         ranks = over_ranks([own for _, own in everyone])
         times = watch.figures(seconds, warmup, team.size)
         record = EpochRecord(
-            epoch=self.epoch, step=self.global_step, train_loss=loss, **noise, **test, **times, eval_seconds=evaluation,
-            epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,
-            evaluations=self.evaluations, peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
+            epoch=progress.epoch, step=progress.global_step, train_loss=loss, **noise, **test, **times,
+            eval_seconds=evaluation, epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,
+            evaluations=progress.evaluations, peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
         )
+        line = metrics_line(record)
+        team.run_on("main", lambda: append_metrics(self.folder, line))
         if team.is_main:
-            append_metrics(self.folder, metrics_line(record))
             self.mirror.log(record)
         self.console.table_row(record)
         return record
 
-    def _keep(self, record: EpochRecord) -> None:
-        self.records.append(record)
-        self.lines.append(metrics_line(record))
-
     def _show_progress(self, done: int) -> None:
-        self.console.progress(self.epoch, done, self.num_batches)
+        self.console.progress(self.progress.epoch, done, self.progress.num_batches)
 
     def _stop_if_asked(self) -> None:
         if self.pacer.stop_signal:
             self._wait_for_checkpoint()
             what_next = (f"continue with --resume --output-dir {self.folder}" if self.pacer.is_on
                          else "no checkpoint was wanted")
-            raise Stopped(self.pacer.stop_signal, self.global_step, what_next)
+            raise Stopped(self.pacer.stop_signal, self.progress.global_step, what_next)
 
     def _make_step(self) -> None:
         trainer, say = self.trainer, self.console.say
@@ -288,15 +280,15 @@ class Run:
         """
         def task() -> None:
             write_config(self.folder, self.config)
-            write_metrics(self.folder, self.lines)
-            self.mirror.start(self.config, self.run_id, {
+            write_metrics(self.folder, self.progress.lines)
+            self.mirror.start(self.config, self.progress.run_id, {
                 **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
                 "environment": asdict(self.environment),
             })
 
         self.team.run_on("main", task, patient=True)
         self.console.table_head()
-        for record in self.records:
+        for record in self.progress.records:
             self.console.table_row(record)
 
     def _save(self) -> None:
@@ -305,13 +297,12 @@ class Run:
             return
         scaler = self.team.accelerator.scaler
         state = {
-            "epoch": self.epoch, "step": self.step, "watch": self.watch, "run_id": self.run_id,
-            "evaluations": self.evaluations,
-            "records": self.lines,
+            **self.progress.state(),
             "scaler": scaler.state_dict() if scaler else None,
             "fixed": self._fixed(), "kind": self.trainer.step.kind,
         }
-        self.team.run_on("main", lambda: self.checkpoints.write(self.global_step, self.trainer.tensors(), state))
+        step = self.progress.global_step
+        self.team.run_on("main", lambda: self.checkpoints.write(step, self.trainer.tensors(), state))
         self.pacer.saved()
 
     def _wait_for_checkpoint(self) -> None:
@@ -330,36 +321,32 @@ class Run:
                 "data set": self.sets.summary}
 
     def _take_up(self, kept: Checkpoint) -> None:
-        """Continue from the end of the checkpoint. Raises `UserError` if it belongs to another run."""
-        for name, value in self._fixed().items():
-            if name not in kept.state["fixed"]:
-                raise UserError(f"{kept.folder} has no {name}: another version of mnist_dist wrote it; continue with "
-                                "that version, or give another --output-dir")
-            if (before := kept.state["fixed"][name]) != value:
-                raise UserError(f"{kept.folder} was written with {name} {before}, this run has {value}: continue with "
-                                "the same, or give another --output-dir")
-        self.epoch, self.step = kept.state["epoch"], kept.state["step"]
-        self.lines = kept.state["records"]
-        self.records = [record_from(EpochRecord, json.loads(line), kept.folder) for line in self.lines]
-        self.watch, self.run_id = kept.state["watch"], kept.state["run_id"]
-        self.evaluations = kept.state["evaluations"]
+        """Continue from the end of the checkpoint. Raises `UserError` if it belongs to another run, or program."""
+        self.progress.take_up(kept, self._fixed())
+        for name, tensor in self.trainer.tensors().items():
+            found = kept.tensors.get(name)
+            if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+                raise UserError(f"{kept.folder} has no tensor {name} of {list(tensor.shape)} {tensor.dtype}: another "
+                                "program wrote it; remove it, or give another --output-dir")
 
     def _leave(self, status: str) -> None:
-        """Write `result.json`, and before it, of a completed run, the model and the pictures."""
-        if not self.team.is_main:
-            return
+        """Write `result.json`, and before it, of a completed run, the model and the pictures. Collective."""
+        self.team.run_on("main", lambda: self._leave_here(status), patient=True)
+
+    def _leave_here(self, status: str) -> None:
         trainer, done = self.trainer, status == "completed"
-        predictions = leave_results(self.folder, trainer, self.config.seed, self.records) if done else None
         summary = RunSummary(
             global_batch_size=trainer.global_batch_size, per_device_batch_size=trainer.per_device_batch_size,
             learning_rate=trainer.learning_rate, compile_seconds=trainer.step.compile_seconds,
             **self.checkpoints.figures(),
-            **summarise(self.records, self.config.targets, len(self.sets.train), trainer.global_batch_size),
+            **summarise(self.progress.records, self.config.targets, len(self.sets.train), trainer.global_batch_size),
         )
-        write_result(self.folder, RunResult(
-            status=status, config=asdict(self.config), dataset=self.sets.summary, environment=self.environment,
-            epochs=tuple(self.records), summary=summary,
-        ))
+        with writing(self.folder):
+            predictions = leave_results(self.folder, trainer, self.config.seed, self.progress.records) if done else None
+            write_result(self.folder, RunResult(
+                status=status, config=asdict(self.config), dataset=self.sets.summary, environment=self.environment,
+                epochs=tuple(self.progress.records), summary=summary,
+            ))
         if predictions:
             self.console.say_checkpoints(summary)
             self.console.say_where(self.folder)

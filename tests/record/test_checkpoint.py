@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import stat
 
 import pytest
@@ -18,10 +20,10 @@ from mnist_dist.record.checkpoint import CheckpointWriter, load_newest
 TENSORS = {"model.weight": torch.arange(12.0).reshape(3, 4), "losses": torch.rand(5, dtype=torch.float64)}
 
 
-def save(root, step, state, keep=2):
+def save(root, step, state, keep=2, tensors=TENSORS):
     """Write one checkpoint, and wait for it."""
     with CheckpointWriter(root, keep) as writer:
-        writer.write(step, TENSORS, state)
+        writer.write(step, tensors, state)
 
 
 def warn_not(line):
@@ -45,30 +47,171 @@ def umask():
 
 
 def test_the_newest_are_kept(tmp_path):
-    for step in (5, 100, 20):
+    for step in (5, 20, 100):
         save(tmp_path, step, {"step": step})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000020", "step-000000100"]
     assert load_newest(tmp_path, warn_not).state == {"step": 100}
+
+
+def test_a_later_one_does_not_count(tmp_path):
+    """It is damaged, and the run has continued from the one before: what it writes then is not dropped."""
+    for step in (5, 9):
+        save(tmp_path, step, {"step": step})
+    (tmp_path / "step-000000009" / "state.json").unlink()
+    (tmp_path / "step-foreign").mkdir()
+    save(tmp_path, 6, {"step": 6}, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000006", "step-000000009", "step-foreign"]
+    warnings = []
+    assert load_newest(tmp_path, warnings.append).state == {"step": 6}
+    assert len(warnings) == 1 and "step-000000009" in warnings[0]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".step-000000003.1234").mkdir()
+    (tmp_path / ".step-000000003.1234" / "tensors.safetensors").write_bytes(b"half")
+    save(tmp_path, 5, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000005"]
 
 
 def test_none_where_there_is_none(tmp_path):
     assert load_newest(tmp_path / "missing", warn_not) is None
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped"])
-def test_a_damaged_one_is_named_and_passed_over(name, damage, tmp_path):
-    for step in (1, 2):
-        save(tmp_path, step, {"step": step})
-    path = tmp_path / "step-000000002" / name
+NAMES = ("tensors.safetensors", "state.json", "manifest.json")
+
+
+def cut(folder, chance):
+    path = folder / chance.choice(NAMES)
+    os.truncate(path, chance.randrange(path.stat().st_size))
+
+
+def flip(folder, chance):
+    """One bit, which a file of tensors or numbers does not show."""
+    path = folder / chance.choice(NAMES)
+    content = bytearray(path.read_bytes())
+    place = chance.randrange(len(content))
+    content[place] ^= 1 << chance.randrange(8)
+    if json_or_none(content) == json_or_none(path.read_bytes()) is not None:
+        content[-1] = 0  # another spelling of the same manifest is no damage
+    path.write_bytes(content)
+
+
+def json_or_none(content):
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def lengthen(folder, chance):
+    with open(folder / chance.choice(NAMES), "ab") as file:
+        file.write(chance.randbytes(chance.randrange(1, 100)) + b"x")
+
+
+def remove(folder, chance):
+    (folder / chance.choice(NAMES)).unlink()
+
+
+def from_the_one_before(folder, chance):
+    """A file of another checkpoint."""
+    name = chance.choice(NAMES)
+    (folder / name).write_bytes((folder.parent / "step-000000001" / name).read_bytes())
+
+
+def all_from_the_one_before(folder, chance):
+    for name in NAMES:
+        (folder / name).write_bytes((folder.parent / "step-000000001" / name).read_bytes())
+
+
+def exchange(folder, chance):
+    """Two files under each other's names."""
+    one, other = (folder / name for name in chance.sample(NAMES, 2))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def manifest_of_other_paths(folder, chance):
+    outside = folder.parent / "outside"
+    outside.write_bytes(b"not ours")
+    digest = hashlib.sha256(b"not ours").hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(
+        {"step": 2, chance.choice(["../outside", str(outside)]): digest, "state.json": digest}))
+
+
+def foreign_manifest(folder, chance):
+    (folder / "manifest.json").write_text(chance.choice(
+        ["[]", "0", "null", '"state.json"', "{}", "[" * 100_000, '{"step": 2}', '{"step": "2"}', "\x00", "NaN"]))
+
+
+def foreign_content(folder, chance):
+    """With the right checksum: nothing but its content is wrong."""
+    name = chance.choice(NAMES[:2])
+    content = chance.choice([b"", b"[]", b"7", b"[" * 100_000, chance.randbytes(1000), (2**62).to_bytes(8, "little"),
+                             b"\x02\x00\x00\x00\x00\x00\x00\x00[]", b"\xff" * 64])
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest[name] = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def not_a_file(folder, chance):
+    path = folder / chance.choice(NAMES)
     content = path.read_bytes()
-    middle = len(content) // 2
-    changed = {"empty": b"", "cut": content[:-1],
-               "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]}
-    path.unlink() if damage == "missing" else path.write_bytes(changed[damage])
-    warnings = []
-    assert load_newest(tmp_path, warnings.append).state == {"step": 1}
-    assert len(warnings) == 1 and "step-000000002" in warnings[0]
+    path.unlink()
+    kind = chance.choice(["folder", "pipe", "link", "loop"])
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":  # to the right content, but outside
+        (folder.parent / "outside").write_bytes(content)
+        path.symlink_to(folder.parent / "outside")
+    else:
+        path.symlink_to(path)
+
+
+def too_large(folder, chance):
+    """It would not fit the memory."""
+    os.truncate(folder / chance.choice(NAMES), 10**13)
+
+
+def not_a_folder(folder, chance):
+    moved = folder.parent / "moved"
+    folder.rename(moved)
+    kind = chance.choice(["file", "empty", "link"])
+    if kind == "file":
+        folder.write_bytes(b"")
+    elif kind == "empty":
+        folder.mkdir()
+    else:
+        folder.symlink_to(moved)
+
+
+def another_name(folder, chance):
+    """A name that says another step, or none."""
+    folder.rename(folder.with_name(chance.choice(["step-000000003", "step-abc", "step-", "step-9", "step-²"])))
+
+
+DAMAGES = (cut, flip, lengthen, remove, from_the_one_before, all_from_the_one_before, exchange, not_a_file,
+           manifest_of_other_paths, foreign_manifest, foreign_content, too_large, not_a_folder, another_name)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_ones_are_named_and_passed_over(damage, tmp_path):
+    """Of each kind 15, so 210 in all."""
+    for seed in range(15):
+        root = tmp_path / f"{seed}"
+        for step in (1, 2):
+            save(root, step, {"step": step}, tensors={name: tensor + step for name, tensor in TENSORS.items()})
+        damage(root / "step-000000002", random.Random(seed))
+        warnings = []
+        found = load_newest(root, warnings.append)
+        assert found.state == {"step": 1}, seed
+        assert all(torch.equal(found.tensors[name], tensor + 1) for name, tensor in TENSORS.items())
+        # one without a number comes last, so it is not even looked at
+        assert len(warnings) == 1 or damage is another_name, (seed, warnings)
+        assert all(str(root / "step-") in line and "\n" not in line for line in warnings)
 
 
 def test_a_failing_disk_costs_the_new_one_only(tmp_path, monkeypatch):

@@ -1,0 +1,84 @@
+"""How far a run has come: the next step to take and what is recorded, as a checkpoint keeps it beside the tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mnist_dist.errors import UserError
+from mnist_dist.record.checkpoint import Checkpoint, step_name
+from mnist_dist.record.figures import EpochRecord, record_from
+from mnist_dist.record.folder import metrics_line
+from mnist_dist.training.metrics import Stopwatch
+
+
+@dataclass
+class Progress:
+    """Of one run, whose epochs have `num_batches` steps."""
+
+    run_id: str
+    num_batches: int
+    epoch: int = 0  # the next step to take
+    step: int = 0
+    records: list[EpochRecord] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)  # the same as JSON: made once, as every checkpoint has them all
+    # of the epoch in progress
+    watch: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done since the start of the run."""
+        return self.epoch * self.num_batches + self.step
+
+    def add(self, record: EpochRecord) -> None:
+        """An epoch, or a part of it that ends the run, is recorded."""
+        self.records.append(record)
+        self.lines.append(metrics_line(record))
+
+    def next_epoch(self) -> None:
+        """All steps of the epoch are done."""
+        self.epoch, self.step, self.watch, self.evaluations = self.epoch + 1, 0, {}, []
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; `take_up` reads it."""
+        return {"epoch": self.epoch, "step": self.step, "run_id": self.run_id, "records": self.lines,
+                "watch": self.watch, "evaluations": self.evaluations}
+
+    def take_up(self, kept: Checkpoint, fixed: Mapping[str, Any]) -> None:
+        """Continue from the end of the checkpoint. Raises `UserError` if it is of another run or another program.
+
+        `fixed` is what a run that continues it may not change, by its name in an error message.
+        """
+        state = kept.state
+        try:
+            _compare(kept, fixed)
+            self.epoch, self.step = state["epoch"], state["step"]
+            if kept.folder.name != step_name(self.global_step) or self.epoch < 0 or self.step < 0:
+                raise ValueError(f"it is of step {self.global_step}")
+            if not re.fullmatch("[0-9a-f]{8}", state["run_id"], re.ASCII):
+                raise ValueError(f"its run id is {state['run_id']!r}")
+            self.run_id, self.lines = state["run_id"], list(state["records"])
+            self.records = [record_from(EpochRecord, json.loads(line), kept.folder) for line in self.lines]
+            self.watch = dict(state["watch"])
+            if not all(isinstance(value, (int, float)) for value in self.watch.values()):
+                raise TypeError("its stopwatch has values that are not numbers")
+            Stopwatch(lambda: None, **self.watch)  # it has these names
+            self.evaluations = [dict(one) for one in state["evaluations"]]
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{kept.folder} is not a checkpoint of this program ({type(error).__name__}: {error}): "
+                            "remove it, or give another --output-dir") from None
+
+
+def _compare(kept: Checkpoint, fixed: Mapping[str, Any]) -> None:
+    """Raises `UserError` if the checkpoint belongs to another run."""
+    for name, value in fixed.items():
+        if name not in kept.state["fixed"]:
+            raise UserError(f"{kept.folder} has no {name}: another version of mnist_dist wrote it; continue with "
+                            "that version, or give another --output-dir")
+        if (before := kept.state["fixed"][name]) != value:
+            raise UserError(f"{kept.folder} was written with {name} {before}, this run has {value}: continue with "
+                            "the same, or give another --output-dir")
