@@ -1,82 +1,80 @@
-"""What checkpoints cost a run: batch 200 with one every 100 steps, and without, in turns.
+"""What checkpoints cost a run: epochs of batch 200 with one every 100 steps, and without, in turns.
 
-    python -m benchmarks.checkpoint_cost DATA_DIR OUTPUT.json [--turns 9] [--epochs 8]
+    python -m benchmarks.checkpoint_cost DATA_DIR OUTPUT.json [--turns 40]
 
-The time of a run is from the line of its first epoch to that of its last: steps, evaluations and checkpoints. Writes
-every time to OUTPUT.json, and prints Markdown.
+One process. An epoch is timed from before its first step, or the checkpoint before it, until its last checkpoint is
+whole; its 20 epochs of history are real. Writes every time to OUTPUT.json, and prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from mnist_dist.processes.launch import child_environment
+from benchmarks.variants import trainer
+from mnist_dist.config import Every
+from mnist_dist.data import ImageSets, load
+from mnist_dist.record.checkpoint import CheckpointWriter
 from mnist_dist.record.files import replace_json
-from mnist_dist.record.result import read_result
 from mnist_dist.tables import cell, spread, table
+from mnist_dist.training.metrics import Stopwatch
+from mnist_dist.training.pacer import Pacer
 
-EVERY = ("never", "100steps")
-CASES = [(processes, compile) for processes in (1, 2) for compile in ("on", "off")]
-TIMEOUT_SECONDS = 600.0
-
-
-def timed(data_dir: str, folder: Path, epochs: int, processes: int, compile: str, every: str) -> dict[str, Any]:
-    """One run: seconds between the lines of its first and its last epoch, and what its checkpoints took."""
-    words = [sys.executable, "-m", "mnist_dist", "train", "--data-dir", data_dir, "--dataset", "mnist", "--epochs",
-             str(epochs), "--processes", str(processes), "--compile", compile, "--wandb", "disabled",
-             "--checkpoint-every", every, "--output-dir", str(folder)]
-    times = {}
-    with subprocess.Popen(words, env=child_environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if (first := line.split()[:1]) and first[0].isdigit():
-                times[int(first[0])] = time.perf_counter()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(words)}: exit status {process.returncode}")
-    summary = read_result(folder).summary
-    return {"processes": processes, "compile": compile, "every": every, "seconds": times[epochs - 1] - times[0],
-            "checkpoints": summary.checkpoints, "pause_seconds": summary.checkpoint_pause_seconds,
-            "whole_seconds": summary.checkpoint_seconds}
+BATCH, STEPS, HISTORY = 200, 100, 20
+STATE = {"records": HISTORY * [2000 * "x"]}  # an epoch's line has 2,000 characters
 
 
-def line(rows: list[dict[str, Any]], processes: int, compile: str) -> list[str]:
-    """One case: the extra time, turn by turn, and the times of a checkpoint."""
-    own = [row for row in rows if (row["processes"], row["compile"]) == (processes, compile)]
-    without, with_them = ([row for row in own if row["every"] == every] for every in EVERY)
-    extra = [100 * (b["seconds"] / a["seconds"] - 1) for a, b in zip(without, with_them, strict=True)]
-    low, high = statistics.quantiles(extra, n=4)[::2] if len(extra) > 1 else (extra[0], extra[0])
-    return [f"{processes}", "compiled" if compile == "on" else "plain",
-            cell(spread([row["seconds"] for row in without])), cell(spread([row["seconds"] for row in with_them])),
+def epochs(sets: ImageSets, compile: str, turns: int, root: Path) -> dict[str, Any]:
+    """Seconds of the epochs without checkpoints and with them, and what each checkpoint took."""
+    made = trainer(sets, BATCH, compile)
+    num_batches = made.batches.num_batches
+    pacers = [Pacer(Every(number, "steps"), num_batches, made.team) for number in (0, STEPS)]
+    writer = CheckpointWriter(root, keep=2)
+    taken: list[list[float]] = [[], []]
+    for turn in range(turns + 1):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            begin = time.perf_counter()
+            if which:
+                writer.write(turn * num_batches, made.tensors(), STATE)
+            for done in made.steps(0, range(num_batches), Stopwatch(made.team.synchronize), pacers[which]):
+                made.train_loss(0, done)
+                writer.write(turn * num_batches + done, made.tensors(), STATE)
+            writer.wait()
+            taken[which].append(time.perf_counter() - begin)
+            made.sums.zero_()
+    without, with_them = (one[1:] for one in taken)  # the first warms up
+    return {"compile": compile, "without": without, "with": with_them, "pauses": writer.pauses, "whole": writer.delays}
+
+
+def line(row: dict[str, Any]) -> list[str]:
+    """One kind of step: the extra time, turn by turn, and the times of a checkpoint."""
+    extra = [100 * (b / a - 1) for a, b in zip(row["without"], row["with"], strict=True)]
+    low, high = statistics.quantiles(extra, n=4)[::2]
+    return ["compiled" if row["compile"] == "on" else "plain", cell(spread(row["without"])), cell(spread(row["with"])),
             f"{statistics.median(extra):.1f} ({low:.1f} to {high:.1f})",
-            *(cell(spread([1000 * row[name] for row in with_them])) for name in ("pause_seconds", "whole_seconds"))]
+            *(cell(spread([1000 * seconds for seconds in row[name]])) for name in ("pauses", "whole"))]
 
 
 def main() -> None:
-    """Run everything, and print."""
+    """Measure both kinds of step, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint_cost", description=__doc__.split("\n")[0])
     parser.add_argument("data_dir")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=40)
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for turn in range(given.turns):
-        for processes, compile in CASES:
-            for every in EVERY if turn % 2 else reversed(EVERY):
-                with tempfile.TemporaryDirectory(dir=given.output.parent) as scratch:
-                    rows.append(timed(given.data_dir, Path(scratch) / "run", given.epochs, processes, compile, every))
-                print(rows[-1], file=sys.stderr, flush=True)
-    replace_json(given.output, {"machine": describe(), "turns": given.turns, "epochs": given.epochs, "rows": rows})
-    head = ["processes", "step", "without, s", "with, s", "more, % (middle half)", "pause, ms", "whole after, ms"]
-    print("\n".join(table(head, [line(rows, *case) for case in CASES])))
+    sets, rows = load("mnist", given.data_dir), []
+    for compile in ("on", "off"):
+        with tempfile.TemporaryDirectory(dir=given.output.parent) as scratch:
+            rows.append(epochs(sets, compile, given.turns, Path(scratch)))
+    replace_json(given.output, {"machine": describe(), "rows": rows})
+    head = ["step", "an epoch without, s", "with 3, s", "more, % (middle half)", "the training waits, ms",
+            "whole after, ms"]
+    print("\n".join(table(head, list(map(line, rows)))))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 A plan of faults follows from the seed: of each start the number of processes (1, 2 or 4), whom `kill -9` hits (a rank
 or the launcher), and when, between the start and a little after its expected end. Each killed run is resumed until it
 is done, and then compared: SHA-256 of the model and of the last checkpoint (weights, Adam, sums), and every line of
-metrics.jsonl but its times. Writes OUTPUT/faults.json after each run and prints Markdown. The same command goes on
-from there.
+metrics.jsonl but its times. Every fifth run is also recorded in W&B, offline, and its history is compared too. Writes
+OUTPUT/faults.json after each run and prints Markdown. The same command goes on from there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from mnist_dist.tables import table
 
 EPOCHS, PROCESSES = 3, (1, 2, 4)
 OPTIONS = ["--dataset", "mnist", "--reproducible", "--batch-size", "500", "--epochs", str(EPOCHS), "--checkpoint-every",
-           "20steps", "--wandb", "disabled", "--resume"]
+           "20steps", "--resume"]
+TRACKED_EVERY = 5  # runs of which one is recorded in W&B: that takes a second at each start
 TIMES = {"train_seconds", "warmup_seconds", "measured_seconds", "eval_seconds", "epoch_seconds", "step_ms_p50",
          "step_ms_p95", "measured_samples", "samples_per_second", "samples_per_second_per_process",
          "data_wait_fraction", "peak_memory_bytes", "ranks", "windows"}  # of a line: what a fault may change
@@ -76,7 +77,7 @@ class Campaign:
         return statistics.median(known) if known else FIRST_GUESS
 
 
-def result_of(folder: Path) -> dict[str, Any]:
+def result_of(folder: Path, tracked: bool) -> dict[str, Any]:
     """What a run has come to: figures that no fault may change."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     newest = max((folder / "checkpoints").glob("step-*"))
@@ -84,14 +85,25 @@ def result_of(folder: Path) -> dict[str, Any]:
         "model": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "checkpoint": json.loads((newest / "manifest.json").read_bytes())["tensors.safetensors"],
         "lines": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
+        "history": history(folder) if tracked else None,
     }
 
 
-def start(folder: Path, data_dir: str, processes: int, victim: str, delay: float, limit: float) -> Start:
+def history(folder: Path) -> list[dict[str, Any]]:
+    """What W&B has of the run's training and tests, in the folder that it has written last."""
+    done = runner.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder / "wandb" / "latest-run"],
+                      timeout=END_SECONDS)
+    items = [record["history"]["item"] for record in map(json.loads, done.stdout.splitlines())
+             if record["type"] == "history"]
+    return [{name: value for name, value in item.items() if name.startswith(("train/", "test/", "_step"))}
+            for item in items if "train/train_loss" in item]
+
+
+def start(folder: Path, data_dir: str, processes: int, tracked: bool, victim: str, delay: float, limit: float) -> Start:
     """Start the run in `folder`, and kill the victim after `delay` seconds if it is still there."""
     mark, begin = uuid.uuid4().hex, time.monotonic()
     words = [sys.executable, "-m", "mnist_dist", "train", *OPTIONS, "--data-dir", data_dir, "--processes",
-             str(processes), "--output-dir", str(folder)]
+             str(processes), "--wandb", "offline" if tracked else "disabled", "--output-dir", str(folder)]
     with open(folder.parent / "printed.txt", "w") as printed:
         launcher = subprocess.Popen(words, env={**child_environment(), runner.MARK: mark}, stdin=subprocess.DEVNULL,
                                     stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
@@ -99,9 +111,9 @@ def start(folder: Path, data_dir: str, processes: int, victim: str, delay: float
         try:
             while launcher.poll() is None:
                 now = time.monotonic() - begin
-                if first_step is None and _is_stepping(folder.parent / "printed.txt"):
+                if first_step is None and is_stepping(folder.parent / "printed.txt"):
                     first_step = now
-                if not killed and now >= delay and (process := _named(launcher, victim)) is not None:
+                if not killed and now >= delay and (process := named(launcher, victim)) is not None:
                     if first_step is not None:
                         lost = time.time() - _newest_time(folder, time.time() - now + first_step)
                     with contextlib.suppress(psutil.NoSuchProcess):
@@ -119,12 +131,12 @@ def start(folder: Path, data_dir: str, processes: int, victim: str, delay: float
     return Start(processes, victim if killed else "", time.monotonic() - begin, first_step, lost)
 
 
-def _is_stepping(printed: Path) -> bool:
-    """The head of the table of epochs is printed when everything is ready for the first step."""
-    return "train loss" in printed.read_text()
+def is_stepping(printed: Path, starts: int = 1) -> bool:
+    """So many starts have come to their first step: then everything is ready, and they print a table's head."""
+    return printed.read_text().count("train loss") >= starts
 
 
-def _named(launcher: subprocess.Popen[bytes], victim: str) -> psutil.Process | None:
+def named(launcher: subprocess.Popen[bytes], victim: str) -> psutil.Process | None:
     """The victim's process; None if it is not there yet."""
     with contextlib.suppress(psutil.Error):
         if victim == "launcher":
@@ -160,14 +172,15 @@ def one_run(campaign: Campaign, number: int, given: argparse.Namespace, referenc
     folder = given.output / f"run-{number:04d}" / "run"
     shutil.rmtree(folder.parent, ignore_errors=True)  # of a campaign that was ended in it
     folder.parent.mkdir(parents=True)
+    tracked = number % TRACKED_EVERY == 0
     for processes, victim, part in plan(given.seed, number):
         expected = campaign.expected(processes)
-        campaign.starts.append(start(folder, given.data_dir, processes, victim, part * expected,
+        campaign.starts.append(start(folder, given.data_dir, processes, tracked, victim, part * expected,
                                      expected + END_SECONDS))
         if (folder / "result.json").exists():
             break
     campaign.runs += 1
-    found = result_of(folder)
+    found = {**result_of(folder, tracked), **({} if tracked else {"history": reference["history"]})}
     if found == reference:
         shutil.rmtree(folder.parent)
     campaign.wrong += [f"{folder}: another {name}" for name, value in reference.items() if found[name] != value]
@@ -213,8 +226,8 @@ def main() -> None:
     else:
         alone = given.output / "alone" / "run"
         alone.parent.mkdir(parents=True, exist_ok=True)
-        campaign.starts.append(start(alone, given.data_dir, 1, "launcher", math.inf, END_SECONDS))
-        reference = result_of(alone)
+        campaign.starts.append(start(alone, given.data_dir, 1, True, "launcher", math.inf, END_SECONDS))
+        reference = result_of(alone, tracked=True)
     while campaign.kills < given.kills and time.monotonic() - begin < 60 * given.minutes:
         one_run(campaign, campaign.runs + 1, given, reference)
         save(campaign, given, reference, begin)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from mnist_dist import __version__
 from mnist_dist.config import TrainConfig, flag_of
-from mnist_dist.errors import MnistDistError, OfThisProcess, UserError
+from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_passwords
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.record.config_file import merged, read_config
 from mnist_dist.record.worker import any_left
@@ -224,7 +224,9 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: returns the exit status, or ends the process if a normal exit could wait for ever, or crash."""
-    status, at_once = _status(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    sys.argv[1:] = map(without_passwords, sys.argv[1:])  # W&B writes it down
+    status, at_once = _status(words)
     if at_once or any_left():  # Python's exit would wait for a W&B that does not answer
         sys.stdout.flush()
         os._exit(status)
@@ -242,7 +244,7 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
         return run(argv, launch), at_once
     except MnistDistError as error:
         if isinstance(error, OfThisProcess) or launch.rank == 0:
-            print(f"mnist-dist: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"mnist-dist: error: {' '.join(without_passwords(str(error)).split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(1.0)  # a launcher ends rank 0 when this one ends, and rank 0 has a line to print
         return error.exit_status, at_once

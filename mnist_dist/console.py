@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.config import TrainConfig
+from mnist_dist.errors import without_passwords
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary
 from mnist_dist.record.folder import CURVES, METRICS, MODEL, PREDICTIONS, RESULT
@@ -48,7 +49,7 @@ class Console:
         """One line on standard error."""
         if self.speaks:
             self.hide_bar()
-            print(f"mnist-dist: warning: {line}", file=sys.stderr, flush=True)
+            print(f"mnist-dist: warning: {without_passwords(line)}", file=sys.stderr, flush=True)
 
     def introduce(self, place: Environment, config: TrainConfig, dataset: Mapping[str, Any], global_batch_size: int,
                   per_device_batch_size: int, num_batches: int, learning_rate: float) -> None:

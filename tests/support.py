@@ -125,9 +125,9 @@ def check_one_run(folder: Path, size: int) -> dict[str, Any]:
     return result
 
 
-def records_of(folder: Path) -> dict[str, list]:
-    """What W&B's own reader finds in the one offline run of a folder, by type."""
-    (offline,) = (folder / "wandb").glob("offline-run-*")
+def records_of(folder: Path, name: str = "offline-run-*") -> dict[str, list]:
+    """What W&B's own reader finds in the one offline run of a folder that has this name, by type."""
+    (offline,) = (folder / "wandb").glob(name)
     done = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline], cwd=folder)
     if done.returncode == 2 and "Usage:" in done.stderr:
         pytest.skip("this version of wandb cannot read its own files back: 0.31 can")

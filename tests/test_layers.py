@@ -15,7 +15,7 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "data": {"errors"},
     "record": {"errors", "config"},
     "processes": {"errors"},
-    "console": {"config", "record"},
+    "console": {"config", "errors", "record"},
     "runner": {"errors", "processes", "record"},
     "training": {"errors", "config", "data", "processes", "record", "console"},
     "commands": {"errors", "config", "data", "record", "console", "runner", "training"},

@@ -41,6 +41,7 @@ def test_every_module_is_in_the_wheel(wheel):
     assert {path.suffix for path in there} == {".py", ".css", ".js"}
 
 
+@pytest.mark.long
 def test_the_wheel_trains(wheel, small_dir, tmp_path):
     done = run([sys.executable, "-m", "mnist_dist", "train", "--data-dir", small_dir, "--max-steps",
                 2, "--wandb", "disabled", "--output-dir", "run"], cwd=tmp_path, PYTHONPATH=str(wheel))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import sys
@@ -10,9 +11,10 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from mnist_dist.data.idx import folder_on_disk
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, without_passwords
 
 TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 STALL_SECONDS = 10.0  # a mirror that sends nothing for so long is given up
@@ -68,8 +70,12 @@ def _fetch(url: str, md5: str, path: Path) -> None:
     from tqdm import tqdm
 
     digest = hashlib.md5(usedforsecurity=False)
+    request = urllib.request.Request(without_passwords(url))
+    if user := urlsplit(url).username:  # urllib would take it for a part of the host's name
+        secret = f"{unquote(user)}:{unquote(urlsplit(url).password or '')}"
+        request.add_header("Authorization", f"Basic {base64.b64encode(secret.encode()).decode()}")
     with (
-        urllib.request.urlopen(url, timeout=STALL_SECONDS) as response,
+        urllib.request.urlopen(request, timeout=STALL_SECONDS) as response,
         open(path, "wb") as file,
         tqdm(total=response.length, desc=path.name, unit="B", unit_scale=True, file=sys.stderr, leave=False,
              disable=not sys.stderr.isatty()) as progress,

@@ -60,6 +60,11 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], max_rest
         min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.1,
     )
+
+    def pass_on(number: int, _frame: object) -> None:
+        raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
+
+    signal.signal(signal.SIGUSR1, pass_on)  # as torch does it with SIGTERM and SIGINT
     try:
         elastic_launch(elastic, sys.executable)("-m", "mnist_dist", *arguments)
     except ChildFailedError as error:

@@ -123,6 +123,17 @@ class Mirror:
             self._late = True
             self.warn(f"W&B took more than {LOG_SECONDS:g} s for an epoch: the run continues without waiting for it")
 
+    def log_again(self, records: Sequence[EpochRecord]) -> None:
+        """The records of earlier starts of the run that W&B does not have. Offline it has none, so that the newest of a
+        run's offline folders has all of it.
+        """
+        def task(run: Any) -> None:
+            for record in records:
+                if record.step >= run.step:
+                    run.log(grouped(record), step=record.step)
+
+        self.send(task)
+
     def send(self, task: Callable[[Any], None]) -> None:
         """Do something with W&B's run, in the thread; `finish` waits for it."""
         self._call(lambda: task(self.run), 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mnist_dist.config import TrainConfig, checked, flag_of
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, without_passwords
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid, HoldOut
 from mnist_dist.study.launches import look_at_machine
@@ -104,7 +104,8 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     folder = Path(given.output_dir)
     group = folder.resolve().name
     tracking = {name: training.pop(name) for name in TRACKING if script is not None and name in training}
-    fixed = {flag_of(name): value for name, value in training.items() if name not in TRACKING}
+    fixed = {flag_of(name): without_passwords(value) if isinstance(value, str) else value
+             for name, value in training.items() if name not in TRACKING}
     words = [_word(name, value) for name, value in training.items()]
     if script is None:
         TrainConfig(**training)  # what is wrong for every cell is an error
@@ -114,7 +115,7 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         tracking = {name: training[name] for name in TRACKING if name in training}
     return Request(
         grid=grid, folder=folder, options=(*words, *rest), fixed={**fixed, **({"--": list(rest)} if rest else {})},
-        script=script, hold_out=hold_out(given.hold_out), command=shlex.join(["mnist-dist", *argv]),
+        script=script, hold_out=hold_out(given.hold_out), command=without_passwords(shlex.join(["mnist-dist", *argv])),
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
         quick=given.quick,

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from mnist_dist import runner
 from mnist_dist.config import TrainConfig
-from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.errors import MnistDistError, UserError, without_passwords
 from mnist_dist.record.files import replace_json
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible
 from mnist_dist.study.launches import Machine, command_of, environment_of, start, whole_result
@@ -330,7 +330,8 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
     """One run: its outcome is written, its row added, and a line printed."""
     folder = study.run_folder(run)
     command = command_of(run, folder, request.options, request.script)
-    typed = shlex.join(["python", *command[1:]])  # a table is shown to others: no paths of this machine
+    # a table is shown to others: no paths of this machine, no password
+    typed = without_passwords(shlex.join(["python", *command[1:]]))
     outcome: dict[str, Any] = {"status": "failed", "reason": "stopped by Ctrl-C or SIGTERM", "started": None,
                                "seconds": None}
     if sys.stdout.isatty():

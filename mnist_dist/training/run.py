@@ -18,7 +18,7 @@ import torch
 from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
-from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError
+from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError, without_passwords
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.network import choose_interface
 from mnist_dist.processes.signals import stop_with_launcher
@@ -136,7 +136,9 @@ class Run:
         self.folder, run_id = team.run_on("main", lambda: open_folder(config))
         if team.starts and team.is_main:
             team.starts.folder = str(self.folder)
-        self.config = replace(config, output_dir=str(self.folder))
+        # what is written down has no password
+        self.config = replace(config, output_dir=str(self.folder),
+                              mirror=config.mirror and without_passwords(config.mirror))
         self.mirror = Mirror(self.folder, console.warn)
         kept: Checkpoint | None = None
         if config.resume:
@@ -285,6 +287,7 @@ class Run:
                 **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
                 "environment": asdict(self.environment),
             })
+            self.mirror.log_again(self.progress.records)
 
         self.team.run_on("main", task, patient=True)
         self.console.table_head()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import gzip
 import http.server
 import threading
 import time
 from collections import Counter
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
-from support import assert_one_line_error, idx_bytes, mnist_dist, result_of, write_idx_folder
+from support import assert_one_line_error, idx_bytes, mnist_dist, mnist_dist_launched, result_of, write_idx_folder
 from torchvision import datasets, transforms
 
 from mnist_dist import data
@@ -97,6 +99,10 @@ def test_read_idx_gives_what_was_written(tmp_path):
     assert np.array_equal(read_idx(tmp_path / "labels", "labels"), labels)
 
 
+SECRET = "s3cr@t/7"
+BASIC = f"Basic {base64.b64encode(f'someone:{SECRET}'.encode()).decode()}"
+
+
 class Mirror(http.server.SimpleHTTPRequestHandler):
     """Serves the MNIST files, or fails as its server's `fault` says, and counts."""
 
@@ -108,7 +114,7 @@ class Mirror(http.server.SimpleHTTPRequestHandler):
             self.server.over.wait(30)
         elif fault == "closes":
             self.close_connection = True
-        elif fault == "404":
+        elif fault == "404" or (fault == "password" and self.headers["Authorization"] != BASIC):
             self.send_error(404)
         elif fault in ("truncated", "other content"):
             content = (self.server.folder / name).read_bytes()
@@ -192,10 +198,23 @@ def test_other_files_in_the_way_are_kept(mirror, no_other_mirror, tmp_path):
 
 
 def test_two_processes_on_an_empty_folder(mirror, tmp_path):
-    done = mnist_dist("train", "--processes", 2, "--dataset", "mnist", "--mirror", mirror.url, "--max-steps", 2,
-                      "--wandb", "disabled", "--output-dir", "run", cwd=tmp_path)
+    """The mirror wants a password, which is written nowhere."""
+    mirror.fault = "password"
+    with_password = mirror.url.replace("://", f"://someone:{quote(SECRET, safe='')}@")
+    words = ["train", "--processes", 2, "--dataset", "mnist", "--mirror", with_password, "--max-steps", 2,
+             "--wandb", "offline", "--output-dir", "run"]
+    done = mnist_dist_launched(*words, cwd=tmp_path)  # W&B records the words of a process's command line
     assert done.returncode == 0, done.stderr
     assert mirror.asked == {f"{name}.gz": 1 for name in NAMES}
+    assert result_of(tmp_path / "run")["config"]["mirror"] == mirror.url
+    (tmp_path / "elsewhere").mkdir()
+    mirror.fault = "404"
+    refused = mnist_dist(*words, cwd=tmp_path / "elsewhere")
+    assert_one_line_error(refused, mirror.url, "404")
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 10
+    for content in (*written, *(text.encode() for run in (done, refused) for text in (run.stdout, run.stderr))):
+        assert b"someone" not in content and b"s3cr" not in content
     assert result_of(tmp_path / "run")["dataset"] == {"name": "mnist", "train": 60_000, "test": 10_000}
 
 

@@ -44,7 +44,8 @@ def distribution_is_installed():
         return False
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_processes_option(size, no_hint, small_dir, tmp_path):
     done = mnist_dist_launched("train", "--processes", size, "--data-dir", small_dir, "--max-steps", 3,
                       "--per-device-batch-size", 17, cwd=tmp_path)
@@ -80,8 +81,9 @@ def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status", "size"), [
-    (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1),
+    (signal.SIGINT, 130, 1),
     pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.long),
+    pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.long),
     pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.long),
 ])
 def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, small_dir, tmp_path):

@@ -26,7 +26,7 @@ WAYS = {
 
 
 LONG = ("accelerate -n 2", "accelerate --cpu -n 1", "accelerate --cpu -n 3", "accelerate --multi_gpu -n 2", "config",
-        "config -n 2", "config -n 3", "torchrun 1", "torchrun 2")
+        "config -n 2", "config -n 3", "torchrun 1", "torchrun 3")
 
 
 @pytest.mark.parametrize("way", [

@@ -75,6 +75,18 @@ def test_the_figures_of_an_epoch_fit_together(tracked):
     assert summary["seconds_to_target"] is None
 
 
+def test_the_newest_offline_folder_of_a_run_has_all_of_it(small_dir, tmp_path):
+    """A process that is killed may not have written its last epochs to W&B's folder."""
+    for epochs in (2, 4):
+        done = mnist_dist("train", "--data-dir", small_dir, "--epochs", epochs, "--wandb", "offline", "--resume",
+                          "--output-dir", "run", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    history = [record["item"] for record in records_of(tmp_path / "run", "latest-run")["history"]]
+    found = [(item["train/epoch"], item["test/test_nll"]) for item in history if "train/epoch" in item]
+    assert found == [(epoch["epoch"], epoch["test_nll"]) for epoch in result_of(tmp_path / "run")["epochs"]]
+    assert len(found) == 4
+
+
 def test_wandb_has_config_metrics_summary_pictures_and_model(tracked):
     folder, _ = tracked
     records, result = records_of(folder), result_of(folder)

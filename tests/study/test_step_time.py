@@ -180,18 +180,17 @@ def test_a_forecast_is_trusted_if_the_model_is_true(name):
 
 
 @pytest.mark.long
-def test_many_tables_of_each_truth(capfd):
+def test_many_tables_of_each_truth():
     """200 for the errors, and 80 for what is passed or not, which takes longer."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         errors, holds = map(np.array, zip(*pool.map(forecast, range(200), chunksize=10), strict=True))
         shares = {name: np.mean(list(pool.map(distrusted, [(name, seed) for seed in range(80)], chunksize=10)))
                   for name in TRUTHS}
-    with capfd.disabled():
-        print(f"\nforecast at 16, 32, 64 processes: median error {100 * np.median(errors):.2f} %, "
-              f"bands hold {100 * holds.mean():.1f} %")
-        for name, share in shares.items():
-            print(f"distrusted, if the truth is {name}: {100 * share:.1f} %")
+    print(f"\nforecast at 16, 32, 64 processes: median error {100 * np.median(errors):.2f} %, "
+          f"bands hold {100 * holds.mean():.1f} %")
+    for name, share in shares.items():
+        print(f"distrusted, if the truth is {name}: {100 * share:.1f} %")
     assert np.median(errors) <= 0.05
     assert 0.90 <= holds.mean() <= 0.99
     assert shares.pop("this model") <= 0.10
