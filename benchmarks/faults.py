@@ -1,6 +1,6 @@
 """Kills a run again and again, and compares what it learns with the run that was left alone.
 
-    python -m benchmarks.faults DATA_DIR OUTPUT [--kills 1200] [--seed 0] [--minutes 60]
+    python -m benchmarks.faults DATA_DIR OUTPUT [--kills 1200] [--seed 0] [--minutes 60] [--batch-size 500]
 
 A plan of faults follows from the seed: of each start the number of processes (1, 2 or 4), whom `kill -9` hits (a rank
 or the launcher), and when, between the start and a little after its expected end. Each killed run is resumed until it
@@ -37,8 +37,7 @@ from mnist_dist.record.files import replace_json
 from mnist_dist.tables import table
 
 EPOCHS, PROCESSES = 3, (1, 2, 4)
-OPTIONS = ["--dataset", "mnist", "--reproducible", "--batch-size", "500", "--epochs", str(EPOCHS), "--checkpoint-every",
-           "20steps", "--resume"]
+OPTIONS = ["--dataset", "mnist", "--reproducible", "--epochs", str(EPOCHS), "--checkpoint-every", "20steps", "--resume"]
 TRACKED_EVERY = 5  # runs of which one is recorded in W&B: that takes a second at each start
 TIMES = {"train_seconds", "warmup_seconds", "measured_seconds", "eval_seconds", "epoch_seconds", "step_ms_p50",
          "step_ms_p95", "measured_samples", "samples_per_second", "samples_per_second_per_process",
@@ -99,11 +98,13 @@ def history(folder: Path) -> list[dict[str, Any]]:
             for item in items if "train/train_loss" in item]
 
 
-def start(folder: Path, data_dir: str, processes: int, tracked: bool, victim: str, delay: float, limit: float) -> Start:
+def start(folder: Path, given: argparse.Namespace, processes: int, tracked: bool, victim: str, delay: float,
+          limit: float) -> Start:
     """Start the run in `folder`, and kill the victim after `delay` seconds if it is still there."""
     mark, begin = uuid.uuid4().hex, time.monotonic()
-    words = [sys.executable, "-m", "mnist_dist", "train", *OPTIONS, "--data-dir", data_dir, "--processes",
-             str(processes), "--wandb", "offline" if tracked else "disabled", "--output-dir", str(folder)]
+    words = [sys.executable, "-m", "mnist_dist", "train", *OPTIONS, "--data-dir", given.data_dir, "--batch-size",
+             str(given.batch_size), "--processes", str(processes), "--wandb", "offline" if tracked else "disabled",
+             "--output-dir", str(folder)]
     with open(folder.parent / "printed.txt", "w") as printed:
         launcher = subprocess.Popen(words, env={**child_environment(), runner.MARK: mark}, stdin=subprocess.DEVNULL,
                                     stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
@@ -175,7 +176,7 @@ def one_run(campaign: Campaign, number: int, given: argparse.Namespace, referenc
     tracked = number % TRACKED_EVERY == 0
     for processes, victim, part in plan(given.seed, number):
         expected = campaign.expected(processes)
-        campaign.starts.append(start(folder, given.data_dir, processes, tracked, victim, part * expected,
+        campaign.starts.append(start(folder, given, processes, tracked, victim, part * expected,
                                      expected + END_SECONDS))
         if (folder / "result.json").exists():
             break
@@ -189,7 +190,8 @@ def one_run(campaign: Campaign, number: int, given: argparse.Namespace, referenc
 def save(campaign: Campaign, given: argparse.Namespace, reference: dict[str, Any], begin: float) -> None:
     """Write what there is."""
     replace_json(given.output / "faults.json", {
-        "machine": describe(), "seed": given.seed, "command": OPTIONS, "seconds": time.monotonic() - begin,
+        "machine": describe(), "seed": given.seed, "command": OPTIONS, "batch_size": given.batch_size,
+        "seconds": time.monotonic() - begin,
         "runs": campaign.runs, "kills": campaign.kills, "wrong": campaign.wrong, "reference": reference,
         "starts": [vars(start) for start in campaign.starts],
     })
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--batch-size", type=int, default=500)
     given = parser.parse_args()
     begin, campaign, reference = time.monotonic(), Campaign(), {}
     if (saved := given.output / "faults.json").exists():
@@ -226,7 +229,7 @@ def main() -> None:
     else:
         alone = given.output / "alone" / "run"
         alone.parent.mkdir(parents=True, exist_ok=True)
-        campaign.starts.append(start(alone, given.data_dir, 1, True, "launcher", math.inf, END_SECONDS))
+        campaign.starts.append(start(alone, given, 1, True, "launcher", math.inf, END_SECONDS))
         reference = result_of(alone, tracked=True)
     while campaign.kills < given.kills and time.monotonic() - begin < 60 * given.minutes:
         one_run(campaign, campaign.runs + 1, given, reference)

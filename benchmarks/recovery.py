@@ -3,9 +3,9 @@
     python -m benchmarks.recovery DATA_DIR OUTPUT.json [--tries 20] [--minutes 5] [--seed 0]
 
 Of each launcher: so many kills of a random rank at random moments, each at least a second after the first step of a
-start; then a run of so many minutes with one kill a minute. Recovery is the time from the kill until everything is
-ready for the next step; goodput is the time of the steps and evaluations that the run keeps, over the time since its
-start. Writes OUTPUT.json, prints Markdown; the exit status is 1 if a run did not come back.
+start; then so many minutes with one kill a minute. Recovery is the time from the kill until everything is ready for the
+next step; goodput is the time of the steps and evaluations that the run keeps, over the time since its first step.
+Writes OUTPUT.json, prints Markdown; the exit status is 1 if a run did not come back.
 """
 
 from __future__ import annotations
@@ -67,23 +67,22 @@ class Launched:
         self.folder, self._printed, self._mark = scratch / "run", scratch / "printed.txt", uuid.uuid4().hex
         environment = {**child_environment(), "ACCELERATE_USE_CPU": "true", runner.MARK: self._mark}
         with open(self._printed, "w") as printed:
-            self.begin = time.time()
             self.process = subprocess.Popen(
                 [*words, *OPTIONS, "--data-dir", data_dir, "--output-dir", str(self.folder)], env=environment,
                 stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT)
-        self.starts = 0
+        self.starts, self._main = 0, 0
 
     def next_start(self) -> tuple[float, float]:
         """Wait until the next start is ready for its first step: when its main process began, and when it was ready."""
         self.starts += 1
-        limit = time.time() + LIMIT_SECONDS
+        limit, began = time.time() + LIMIT_SECONDS, 0.0
         while not is_stepping(self._printed, starts=self.starts):
             if self.process.poll() is not None or time.time() > limit:
                 raise RuntimeError(f"start {self.starts} did not come: {self._printed.read_text()[-2000:]}")
-            time.sleep(0.01)
-        ready = time.time()
-        main = named(self.process, "rank 0")
-        return (main.create_time() if main else ready), ready
+            if not began and (main := named(self.process, "rank 0")) and main.pid != self._main:
+                self._main, began = main.pid, time.time()
+            time.sleep(0.02)
+        return began, time.time()
 
     def kill(self, rank: int) -> float:
         """`kill -9` of this rank; returns when."""
@@ -136,14 +135,14 @@ def recoveries(words: list[str], data_dir: str, tries: int, chance: random.Rando
 def goodput(words: list[str], data_dir: str, minutes: float, chance: random.Random) -> dict[str, Any]:
     """A run of so many minutes, killed once in each."""
     with launched(words, data_dir) as one:
-        one.next_start()
+        _, begin = one.next_start()
         for minute in range(int(minutes)):
             # in the first half minute, so that the last kill has its price
-            time.sleep(max(0.0, one.begin + minute * KILL_EVERY_SECONDS + chance.uniform(10, 30) - time.time()))
+            time.sleep(max(0.0, begin + minute * KILL_EVERY_SECONDS + chance.uniform(10, 30) - time.time()))
             one.kill(chance.randrange(PROCESSES))
             one.next_start()
-        time.sleep(max(0.0, one.begin + 60 * minutes - time.time()))
-        wall = time.time() - one.begin
+        time.sleep(max(0.0, begin + KILL_EVERY_SECONDS * minutes - time.time()))
+        wall = time.time() - begin
         return {"wall_seconds": wall, "kept_seconds": one.stop(), "kills": int(minutes)}
 
 

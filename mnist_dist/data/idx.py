@@ -13,6 +13,7 @@ from mnist_dist.errors import UserError
 
 IDX_MAGIC = {"images": 0x00000803, "labels": 0x00000801}  # unsigned bytes in three dimensions, in one
 SIDE = 28
+MOST = 10_000_000  # images in a file: more do not fit a machine's memory, so the header is damaged
 STEMS = {  # (split, what) to the file's name, less .gz
     ("train", "images"): "train-images-idx3-ubyte",
     ("train", "labels"): "train-labels-idx1-ubyte",
@@ -39,6 +40,9 @@ def read_idx(path: Path, what: str) -> np.ndarray:
                     f"{path} begins with 0x{header[0]:08x}, but IDX {what} begin with 0x{IDX_MAGIC[what]:08x}: {remedy}"
                 )
             shape = tuple(int(size) for size in header[1:])
+            if shape and not (0 < shape[0] <= MOST and (what == "labels" or shape[1:] == (SIDE, SIDE))):
+                raise UserError(f"{path} says that it holds {' x '.join(map(str, shape))}, but N x {SIDE} x {SIDE} is "
+                                f"needed, N from 1 to {MOST:,}: {remedy}")
             # read into its place: the images may be most of what the memory holds
             array = np.empty(shape if shape else 0, dtype=np.uint8)
             found = len(head) + _fill(file, memoryview(array.reshape(-1)))  # type: ignore[arg-type]
@@ -49,8 +53,6 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     if not shape or found != header_bytes + array.size:
         said = f"says {header_bytes + array.size} in its header" if shape else "needs a header"
         raise UserError(f"{path} has {found} bytes and {said}: it is truncated or damaged; {remedy}")
-    if shape[0] == 0 or (what == "images" and shape[1:] != (SIDE, SIDE)):
-        raise UserError(f"{path} holds {' x '.join(map(str, shape))}, but N x {SIDE} x {SIDE} is needed: {remedy}")
     return array
 
 

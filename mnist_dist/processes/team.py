@@ -7,6 +7,7 @@ same order. It knows nothing of training.
 
 from __future__ import annotations
 
+import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,11 +49,13 @@ class Team:
         self._releases: list[Callable[[], None]] = []
         # spent exchanging tensors, which is mostly waiting for slower ranks; 0 if the host does not wait
         self.exchange_seconds = 0.0
+        self.hosts = [platform.node()]  # of each rank
         if self.size > 1:
             store = dist.distributed_c10d._get_default_store()
             self.heartbeats = Heartbeats(store, self.rank, self.size)  # before the collectives that make the groups
             self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
             self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            self.hosts = self.share(platform.node())
 
     @property
     def queues(self) -> bool:
@@ -211,8 +214,9 @@ class Team:
     def _others(self, ranks: Iterable[int]) -> list[int]:
         return sorted(rank for rank in ranks if rank != self.rank)
 
-    def _named(self, ranks: Iterable[int]) -> str:
-        return f"process {', '.join(map(str, ranks))} of {self.size}"
+    def _named(self, ranks: Sequence[int]) -> str:
+        hosts = ", ".join(dict.fromkeys(self.hosts[rank] for rank in ranks))
+        return f"process {', '.join(map(str, ranks))} of {self.size} on {hosts}"
 
 
 def ddp_options(compression: str) -> DistributedDataParallelKwargs:

@@ -26,10 +26,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mnist_dist.errors import MnistDistError
-from mnist_dist.record.files import MEGABYTE, read_limited, sync_folder, write_synced
+from mnist_dist.record.files import MEGABYTE, read_json, read_limited, sync_folder, write_synced
 
 FORMAT = 2  # of what a run keeps in STATE; a run of another format is not continued
-LIMIT = 1000 * MEGABYTE  # of a file that is read: 400 times what a checkpoint has
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -178,10 +177,10 @@ def _load(folder: Path) -> Checkpoint:
     """The checkpoint of this folder. Raises many kinds of error if it is not what was written."""
     if folder.is_symlink():
         raise ValueError("it is a symbolic link")
-    manifest = json.loads(read_limited(folder / MANIFEST, MEGABYTE))
+    manifest = read_json(folder / MANIFEST, MEGABYTE)
     if manifest["step"] != _step_of(folder):
         raise ValueError(f"its manifest is of step {manifest['step']}")
-    files = {name: read_limited(folder / name, LIMIT) for name in (TENSORS, STATE)}
+    files = {name: read_limited(folder / name) for name in (TENSORS, STATE)}
     for name, content in files.items():
         if hashlib.sha256(content).hexdigest() != manifest[name]:
             raise ValueError(f"{name} does not match its checksum")

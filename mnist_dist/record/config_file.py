@@ -9,6 +9,7 @@ from typing import Any
 
 from mnist_dist.config import NOT_IN_FILE, TrainConfig, checked
 from mnist_dist.errors import UserError
+from mnist_dist.record.files import MEGABYTE, read_limited
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> TrainConfig:
@@ -25,12 +26,13 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # a link that a person names is followed
+        values = yaml.safe_load(read_limited(path.resolve(), MEGABYTE).decode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read ({error}): name a run's config.yaml") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         reason = " ".join(str(error).split())
-        raise UserError(f"--config {path} is not YAML ({reason}): correct or replace it") from None
+        raise UserError(f"--config {path} is not YAML ({reason[:300]}): correct or replace it") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

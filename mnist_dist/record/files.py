@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MEGABYTE = 1_000_000
+LIMIT = 500 * MEGABYTE  # of a file that is read: a hundred times what a long run leaves
 
 
 def write_synced(path: Path, content: bytes | bytearray) -> None:
@@ -43,7 +44,7 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode())
 
 
-def read_limited(path: Path, limit: int) -> bytes:
+def read_limited(path: Path, limit: int = LIMIT) -> bytes:
     """The content of a regular file of at most `limit` bytes, which may come from anywhere. Raises `OSError` if it is
     larger, or something else: a symbolic link, a folder, a pipe that would never end.
     """
@@ -53,7 +54,15 @@ def read_limited(path: Path, limit: int) -> bytes:
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         if found.st_size > limit:
             raise OSError(errno.EFBIG, f"has {found.st_size:,} bytes, and at most {limit:,} are read", str(path))
-        return file.read(limit)
+        return file.read(found.st_size)  # of a number, as much memory is taken, whatever there is to read
+
+
+def read_json(path: Path, limit: int = LIMIT) -> Any:
+    """What a JSON file holds. Raises `OSError` as `read_limited`, and `ValueError` if it is not JSON."""
+    try:
+        return json.loads(read_limited(path, limit))
+    except RecursionError:
+        raise ValueError("too many brackets within each other") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -29,9 +29,10 @@ def open_folder(config: TrainConfig) -> tuple[Path, str]:
     folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
     if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, CHECKPOINTS)):
         raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with --resume")
-    if (folder / CHECKPOINTS).is_symlink():
-        raise UserError(f"{folder / CHECKPOINTS} is a symbolic link: what is written to it would be outside of the "
-                        "run's folder; move the folder that it names there, or give another --output-dir")
+    for name in (CHECKPOINTS, "wandb"):
+        if (folder / name).is_symlink():
+            raise UserError(f"{folder / name} is a symbolic link: what is written to it would be outside of the run's "
+                            "folder; move the folder that it names there, or give another --output-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -5,12 +5,11 @@ They are kept for each kind of GPU in the user's cache, `~/.cache/mnist_dist/gpu
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mnist_dist.record.files import replace_json
+from mnist_dist.record.files import read_json, replace_json
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def gains_file() -> Path:
 def read_gain(device_name: str) -> Gain | None:
     """Of this kind of GPU; None if it has not been measured, or the file cannot be read."""
     try:
-        return Gain(**json.loads(gains_file().read_bytes())[device_name])
+        return Gain(**read_json(gains_file())[device_name])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -44,7 +43,7 @@ def keep_gain(device_name: str, gain: Gain) -> Path:
     path = gains_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        others = dict(json.loads(path.read_bytes()))
+        others = dict(read_json(path))
     except (OSError, ValueError, TypeError):
         others = {}
     replace_json(path, {**others, device_name: asdict(gain)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
-from mnist_dist.record.files import replace_json
+from mnist_dist.record.files import read_json, replace_json
 from mnist_dist.record.folder import RESULT
 
 
@@ -36,7 +35,7 @@ def read_result(folder: Path) -> RunResult:
     """The run's result. Raises `UserError` if there is none, or it cannot be read."""
     path = folder / RESULT
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         return RunResult(
             status=values["status"], config=values["config"], dataset=values["dataset"],
             environment=record_from(Environment, values["environment"], path),
@@ -45,5 +44,5 @@ def read_result(folder: Path) -> RunResult:
         )
     except FileNotFoundError:
         raise UserError(f"{folder} has no {RESULT}: name the folder of a run that ended") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): train again") from None

@@ -7,8 +7,8 @@ the same command continues a study that was interrupted at any point.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import secrets
 import shlex
 import signal
@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from mnist_dist import runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError, without_passwords
-from mnist_dist.record.files import replace_json
-from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible
+from mnist_dist.record.files import read_json, replace_json
+from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible, run_of
 from mnist_dist.study.launches import Machine, command_of, environment_of, start, whole_result
 from mnist_dist.study.quick import SECONDS, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
@@ -94,7 +94,7 @@ class Study:
         except UserError:
             values = None
         try:
-            outcome = json.loads((folder / OUTCOME).read_bytes())
+            outcome = read_json(folder / OUTCOME)
         except (OSError, ValueError):
             if values is None:
                 return None
@@ -129,11 +129,13 @@ class Study:
 def open_study(folder: Path) -> Study:
     """The study in the folder, or a new one. Raises `UserError` if its `study.json` cannot be read."""
     try:
-        values = json.loads((folder / STUDY).read_bytes())
+        values = read_json(folder / STUDY)
+        if not re.fullmatch(r"study-[0-9a-f]{16}", values["mark"], re.ASCII):  # processes that have it are ended
+            raise ValueError(f"its mark is {values['mark']!r:.100}")
         return Study(
             folder, values["mark"], values["script"], values["fixed"],
             HoldOut(values.get("hold_out", {})), values["grids"],
-            [PlannedRun(cell_of(run), run["role"], run["number"]) for run in values["runs"]],
+            [run_of(run) for run in values["runs"]],
             {cell_of(cell): cell["reason"] for cell in values["impossible"]},
         )
     except FileNotFoundError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.errors import UserError
-from mnist_dist.record.files import replace_synced
+from mnist_dist.record.files import read_json, read_limited, replace_synced
 from mnist_dist.record.folder import RESULT
 from mnist_dist.study.grid import MOST_PROCESSES, HoldOut
 
@@ -30,7 +30,7 @@ def read_contract(folder: Path) -> dict[str, Any]:
     """A run's `result.json`, checked. Raises `UserError` naming what is missing or is no number."""
     path = folder / RESULT
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
     except FileNotFoundError:
         raise UserError(f"it left no {RESULT} in its --output-dir") from None
     except (OSError, ValueError) as error:
@@ -114,7 +114,7 @@ def read_table(folder: Path) -> list[Row]:
     """The rows of a study. Raises `UserError` if there is no table or a line is damaged."""
     path = folder / JSONL
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_limited(path).decode().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} has no {JSONL}: name the folder of a study") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -142,6 +142,6 @@ def _row(path: Path, number: int, line: str) -> Row:
         row = json.loads(line)
         return {**row, "status": row["status"], "run": row["run"], "role": row["role"],
                 "global_batch_size": int(row["global_batch_size"]), "processes": int(row["processes"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}, line {number}, is damaged ({type(error).__name__}: {error}): run the study "
                         "again, which makes the table from its runs") from None

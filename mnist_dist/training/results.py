@@ -22,7 +22,7 @@ from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import tensor_bytes
 from mnist_dist.record.environment import Environment, git_commit, processor_name
 from mnist_dist.record.figures import EpochRecord
-from mnist_dist.record.files import replace_synced
+from mnist_dist.record.files import read_limited, replace_synced
 from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS
 from mnist_dist.training.model import MLP
 from mnist_dist.training.trainer import Trainer
@@ -90,7 +90,7 @@ def load_model(folder: Path) -> MLP:
     from safetensors.torch import load
 
     try:
-        tensors = load((folder / MODEL).read_bytes())
+        tensors = load(read_limited(folder / MODEL))
         model = MLP()
         model.load_state_dict(tensors)
     except FileNotFoundError:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+
+import psutil
 import pytest
 from forked import run_forked
+from support import ROOT
 
 
 @pytest.mark.parametrize(("how", "own", "of_the_others"), [
@@ -25,4 +34,24 @@ def test_the_failure_of_a_rank(how, own, of_the_others, small_dir, tmp_path):
         (line,) = [line for line in errors if f"error: process {rank} " in line]
         assert of_the_others in line and "after step 0" in line
     first = next(line for line in errors if "error: process 1 " not in line)
-    assert f"{of_the_others} process 1 of 3" in first, "the first to notice names it"
+    assert f"{of_the_others} process 1 of 3 on {platform.node()}" in first, "the first to notice names it, and its host"
+
+
+@pytest.mark.long
+def test_a_rank_that_is_stopped_is_named(small_dir, tmp_path):
+    """SIGSTOP: it neither ends nor answers. torch's launcher waits 30 s for it, unless its variable says less."""
+    words = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", "--data-dir", str(small_dir), "--epochs",
+             "100000", "--compile", "off", "--wandb", "disabled", "--timeout", "4", "--output-dir", "run"]
+    launcher = subprocess.Popen(words, cwd=tmp_path, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={
+        **os.environ, "PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"})
+    until = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    (rank,) = [process for process in psutil.Process(launcher.pid).children(recursive=True)
+               if process.environ().get("RANK") == "1"]
+    rank.suspend()
+    _, errors = launcher.communicate(timeout=30)
+    assert launcher.returncode == 1 and not rank.is_running()
+    (line,) = [line for line in errors.splitlines() if line.startswith("mnist-dist: error: process 0 ")]
+    assert f"process 1 of 2 on {platform.node()}" in line and re.search(r"after step \d+", line)

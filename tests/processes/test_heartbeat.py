@@ -98,6 +98,7 @@ def waiting(ranks, timeout_s):
     """A team of rank 0, without the collectives."""
     made = Team.__new__(Team)
     made.rank, made.size, made.timeout_s, made.heartbeats = 0, len(ranks), timeout_s, ranks[0]
+    made.hosts = len(ranks) * ["attic"]
     return made
 
 
@@ -113,7 +114,7 @@ def test_waiting_for_the_device_ends_when_a_rank_is_lost_or_takes_too_long(ranks
     with pytest.raises(RuntimeError, match="timed out after 1 s"):
         waiting(ranks, 1.0).wait_for(Event())
     lost = waiting(ranks, 1.0).lost_process(7, RuntimeError("timed out"))
-    assert "waited in vain for process 1, 2 of 3, which is alive, after step 7: timed out" in str(lost)
+    assert "waited in vain for process 1, 2 of 3 on attic, which is alive, after step 7: timed out" in str(lost)
     assert waiting(ranks, 1.0).lost_process(7, RuntimeError("an error of this rank")) is None
     ranks[1].stop()
     begin = time.monotonic()
@@ -121,4 +122,4 @@ def test_waiting_for_the_device_ends_when_a_rank_is_lost_or_takes_too_long(ranks
         waiting(ranks, 60.0).wait_for(Event())
     assert time.monotonic() - begin < 5
     lost = waiting(ranks, 60.0).lost_process(7, RuntimeError("the GPU waits for it"))
-    assert "process 0 lost process 1 of 3 after step 7" in str(lost)
+    assert "process 0 lost process 1 of 3 on attic after step 7" in str(lost)

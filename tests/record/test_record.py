@@ -10,12 +10,13 @@ import pytest
 from support import ROOT, epoch_record, run, run_result
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.errors import UserError
+from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record import EpochRecord, RunSummary, read_result
 from mnist_dist.record.figures import GROUP_OF, grouped, record_from, summarise
-from mnist_dist.record.folder import append_metrics, metrics_line, open_folder, write_metrics
+from mnist_dist.record.folder import append_metrics, metrics_line, open_folder, write_config, write_metrics
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.result import write_result
+from mnist_dist.training.results import load_model
 
 
 def test_rates_are_summed_and_divided_and_not_averaged():
@@ -114,6 +115,43 @@ def test_a_folder_of_an_earlier_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="already holds a run"):
         open_folder(TrainConfig(output_dir=str(tmp_path)))
     assert open_folder(TrainConfig(output_dir=str(tmp_path), resume=True))[0] == tmp_path
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "wandb"])
+def test_a_folder_that_leads_elsewhere_is_refused(name, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="symbolic link"):
+        open_folder(TrainConfig(output_dir=str(tmp_path / "run"), resume=True))
+
+
+def test_no_link_is_followed_to_a_file(tmp_path):
+    """What is replaced is the link, and nothing is appended through one."""
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "result.json"):
+        (folder / name).symlink_to(outside)
+    with pytest.raises(MnistDistError, match=r"metrics\.jsonl could not be written"):
+        append_metrics(folder, metrics_line(epoch_record()))
+    write_config(folder, TrainConfig())
+    write_metrics(folder, [metrics_line(epoch_record())])
+    write_result(folder, run_result([epoch_record()]))
+    assert outside.read_text() == "precious"
+    assert all((folder / name).is_file() and not (folder / name).is_symlink() for name in
+               ("config.yaml", "metrics.jsonl", "result.json"))
+    (folder / "model.safetensors").symlink_to(outside)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(folder)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".result.json.1234").write_text("half")
+    (tmp_path / ".mine").write_text("of the user")
+    open_folder(TrainConfig(output_dir=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == [".mine"]
 
 
 def test_reading_needs_no_torch():

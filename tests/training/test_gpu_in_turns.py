@@ -5,6 +5,8 @@ The GPU is a stand-in (stand_in_gpu.py), in real processes with real collectives
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from forked import run_forked
@@ -50,7 +52,7 @@ def test_a_lost_rank_ends_the_others_though_the_queue_is_stuck(killed, small_dir
     assert done.returncode not in (0, RULE_BROKEN)
     errors = [line for line in done.stderr.splitlines() if line.startswith("mnist-dist: error: ")]
     assert len(errors) == 1 and errors[0].endswith("the GPU waits for it"), done.stderr
-    assert f"process {1 - killed} lost process {killed} of 2 after step" in errors[0]
+    assert f"process {1 - killed} lost process {killed} of 2 on {platform.node()} after step" in errors[0]
 
 
 @pytest.mark.long

@@ -1,0 +1,33 @@
+"""Plans of kills: a run that is killed at random moments and resumed learns what the run that was left alone does."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from support import ROOT, run
+
+
+def campaign(output, data_dir, *words):
+    """`python -m benchmarks.faults`: its exit status, and what it left."""
+    done = run([sys.executable, "-m", "benchmarks.faults", data_dir, output, *words], cwd=ROOT, timeout=400)
+    print(done.stdout, done.stderr)
+    return done.returncode, json.loads((output / "faults.json").read_text())
+
+
+def test_a_short_plan(small_dir, tmp_path):
+    status, found = campaign(tmp_path / "out", small_dir, "--kills", 1, "--seed", 1025, "--batch-size", 10)
+    assert status == 0 and found["wrong"] == [] and found["kills"] >= 1 == found["runs"]
+
+
+@pytest.mark.long
+def test_a_longer_plan(mnist_dir, tmp_path):
+    """The same command goes on where it was ended. At last, a run that should have come to something else is found."""
+    status, found = campaign(tmp_path / "out", mnist_dir, "--kills", 12, "--seed", 1)
+    assert status == 0 and found["wrong"] == [] and found["kills"] >= 12
+    assert campaign(tmp_path / "out", mnist_dir, "--kills", 12, "--seed", 1) == (0, found)
+    saved = tmp_path / "out" / "faults.json"
+    saved.write_text(json.dumps({**found, "reference": {**found["reference"], "model": "0" * 64}}))
+    status, found = campaign(tmp_path / "out", mnist_dir, "--kills", found["kills"] + 1, "--seed", 1)
+    assert status == 1 and len(found["wrong"]) == 1 and "another model" in found["wrong"][0]
