@@ -67,10 +67,14 @@ def test_what_only_the_run_itself_finds(small_dir, tmp_path):
 
 
 def test_divergence_ends_with_3_and_names_the_step(small_dir, tmp_path):
-    done = mnist_dist("train", "--data-dir", small_dir, "--lr", "1e38", "--batch-size", 100, "--epochs", 3, "--wandb",
-                      "disabled", "--output-dir", "run", "--processes", 2, cwd=tmp_path)
+    done = mnist_dist("train", "--data-dir", small_dir, "--lr", "1e39", "--batch-size", 100, "--epochs", 3, "--wandb",
+                      "disabled", "--output-dir", "run", "--processes", 2, "--checkpoint-every", "1steps", cwd=tmp_path)
     assert_one_line_error(done, "training diverged", "step", "--lr", status=3)
     assert result_of(tmp_path / "run")["status"] == "diverged"
+    assert not (tmp_path / "run" / "checkpoints").exists(), "no checkpoint has useless weights"
+    done = mnist_dist("train", "--data-dir", small_dir, "--lr", "1e38", "--max-steps", 1, "--wandb", "disabled",
+                      "--output-dir", "short", cwd=tmp_path)
+    assert_one_line_error(done, "the test NLL is nan after step 1", "--lr", status=3)
 
 
 def test_a_folder_that_holds_a_run_is_left_as_it_was(small_dir, tmp_path):

@@ -61,10 +61,14 @@ class CheckpointWriter:
         self._error: BaseException | None = None
 
     def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Copy everything, and begin to write `root`/step-<step>. Waits for the one before, and raises as `wait`."""
+        """Copy everything, and begin to write `root`/step-<step>. Waits for the one before, and raises as `wait`. Of
+        tensors that are not finite nothing is written: the last good checkpoint stays the newest.
+        """
         begin = time.perf_counter()
         self.wait()
         self._copy(tensors)
+        if not all(bool(tensor.isfinite().all()) for tensor in self._places.values()):
+            return
         files = {TENSORS: self._content, STATE: json.dumps(state, allow_nan=False).encode()}
         self._thread = threading.Thread(target=self._write, args=(step, files, begin), name="checkpoint")
         self._thread.start()

@@ -5,6 +5,7 @@ Read `train`, then `Run.go`: start or resume, then for each epoch train, evaluat
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -220,7 +221,7 @@ class Run:
 
     def _evaluate_within(self, watch: Stopwatch) -> bool:
         """Evaluate between two steps; whether the lowest target is reached, which ends the run. Collective."""
-        test, targets = self.trainer.evaluate(), self.config.targets
+        test, targets = self._test(), self.config.targets
         (seconds,) = self.team.max(watch.seconds + watch.warmup_seconds)
         self.progress.evaluations.append({
             "step": self.progress.global_step,
@@ -237,7 +238,7 @@ class Run:
         loss = self.trainer.train_loss(progress.epoch, progress.step)
         noise = self.trainer.noise._asdict()
         begin = time.perf_counter()
-        test = self.trainer.evaluate()
+        test = self._test()
         team.synchronize()
         totals = (watch.seconds, watch.warmup_seconds, time.perf_counter() - begin)
         own = {**watch.of_this_rank(), "peak_memory_bytes": peak_memory_bytes(team), "host": platform.node()}
@@ -257,6 +258,15 @@ class Run:
         self.console.table_row(record)
         return record
 
+    def _test(self) -> dict[str, Any]:
+        """The figures of the test. Raises `Diverged` if the last step has made the weights useless. Collective."""
+        test = self.trainer.evaluate()
+        if not math.isfinite(test["test_nll"]):
+            raise Diverged(f"training diverged: the test NLL is {test['test_nll']} after step "
+                           f"{self.progress.global_step} (epoch {self.progress.epoch}); try a smaller --lr than "
+                           f"{self.trainer.learning_rate:g}")
+        return test
+
     def _show_progress(self, done: int) -> None:
         self.console.progress(self.progress.epoch, done, self.progress.num_batches)
 
@@ -271,7 +281,8 @@ class Run:
         trainer, say = self.trainer, self.console.say
         if trainer.compiles:
             say("compiling the step: some 3 s, and up to 20 s the first time on a machine")
-        trainer.make_step(self.console.warn)
+        starts = self.team.starts
+        trainer.make_step(self.console.warn, was_compiled=starts is not None and starts.launch.restart > 0)
         if trainer.step.compile_seconds:
             say(f"compiled in {trainer.step.compile_seconds:.1f} s")
         self.environment = replace(self.environment, step=trainer.step.kind)

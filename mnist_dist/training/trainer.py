@@ -78,9 +78,9 @@ class Trainer:
                  for index, weight in enumerate(self.module.parameters())}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": zeros})
 
-    def make_step(self, warn: Callable[[str], None] = lambda message: None) -> None:
+    def make_step(self, warn: Callable[[str], None] = lambda message: None, *, was_compiled: bool = False) -> None:
         """Make this run's kind of step; compiling it may take many seconds. Collective."""
-        self.step = make_step(self.config, self.parts, warn, compiles=self.compiles)
+        self.step = make_step(self.config, self.parts, warn, compiles=self.compiles, was_compiled=was_compiled)
 
     def steps(self, epoch: int, steps: range, watch: Stopwatch, pacer: Pacer,
               progress: Callable[[int], None] = lambda done: None) -> Iterator[int]:

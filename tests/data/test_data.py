@@ -197,13 +197,15 @@ def test_other_files_in_the_way_are_kept(mirror, no_other_mirror, tmp_path):
     assert precious.read_text() == "years of work"
 
 
-def test_two_processes_on_an_empty_folder(mirror, tmp_path):
+# W&B records the words of a process's command line
+@pytest.mark.parametrize("command", [mnist_dist, pytest.param(mnist_dist_launched, marks=pytest.mark.long)])
+def test_two_processes_on_an_empty_folder(command, mirror, tmp_path):
     """The mirror wants a password, which is written nowhere."""
     mirror.fault = "password"
     with_password = mirror.url.replace("://", f"://someone:{quote(SECRET, safe='')}@")
     words = ["train", "--processes", 2, "--dataset", "mnist", "--mirror", with_password, "--max-steps", 2,
              "--wandb", "offline", "--output-dir", "run"]
-    done = mnist_dist_launched(*words, cwd=tmp_path)  # W&B records the words of a process's command line
+    done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert mirror.asked == {f"{name}.gz": 1 for name in NAMES}
     assert result_of(tmp_path / "run")["config"]["mirror"] == mirror.url

@@ -249,6 +249,13 @@ def test_what_is_written_is_as_of_the_request(tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected[step].items())
 
 
+def test_what_is_not_finite_is_not_written(tmp_path):
+    save(tmp_path, 1, {})
+    for step, value in ((2, float("nan")), (3, float("inf"))):
+        save(tmp_path, step, {}, tensors={**TENSORS, "losses": torch.tensor([1.0, value], dtype=torch.float64)})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
 def test_an_error_is_raised_by_the_next_request_and_once(tmp_path):
     """The error of a run that ends otherwise is told, not that of its last checkpoint."""
     (tmp_path / "checkpoints").write_text("a file, not a folder")

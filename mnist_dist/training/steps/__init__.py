@@ -89,8 +89,12 @@ def wants_compiling(config: TrainConfig, parts: StepParts, before: str | None = 
     return gain is not None and gain.pays(steps)
 
 
-def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None], *, compiles: bool) -> Step:
-    """The step of this run. If compiling fails and was not asked for, that is a warning. Collective."""
+def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None], *, compiles: bool,
+              was_compiled: bool = False) -> Step:
+    """The step of this run. If compiling fails and was not asked for, that is a warning. Collective.
+
+    With `was_compiled` an earlier start of this launch has filled the compiler's cache: then no rank goes first.
+    """
     from mnist_dist.training.steps.compiled import CompiledStep
     from mnist_dist.training.steps.plain import PlainStep
     from mnist_dist.training.steps.sharded import ShardedStep
@@ -98,7 +102,7 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
     if compiles:
         build = functools.cache(lambda: CompiledStep(parts))
         try:
-            if not parts.team.queues:
+            if not parts.team.queues and not was_compiled:
                 # once per machine first: the other ranks find its code in the compiler's cache. Code for a GPU they
                 # would not find, because the key holds the GPU's number
                 parts.team.run_on("machine", lambda: build() and None, patient=True)
