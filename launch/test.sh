@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./launch/test.sh [PYTEST OPTIONS]: runs the quick tests, two files at a time (-n 0: one, and -s then shows what they
-# print); with -m long, those that take more than half a minute. Some need the original MNIST files: in the folder that
-# MNIST_DIST_TEST_DATA names, or in data/.
+# print; -rP shows it at the end); with -m long, those that take more than half a minute; with -m faults, the rest of
+# the table of signals. Some need the original MNIST files: in the folder that MNIST_DIST_TEST_DATA names, or in data/.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 python -c 'import pytest, xdist' 2>/dev/null ||

@@ -18,15 +18,19 @@ def campaign(output, data_dir, *words):
 
 def test_a_short_plan(small_dir, tmp_path):
     status, found = campaign(tmp_path / "out", small_dir, "--kills", 1, "--seed", 1025, "--batch-size", 10)
-    assert status == 0 and found["wrong"] == [] and found["kills"] >= 1 == found["runs"]
+    assert status == 0 and found["wrong"] == [] and found["runs"] == 1 <= found["kills"]
+    assert len(found["reference"]["lines"]) == 3
+    if not found["reference"]["history"]:
+        pytest.skip("all is right but W&B's history: this version of wandb cannot read its own files back, 0.31 can")
+    assert len(found["reference"]["history"]) == 3
 
 
 @pytest.mark.long
 def test_a_longer_plan(mnist_dir, tmp_path):
     """The same command goes on where it was ended. At last, a run that should have come to something else is found."""
-    status, found = campaign(tmp_path / "out", mnist_dir, "--kills", 12, "--seed", 1)
-    assert status == 0 and found["wrong"] == [] and found["kills"] >= 12
-    assert campaign(tmp_path / "out", mnist_dir, "--kills", 12, "--seed", 1) == (0, found)
+    status, found = campaign(tmp_path / "out", mnist_dir, "--kills", 10, "--seed", 1)
+    assert status == 0 and found["wrong"] == [] and found["kills"] >= 10
+    assert campaign(tmp_path / "out", mnist_dir, "--kills", 10, "--seed", 1) == (0, found)
     saved = tmp_path / "out" / "faults.json"
     saved.write_text(json.dumps({**found, "reference": {**found["reference"], "model": "0" * 64}}))
     status, found = campaign(tmp_path / "out", mnist_dir, "--kills", found["kills"] + 1, "--seed", 1)
