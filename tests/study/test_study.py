@@ -119,8 +119,11 @@ def test_a_broken_run_is_run_anew_and_alone(tmp_path):
 def test_stopped_in_the_middle_and_continued(number, status, tmp_path):
     words = ["study", "--script", STAND_IN, "--batch-sizes", "10,20,30", "--repeats", "2", "--output-dir",
              str(tmp_path), "--wandb", "disabled", "--", "--seconds", "0.3"]
+    # a shell's background job ignores Ctrl-C, and so do the processes that it starts: these tests may be in one
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     running = subprocess.Popen([sys.executable, "-m", "mnist_dist", *words], cwd=ROOT, env=child_environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 60
         while len(stamps(tmp_path)) < 3 and time.monotonic() < deadline:
