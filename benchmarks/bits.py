@@ -49,7 +49,7 @@ WAYS = (
 
 
 def weights_of(way: Way, data_dir: str, steps: int, folder: Path) -> dict[str, Any]:
-    """The SHA-256 of the weights after these steps, and their distance from zero for a comparison."""
+    """The weights after these steps, and their SHA-256."""
     for size, part in way.parts:
         words = ["--dataset", "mnist", "--data-dir", data_dir, "--reproducible", "--resume", "--checkpoint-every",
                  "1000steps", "--wandb", "disabled", "--max-steps", str(round(part * steps)), "--epochs", "1000"]

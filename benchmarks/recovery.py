@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from benchmarks.machine import describe
 from mnist_dist import runner
 from mnist_dist.processes.launch import child_environment
 from mnist_dist.record.files import replace_json
-from mnist_dist.tables import cell, spread, table
+from mnist_dist.tables import spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2
@@ -146,14 +146,20 @@ def goodput(words: list[str], data_dir: str, minutes: float, chance: random.Rand
         return {"wall_seconds": wall, "kept_seconds": one.stop(), "kills": int(minutes)}
 
 
+def say(seconds: Sequence[float]) -> str:
+    """Median (minimum to maximum); some are below 0."""
+    median, low, high = spread(seconds)
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+
+
 def line(name: str, row: dict[str, Any]) -> list[str]:
     """One launcher's figures."""
     tries, first = row["recoveries"]["tries"], row["recoveries"]["first_start_seconds"]
     recovery = [a_try["recovery"] for a_try in tries]
     kept = row["goodput"]
-    return [f"`{name}`", f"{len(tries)} of {row['wanted']}", cell(spread(recovery)),
-            cell(spread([a_try["to_processes"] for a_try in tries])), f"{first:.2f}",
-            cell(spread([seconds - first for seconds in recovery])),
+    return [f"`{name}`", f"{len(tries)} of {row['wanted']}", say(recovery),
+            say([a_try["to_processes"] for a_try in tries]), f"{first:.1f}",
+            say([seconds - first for seconds in recovery]),
             f"{100 * kept['kept_seconds'] / kept['wall_seconds']:.1f}" if kept else "-"]
 
 

@@ -66,7 +66,8 @@ class Console:
     def say_checkpoints(self, summary: RunSummary) -> None:
         """What the checkpoints of a run took."""
         if summary.checkpoint_pause_seconds is not None and summary.checkpoint_seconds is not None:
-            self.say(f"{summary.checkpoints} checkpoints: each kept the training for "
+            number = "1 checkpoint" if summary.checkpoints == 1 else f"{summary.checkpoints} checkpoints"
+            self.say(f"{number}: each kept the training for "
                      f"{1000 * summary.checkpoint_pause_seconds:.1f} ms, and was whole after "
                      f"{1000 * summary.checkpoint_seconds:.1f} ms (medians)")
 

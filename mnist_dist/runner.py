@@ -97,9 +97,14 @@ def _text_file() -> IO[str]:
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
+def tree(mark: str) -> list[psutil.Process]:
+    """Every process that carries the mark."""
+    return [process for process in psutil.process_iter() if mark in _marks(process)]
+
+
 def end_tree(mark: str) -> None:
     """Kill every process that carries the mark, until there is none."""
-    while members := [process for process in psutil.process_iter() if mark in _marks(process)]:
+    while members := tree(mark):
         for process in members:
             try:
                 process.kill()

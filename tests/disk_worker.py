@@ -19,7 +19,7 @@ from support import epoch_record, run_result
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError
 from mnist_dist.record.checkpoint import CheckpointWriter
-from mnist_dist.record.folder import append_metrics, metrics_line, write_config, write_metrics, writing
+from mnist_dist.record.folder import append_metrics, write_config, write_metrics, writing
 from mnist_dist.record.result import write_result
 
 
@@ -40,11 +40,11 @@ def prepared(what, folder):
         write_config(folder, TrainConfig(seed=1))
         return lambda: write_config(folder, TrainConfig(seed=2))
     if what == "metrics":
-        write_metrics(folder, [metrics_line(epoch_record())])
-        return lambda: write_metrics(folder, [metrics_line(epoch_record(epoch=epoch)) for epoch in (0, 1)])
+        write_metrics(folder, [epoch_record()])
+        return lambda: write_metrics(folder, [epoch_record(epoch=epoch) for epoch in (0, 1)])
     if what == "line":
-        write_metrics(folder, [metrics_line(epoch_record())])
-        return lambda: append_metrics(folder, metrics_line(epoch_record(epoch=1)))
+        write_metrics(folder, [epoch_record()])
+        return lambda: append_metrics(folder, epoch_record(epoch=1))
     result = run_result([epoch_record()])
     write_result(folder, result)
 

@@ -133,7 +133,7 @@ def study(draw, folder):
 
 def checkpoint(draw, folder):
     progress = Progress("0123abcd", 10)
-    progress.add(epoch_record(step=10))
+    progress.records.append(epoch_record(step=10))
     progress.next_epoch()
     fixed = {"--lr": 1e-4}
     state = {**progress.state(), "fixed": fixed, "kind": "plain"}

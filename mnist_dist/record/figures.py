@@ -6,8 +6,10 @@ this needs no torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, TypeVar
 
 from mnist_dist.errors import UserError
@@ -57,6 +59,13 @@ class EpochRecord:
                                       "measured steps) and peak_memory_bytes; the rank with the most own_ms, its host")
     windows: Sequence[Sequence[float]] = figure("time", "the measured steps in windows of consecutive ones, each "
                                                 "[steps, samples, seconds]; after --resume only those since then")
+
+    @cached_property
+    def line(self) -> str:
+        """This record as a line of `metrics.jsonl`; every checkpoint has the lines of all epochs, so each is made once.
+        Raises `ValueError` if a figure is not finite.
+        """
+        return json.dumps(asdict(self), allow_nan=False) + "\n"
 
 
 GROUP_OF = {option.name: option.metadata["group"] for option in fields(EpochRecord)}

@@ -33,6 +33,13 @@ def replace_synced(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_left(path: Path) -> None:
+    """Remove what a process that was killed in `replace_synced` has left beside the file."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.suffix[1:].isdecimal():
+            left.unlink()
+
+
 def replace_json(path: Path, values: Any) -> None:
     """Replace a file by these values as JSON, atomically. Raises `ValueError` if a number is not finite."""
     replace_synced(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())

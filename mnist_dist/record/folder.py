@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.config_file import config_text
 from mnist_dist.record.figures import EpochRecord
-from mnist_dist.record.files import append_line, replace_synced
+from mnist_dist.record.files import append_line, remove_left, replace_synced
 
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
 CHECKPOINTS, PREDICTIONS, CURVES = "checkpoints", "predictions.png", "curves.png"
@@ -37,9 +34,8 @@ def open_folder(config: TrainConfig) -> tuple[Path, str]:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        for left in folder.glob(".*"):  # by a process that was killed while it wrote
-            if re.fullmatch(r"\.(config|metrics|result|model|predictions|curves)\.[a-z]+\.\d+", left.name):
-                left.unlink()
+        for name in (METRICS, RESULT, CONFIG, MODEL, PREDICTIONS, CURVES):
+            remove_left(folder / name)
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
     return folder, run_id
@@ -62,20 +58,15 @@ def write_config(folder: Path, config: TrainConfig) -> None:
         replace_synced(folder / CONFIG, config_text(config).encode())
 
 
-def write_metrics(folder: Path, lines: Sequence[str]) -> None:
-    """Make `metrics.jsonl` hold exactly these lines: those of the checkpoint that is continued, or none. Raises
+def write_metrics(folder: Path, records: Sequence[EpochRecord]) -> None:
+    """Make `metrics.jsonl` hold exactly these records: those of the checkpoint that is continued, or none. Raises
     `MnistDistError`.
     """
     with writing(folder):
-        replace_synced(folder / METRICS, "".join(lines).encode())
+        replace_synced(folder / METRICS, "".join(record.line for record in records).encode())
 
 
-def append_metrics(folder: Path, line: str) -> None:
+def append_metrics(folder: Path, record: EpochRecord) -> None:
     """Append one epoch's line to `metrics.jsonl`. Raises `MnistDistError`."""
     with writing(folder):
-        append_line(folder / METRICS, line)
-
-
-def metrics_line(record: EpochRecord) -> str:
-    """One epoch's line of `metrics.jsonl`."""
-    return json.dumps(asdict(record), allow_nan=False) + "\n"
+        append_line(folder / METRICS, record.line)

@@ -17,6 +17,7 @@ from typing import Any
 from mnist_dist.errors import UserError
 
 SCALINGS = ("strong", "weak")
+ROLES = ("repeat", "first", "last")  # of a planned run
 # option of a study: of training
 AXES = {"lrs": "lr", "lr_rules": "lr_rule", "mixed_precisions": "mixed_precision", "compiles": "compile"}
 
@@ -62,25 +63,18 @@ def cell_of(row: Mapping[str, Any]) -> Cell:
     return Cell(row["global_batch_size"], row["processes"], options)
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
-        raise ValueError(f"{value!r:.100} is not a whole number from 1 on")
-    return value
-
-
 def run_of(row: Mapping[str, Any]) -> PlannedRun:
     """The planned run of a row of `study.json`. Its name is that of a folder: raises `ValueError`, `TypeError` or
     `KeyError` if it could be another.
     """
-    run = PlannedRun(cell_of(row), row["role"], _count(row["number"]))
+    run = PlannedRun(cell_of(row), row["role"], row["number"])
+    for number in (run.number, run.cell.global_batch_size, run.cell.processes):
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**63:
+            raise ValueError(f"{number!r:.100} is not a whole number from 1 on")
     keys = [key for key, _ in run.cell.options]
     if run.role not in ROLES or not all(re.fullmatch(r"[\w-]+", key, re.ASCII) for key in keys):
         raise ValueError(f"role {run.role!r:.100}, options {keys}")
-    _count(run.cell.global_batch_size), _count(run.cell.processes)
     return run
-
-
-ROLES = ("repeat", "first", "last")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 from mnist_dist.errors import UserError
 from mnist_dist.record.checkpoint import Checkpoint, step_name
 from mnist_dist.record.figures import EpochRecord, record_from
-from mnist_dist.record.folder import metrics_line
 from mnist_dist.training.metrics import Stopwatch
 
 
@@ -24,7 +23,6 @@ class Progress:
     epoch: int = 0  # the next step to take
     step: int = 0
     records: list[EpochRecord] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)  # the same as JSON: made once, as every checkpoint has them all
     # of the epoch in progress
     watch: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -34,19 +32,14 @@ class Progress:
         """Optimizer steps done since the start of the run."""
         return self.epoch * self.num_batches + self.step
 
-    def add(self, record: EpochRecord) -> None:
-        """An epoch, or a part of it that ends the run, is recorded."""
-        self.records.append(record)
-        self.lines.append(metrics_line(record))
-
     def next_epoch(self) -> None:
         """All steps of the epoch are done."""
         self.epoch, self.step, self.watch, self.evaluations = self.epoch + 1, 0, {}, []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; `take_up` reads it."""
-        return {"epoch": self.epoch, "step": self.step, "run_id": self.run_id, "records": self.lines,
-                "watch": self.watch, "evaluations": self.evaluations}
+        return {"epoch": self.epoch, "step": self.step, "run_id": self.run_id, "watch": self.watch,
+                "evaluations": self.evaluations, "records": [record.line for record in self.records]}
 
     def take_up(self, kept: Checkpoint, fixed: Mapping[str, Any]) -> None:
         """Continue from the end of the checkpoint. Raises `UserError` if it is of another run or another program.
@@ -61,13 +54,14 @@ class Progress:
                 raise ValueError(f"it is of step {self.global_step}")
             if not re.fullmatch("[0-9a-f]{8}", state["run_id"], re.ASCII):
                 raise ValueError(f"its run id is {state['run_id']!r}")
-            self.run_id, self.lines = state["run_id"], list(state["records"])
-            self.records = [record_from(EpochRecord, json.loads(line), kept.folder) for line in self.lines]
+            self.run_id = state["run_id"]
+            self.records = [record_from(EpochRecord, json.loads(line), kept.folder) for line in state["records"]]
             self.watch = dict(state["watch"])
             if not all(isinstance(value, (int, float)) for value in self.watch.values()):
                 raise TypeError("its stopwatch has values that are not numbers")
             Stopwatch(lambda: None, **self.watch)  # it has these names
             self.evaluations = [dict(one) for one in state["evaluations"]]
+            json.dumps(self.state(), allow_nan=False)  # or the next checkpoint would find a number that is not finite
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{kept.folder} is not a checkpoint of this program ({type(error).__name__}: {error}): "
                             "remove it, or give another --output-dir") from None

@@ -27,15 +27,7 @@ from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.record.checkpoint import FORMAT, Checkpoint, CheckpointWriter, load_newest
 from mnist_dist.record.figures import EpochRecord, RunSummary, samples_at, summarise
-from mnist_dist.record.folder import (
-    CHECKPOINTS,
-    append_metrics,
-    metrics_line,
-    open_folder,
-    write_config,
-    write_metrics,
-    writing,
-)
+from mnist_dist.record.folder import CHECKPOINTS, append_metrics, open_folder, write_config, write_metrics, writing
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result
@@ -158,7 +150,7 @@ class Run:
         if config.resume:
             console.say(f"continuing after step {self.progress.global_step}" if kept
                         else "no checkpoint: starting at step 0")
-        self._make_step()
+        self._make_step(was_compiled=launch.restart > 0)
         if kept:
             self.trainer.load_tensors(kept.tensors)
             if kept.state.get("scaler") and team.accelerator.scaler:
@@ -200,11 +192,11 @@ class Run:
         record = self._evaluate(watch)
         if end < progress.num_batches:  # kept as an epoch in progress, so that it can be continued with more steps
             self._save()
-            progress.add(record)
+            progress.records.append(record)
             return
         progress.next_epoch()
         trainer.sums.zero_()
-        progress.add(record)
+        progress.records.append(record)
         pacer.poll()
         if pacer.wants_checkpoint_after(epoch):
             self._save()
@@ -251,8 +243,7 @@ class Run:
             eval_seconds=evaluation, epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,
             evaluations=progress.evaluations, peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
         )
-        line = metrics_line(record)
-        team.run_on("main", lambda: append_metrics(self.folder, line))
+        team.run_on("main", lambda: append_metrics(self.folder, record))
         if team.is_main:
             self.mirror.log(record)
         self.console.table_row(record)
@@ -277,12 +268,11 @@ class Run:
                          else "no checkpoint was wanted")
             raise Stopped(self.pacer.stop_signal, self.progress.global_step, what_next)
 
-    def _make_step(self) -> None:
+    def _make_step(self, *, was_compiled: bool) -> None:
         trainer, say = self.trainer, self.console.say
         if trainer.compiles:
             say("compiling the step: some 3 s, and up to 20 s the first time on a machine")
-        starts = self.team.starts
-        trainer.make_step(self.console.warn, was_compiled=starts is not None and starts.launch.restart > 0)
+        trainer.make_step(self.console.warn, was_compiled=was_compiled)
         if trainer.step.compile_seconds:
             say(f"compiled in {trainer.step.compile_seconds:.1f} s")
         self.environment = replace(self.environment, step=trainer.step.kind)
@@ -293,7 +283,7 @@ class Run:
         """
         def task() -> None:
             write_config(self.folder, self.config)
-            write_metrics(self.folder, self.progress.lines)
+            write_metrics(self.folder, self.progress.records)
             self.mirror.start(self.config, self.progress.run_id, {
                 **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
                 "environment": asdict(self.environment),

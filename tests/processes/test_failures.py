@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 from forked import run_forked
 from support import ROOT
+
+from benchmarks.faults import named
 
 
 @pytest.mark.parametrize(("how", "own", "of_the_others"), [
@@ -48,8 +49,7 @@ def test_a_rank_that_is_stopped_is_named(small_dir, tmp_path):
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
         assert time.monotonic() < until
         time.sleep(0.05)
-    (rank,) = [process for process in psutil.Process(launcher.pid).children(recursive=True)
-               if process.environ().get("RANK") == "1"]
+    rank = named(launcher, "rank 1")
     rank.suspend()
     _, errors = launcher.communicate(timeout=90)
     assert launcher.returncode == 1 and not rank.is_running()

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from support import ROOT, TORCHRUN, TRAIN, assert_one_line_error, mnist_dist, result_of, run
 
+from benchmarks.faults import named
 from mnist_dist.processes.launch import Launch, read_launch
 from mnist_dist.processes.restarts import Starts
 
@@ -35,21 +36,10 @@ def alone(small_dir, tmp_path_factory):
     return folder / "run"
 
 
-def rank(launcher, number):
-    """The process of this rank below the launcher; None if there is none yet."""
-    for process in psutil.Process(launcher.pid).children(recursive=True):
-        try:
-            if process.environ().get("RANK") == str(number) and process.environ().get("LOCAL_RANK"):
-                return process
-        except psutil.Error:
-            continue
-    return None
-
-
 def kill_after(folder, launcher, number, *, checkpoints, deadline=60.0):
     """`kill -9` of a rank when there are more checkpoints than these; returns the newest one's name."""
     until = time.monotonic() + deadline
-    while not (found := set(names(folder)) - checkpoints) or (process := rank(launcher, number)) is None:
+    while not (found := set(names(folder)) - checkpoints) or (process := named(launcher, f"rank {number}")) is None:
         assert launcher.poll() is None and time.monotonic() < until, "the run did not get under way"
         time.sleep(0.02)
     process.kill()
@@ -113,7 +103,7 @@ def test_a_killed_launcher_leaves_a_checkpoint_and_no_process(alone, small_dir, 
     launcher = launch(OURS[:-2], folder, small_dir)
     while not names(folder):
         time.sleep(0.02)
-    ranks = [rank(launcher, number) for number in range(2)]
+    ranks = [named(launcher, f"rank {number}") for number in range(2)]
     before = max(names(folder))
     launcher.kill()
     launcher.wait()

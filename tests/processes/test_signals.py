@@ -11,10 +11,10 @@ import sys
 import time
 import uuid
 
-import psutil
 import pytest
 from support import ROOT, mnist_dist, result_of
 
+from benchmarks.faults import named
 from mnist_dist import runner
 from mnist_dist.record.checkpoint import load_newest
 
@@ -48,31 +48,21 @@ class Launched:
             **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'moments'}", "WAITS_AT": moment,
             "WAITS_IN": str(self.waits_in), "WAITS_SECONDS": str(WAITS_SECONDS), runner.MARK: self.mark})
 
-    def processes(self):
-        """Every process of the launch that is there."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(runner.MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
     def at_the_moment(self, deadline=60.0):
         """Wait until a rank is there; returns the process of the last rank."""
         until = time.monotonic() + deadline
         while not any(self.waits_in.iterdir()):
             assert self.process.poll() is None and time.monotonic() < until, "the moment did not come"
             time.sleep(0.01)
-        (rank,) = [process for process in self.processes() if process.environ().get("RANK") == "1"]
+        rank = named(self.process, "rank 1")
+        assert rank is not None
         return rank
 
     def ended(self, seconds):
         """Wait until every process is gone; returns exit status and errors."""
         until = time.monotonic() + seconds
-        while self.processes():
-            assert time.monotonic() < until, f"still there: {[one.cmdline() for one in self.processes()]}"
+        while left := runner.tree(self.mark):
+            assert time.monotonic() < until, f"still there: {left}"
             time.sleep(0.05)
         _, errors = self.process.communicate(timeout=5)
         return self.process.returncode, errors
@@ -123,7 +113,7 @@ def test_a_second_signal_ends_it_at_once(to, small_dir, tmp_path):
     time.sleep(0.3)
     receiver.send_signal(signal.SIGTERM)
     time.sleep(WAITS_SECONDS / 2)
-    at_work = [process.pid for process in launched.processes() if "RANK" in process.environ()]
+    at_work = [process.pid for process in runner.tree(launched.mark) if "RANK" in process.environ()]
     assert rank.pid not in at_work and (not at_work if to == "launcher" else len(at_work) == 1)
     status, _ = launched.ended(10 + WAITS_SECONDS)  # torch's launcher takes a second or two to leave
     assert status not in (0, None)

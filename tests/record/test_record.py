@@ -13,7 +13,7 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record import EpochRecord, RunSummary, read_result
 from mnist_dist.record.figures import GROUP_OF, grouped, record_from, summarise
-from mnist_dist.record.folder import append_metrics, metrics_line, open_folder, write_config, write_metrics
+from mnist_dist.record.folder import append_metrics, open_folder, write_config, write_metrics
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.result import write_result
 from mnist_dist.training.results import load_model
@@ -102,11 +102,11 @@ def test_every_line_of_metrics_has_the_same_shape(tmp_path):
     records = [epoch_record(samples_per_second=None), epoch_record(epoch=1)]
     write_metrics(tmp_path, [])
     for record in records:
-        append_metrics(tmp_path, metrics_line(record))
+        append_metrics(tmp_path, record)
     content = (tmp_path / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in content.splitlines()]
     assert [set(line) for line in lines] == 2 * [{option.name for option in fields(EpochRecord)}]
-    write_metrics(tmp_path, [metrics_line(record_from(EpochRecord, line, tmp_path)) for line in lines])
+    write_metrics(tmp_path, [record_from(EpochRecord, line, tmp_path) for line in lines])
     assert (tmp_path / "metrics.jsonl").read_text() == content
 
 
@@ -135,9 +135,9 @@ def test_no_link_is_followed_to_a_file(tmp_path):
     for name in ("config.yaml", "metrics.jsonl", "result.json"):
         (folder / name).symlink_to(outside)
     with pytest.raises(MnistDistError, match=r"metrics\.jsonl could not be written"):
-        append_metrics(folder, metrics_line(epoch_record()))
+        append_metrics(folder, epoch_record())
     write_config(folder, TrainConfig())
-    write_metrics(folder, [metrics_line(epoch_record())])
+    write_metrics(folder, [epoch_record()])
     write_result(folder, run_result([epoch_record()]))
     assert outside.read_text() == "precious"
     assert all((folder / name).is_file() and not (folder / name).is_symlink() for name in

@@ -18,7 +18,7 @@ FIXED = {"--lr": 1e-4, "--seed": 0}
 def one_and_a_half():
     """An epoch of 10 steps, and 5 of the next."""
     progress = Progress("0123abcd", 10)
-    progress.add(epoch_record(step=10))
+    progress.records.append(epoch_record(step=10))
     progress.next_epoch()
     progress.step, progress.watch = 5, {"seconds": 0.5, "samples": 100}
     progress.evaluations.append({"step": 12, "test_nll": 0.5})
