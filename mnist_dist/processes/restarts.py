@@ -39,7 +39,7 @@ class Starts:
 
     @folder.setter
     def folder(self, folder: str) -> None:
-        self._store.set(FOLDER, folder)
+        self._write(FOLDER, folder)
 
     @property
     def end(self) -> tuple[int, str] | None:
@@ -49,7 +49,11 @@ class Starts:
 
     @end.setter
     def end(self, end: tuple[int, str]) -> None:
-        self._store.set(END, f"{end[0]} {end[1]}")
+        self._write(END, f"{end[0]} {end[1]}")
 
     def _read(self, name: str) -> str | None:
         return self._store.get(name).decode() if self.launch.restart and self._store.check([name]) else None
+
+    def _write(self, name: str, text: str) -> None:
+        self._store.set(name, text)
+        self._store.get(name)  # `set` does not wait for the store: this answer comes after the text is stored
