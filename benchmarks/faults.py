@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults DATA_DIR OUTPUT [--kills 1200] [--seed 0] [--minutes 60] [--batch-size 500]
 
-A plan of faults follows from the seed: of each start the number of processes (1, 2 or 4), whom `kill -9` hits (a rank
+A plan of faults follows from the seed: of each start the number of processes (1 to 4), whom `kill -9` hits (a rank
 or the launcher), and when, between the start and a little after its expected end. Each killed run is resumed until it
 is done, and then compared: SHA-256 of the model and of the last checkpoint (weights, Adam, sums), and every line of
 metrics.jsonl but its times. Every fifth run is also recorded in W&B, offline, and its history is compared too. Writes
@@ -36,7 +36,7 @@ from mnist_dist.processes.launch import child_environment
 from mnist_dist.record.files import replace_json
 from mnist_dist.tables import table
 
-EPOCHS, PROCESSES = 3, (1, 2, 4)
+EPOCHS, PROCESSES = 3, (1, 2, 3, 4)
 OPTIONS = ["--dataset", "mnist", "--reproducible", "--epochs", str(EPOCHS), "--checkpoint-every", "20steps", "--resume"]
 TRACKED_EVERY = 5  # runs of which one is recorded in W&B: that takes a second at each start
 TIMES = {"train_seconds", "warmup_seconds", "measured_seconds", "eval_seconds", "epoch_seconds", "step_ms_p50",

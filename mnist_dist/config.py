@@ -86,9 +86,9 @@ class TrainConfig:
                         "from the beginning")
     timeout: float = knob(300.0, float, "seconds that a process waits for another one before it ends with an error",
                           above=0.0, metavar="SECONDS")
-    reproducible: bool = knob(False, bool, "the same bits on any number of processes that divides --logical-shards: "
-                              "one thread per process, gradients added in a fixed order; slower", fixed=True)
-    logical_shards: int = knob(8, int, "parts into which --reproducible cuts each batch", minimum=1, fixed=True)
+    reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
+                              "exact, and so has no order; slower", fixed=True)
+    logical_shards: int = knob(8, int, "of no effect: --reproducible does not need it any more", minimum=1)
     wandb: str = knob("auto", str, "auto = online if an API key is configured, else offline; never asks, never "
                       "stops a run", choices=("auto", "online", "offline", "disabled"))
     wandb_project: str = knob("mnist_dist", str, "W&B project", metavar="NAME")
@@ -121,7 +121,7 @@ class TrainConfig:
 
     def _check_reproducible(self) -> None:
         clashes = {
-            "--gradient-accumulation-steps": self.gradient_accumulation_steps > 1,  # the shards are passes already
+            "--gradient-accumulation-steps": self.gradient_accumulation_steps > 1,
             "--mixed-precision": self.mixed_precision in ("fp16", "bf16"),
             "--gradient-compression": self.gradient_compression != "none",
             "--local-sgd-steps": self.local_sgd_steps > 1,
@@ -185,13 +185,6 @@ class TrainConfig:
             raise UserError(
                 f"--batch-size {size} is smaller than the {num_processes} processes, and each needs a sample in every "
                 f"step: give --batch-size {num_processes} or more, or start at most {size} processes"
-            )
-        if self.reproducible and self.logical_shards % num_processes:
-            allowed = [n for n in range(1, self.logical_shards + 1) if self.logical_shards % n == 0]
-            raise UserError(
-                f"--reproducible with --logical-shards {self.logical_shards} runs on "
-                f"{', '.join(map(str, allowed))} processes, got {num_processes}: start one of these, or give a "
-                f"--logical-shards that {num_processes} divides"
             )
         return size
 

@@ -1,6 +1,6 @@
 """Ranks as threads of one process: a `Team` for tests, in which a chosen rank fails, hangs or is slow at a chosen step.
 
-It stands in for the real one wherever only `Team` joins the ranks: the sharded step and the evaluation. A step is one
+It stands in for the real one wherever only `Team` joins the ranks: the exact step and the evaluation. A step is one
 `gather` of a rank. DistributedDataParallel needs real processes.
 """
 

@@ -41,6 +41,11 @@ class MLP(nn.Module):
             x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
         return torch.log_softmax(x, dim=1)
 
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """The layers with weights, the first one first."""
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
     @torch.no_grad()
     def probabilities(self, images_B1HW: Tensor) -> Tensor:
         """Scaled images [B, 1, 28, 28] to probabilities [B, 10], for people."""

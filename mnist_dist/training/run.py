@@ -6,7 +6,6 @@ Read `train`, then `Run.go`: start or resume, then for each epoch train, evaluat
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from contextlib import suppress
@@ -43,10 +42,6 @@ def train(config: TrainConfig, launch: Launch) -> None:
     """Run `config` with the processes of this launch. Raises `MnistDistError` if the run ends early."""
     if launch.has_store:  # torch's elastic launcher, which starts processes in its main thread
         stop_with_launcher()
-    if config.reproducible:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS needs it
-        torch.use_deterministic_algorithms(True)
-        torch.set_num_threads(1)
     if config.compile == "auto" and launch.compiles:
         config = replace(config, compile="on")
     interface = choose_interface(launch)
@@ -319,8 +314,6 @@ class Run:
         values = {flag_of(option.name): getattr(config, option.name) for option in fields(config)
                   if option.metadata.get("fixed")}
         values["--mixed-precision"] = self.team.accelerator.mixed_precision  # the launcher may have set it
-        if not config.reproducible:
-            del values["--logical-shards"]
         return {**values, "checkpoint format": FORMAT, "global batch size": self.trainer.global_batch_size,
                 "data set": self.sets.summary}
 

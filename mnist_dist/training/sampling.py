@@ -60,17 +60,6 @@ class GlobalBatchSampler:
         marks = range(before // every + 1, (before + self.num_samples) // every + 1)
         return sorted({step for mark in marks if (step := -(-(mark * every - before) // batch)) < self.num_batches})
 
-    def shards(self, step: int, num_shards: int) -> list[slice]:
-        """Slices of this rank's part of global batch `step`, one for each logical shard that it computes.
-
-        Position p of the epoch's order belongs to shard p mod S. Rank r has the positions r mod P, and P divides S, so
-        it computes the shards r, r+P, r+2P …, and each is every (S / P)-th of its samples.
-        """
-        rank, size = self.sampler.rank, self.sampler.num_replicas
-        start = self.own_positions(step).start
-        return [slice((shard - start) % num_shards // size, None, num_shards // size)
-                for shard in range(rank, num_shards, size)]
-
     def _order(self) -> Tensor:
         """This rank's share of the epoch's order, on the host: position p of the epoch is element p // size."""
         # through numpy: torch.tensor takes five times as long for a list

@@ -23,10 +23,10 @@ from mnist_dist.training.model import MLP
 from mnist_dist.training.noise import NOT_KNOWN, noise_scale
 from mnist_dist.training.pacer import Pacer
 from mnist_dist.training.sampling import make_loader, share_out
-from mnist_dist.training.steps import StepParts, make_step, wants_compiling
+from mnist_dist.training.steps import StepParts, exact, make_step, wants_compiling
 
 WARMUP_STEPS = 5  # the first steps of a process allocate and tune: timed apart
-EVALUATION_BATCH = 1000  # images per rank, or per logical shard: bounds memory, changes no result
+EVALUATION_BATCH = 1000  # images per rank: bounds memory, changes no result
 
 
 class Trainer:
@@ -39,15 +39,17 @@ class Trainer:
         self.global_batch_size = config.global_batch_size(team.size)
         self.learning_rate = config.learning_rate(self.global_batch_size)
         self.dtype = getattr(torch, config.dtype)
-        self.num_shards = config.logical_shards if config.reproducible else team.size
         train, test = sets.train.to(team.device), sets.test.to(team.device)
         self.batches = share_out(train, self.global_batch_size, rank=team.rank, size=team.size, shuffle=config.shuffle,
                                  seed=config.seed, passes=config.gradient_accumulation_steps)
-        self.test_batches = share_out(test, EVALUATION_BATCH * self.num_shards, rank=team.rank, size=team.size)
+        self.test_batches = share_out(test, EVALUATION_BATCH * team.size, rank=team.rank, size=team.size)
         self.test_loader = make_loader(test, self.test_batches)
         torch.manual_seed(config.seed)
         # drawn in float32 and then widened: float32 and float64 runs start from the same weights
-        self.module = MLP().to(team.device, self.dtype)
+        self.module = MLP()
+        if config.reproducible:
+            exact.draw_weights(self.module, config.seed)
+        self.module.to(team.device, self.dtype)
         self.sums = torch.zeros(3, self.batches.num_batches, dtype=torch.float64, device=team.device)
         self.noise = NOT_KNOWN  # as of the last `train_loss`
         # fused also if the step is compiled: it decides on which device Adam's step counts are
@@ -148,11 +150,13 @@ class Trainer:
         Collective.
         """
         self.module.eval()
-        sums_K3 = torch.zeros(self.num_shards // self.team.size, 3, dtype=torch.float64, device=self.team.device)
-        for step, (images, labels) in enumerate(self.test_loader):
-            for k, shard in enumerate(self.test_batches.shards(step, self.num_shards)):
-                sums_K3[k] += batch_sums(self.module(scale(images[shard], self.dtype)), labels[shard])
-        total_3 = add_in_order(self.team.gather(sums_K3))
+        sums_3 = torch.zeros(3, dtype=torch.float64, device=self.team.device)
+        for images, labels in self.test_loader:
+            if self.config.reproducible:
+                sums_3 += exact.batch_sums(self.module, images, labels)
+            else:
+                sums_3 += batch_sums(self.module(scale(images, self.dtype)), labels)
+        total_3 = add_in_order(self.team.gather(sums_3))
         self.team.wait_for_device()
         figures = test_figures(total_3.tolist())
         if figures["test_count"] != len(self.sets.test):

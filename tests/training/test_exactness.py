@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from mnist_dist.data import load, scale
 from mnist_dist.training.model import MLP
+from mnist_dist.training.steps.exact import draw_weights
 
 BATCHES = (1, 96, 200, 1009, 5000)
 CASES = {
@@ -34,7 +35,7 @@ COMPILED = {f"n{images}-b{batch}-a{passes}-compiled": {
 # several processes compile the same functions with passes and without: once is enough
 ALONE = "n401-b96-a1-compiled"
 NAMES = [*CASES, *(pytest.param(name, marks=pytest.mark.long) for name in COMPILED)]
-SHARDED = {f"sharded-{dtype}": {"images": 401, "batch_size": 50, "reproducible": True, "dtype": dtype}
+EXACT = {f"exact-{dtype}": {"images": 401, "batch_size": 50, "reproducible": True, "dtype": dtype}
            for dtype in ("float32", "float64")}
 
 
@@ -47,8 +48,8 @@ def runs_on(name, size):
 
 @pytest.fixture(scope="module")
 def outcomes(small_dir, tmp_path_factory):
-    """What each case of the plain and the sharded step came to, as `run_all` returns it."""
-    return run_all({**CASES, **SHARDED}, small_dir, tmp_path_factory)
+    """What each case of the plain and the exact step came to, as `run_all` returns it."""
+    return run_all({**CASES, **EXACT}, small_dir, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,7 @@ def run_all(wanted, small_dir, tmp_path_factory):
     found = {}
     for size in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"processes{size}")
-        # 3 does not divide the 8 logical shards
-        cases = {name: options for name, options in wanted.items()
-                 if (size != 3 if name in SHARDED else runs_on(name, size))}
+        cases = {name: options for name, options in wanted.items() if name in EXACT or runs_on(name, size)}
         done = run_forked([small_dir, folder, json.dumps(cases)], cwd=folder, size=size,
                           target="exactness_worker:main", environment={"ACCELERATE_USE_CPU": "true"})
         assert done.returncode == 0, done.stderr
@@ -86,11 +85,13 @@ def largest_difference(some, others):
     return max((some[name] - others[name]).abs().max().item() for name in some)
 
 
-def trained_by_hand(folder, images, batch, epochs=2):
+def trained_by_hand(folder, images, batch, epochs=2, draw=lambda model: None):
     """The same training in the fewest lines of plain PyTorch."""
     sets = load("mnist", str(folder))
     torch.manual_seed(0)
-    model = MLP().double()
+    model = MLP()
+    draw(model)
+    model.double()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     order = DistributedSampler(range(images), num_replicas=1, rank=0, seed=0)
     for epoch in range(epochs):
@@ -137,14 +138,15 @@ def test_learning_happened(outcomes):
 
 
 def test_reproducible_has_the_same_bits(outcomes):
-    for name in SHARDED:
-        assert largest_difference(weights(outcomes, 1, name), weights(outcomes, 2, name)) == 0, name
-        assert outcomes[1][1][name]["epochs"] == outcomes[2][1][name]["epochs"]
+    for name in EXACT:
+        for size in (2, 3):
+            assert largest_difference(weights(outcomes, 1, name), weights(outcomes, size, name)) == 0, (name, size)
+            assert outcomes[1][1][name]["epochs"] == outcomes[size][1][name]["epochs"]
 
 
 def test_reproducible_is_the_mean_over_the_batch(outcomes, small_dir):
-    model = trained_by_hand(small_dir, 401, 50)
-    assert largest_difference(model.state_dict(), weights(outcomes, 1, "sharded-float64")) < 1e-10
+    model = trained_by_hand(small_dir, 401, 50, draw=lambda model: draw_weights(model, 0))
+    assert largest_difference(model.state_dict(), weights(outcomes, 1, "exact-float64")) < 1e-10
 
 
 @pytest.mark.long

@@ -148,7 +148,7 @@ def make_trainer(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "options"), [
     ("plain", {"compile": "off"}), ("plain", {"compile": "off", "gradient_accumulation_steps": 3}),
-    ("plain", {"compile": "off", "dtype": "float64"}), ("sharded", {"compile": "off", "reproducible": True}),
+    ("plain", {"compile": "off", "dtype": "float64"}), ("exact", {"compile": "off", "reproducible": True}),
     ("compiled", {"compile": "on"}), ("compiled", {"compile": "on", "dtype": "float64",
                                                    "gradient_accumulation_steps": 3}),
     ("plain", {"compile": "off", "noise_scale": True}), ("compiled", {"compile": "on", "noise_scale": True}),

@@ -96,8 +96,8 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
     With `was_compiled` an earlier start of this launch has filled the compiler's cache: then no rank goes first.
     """
     from mnist_dist.training.steps.compiled import CompiledStep
+    from mnist_dist.training.steps.exact import ExactStep
     from mnist_dist.training.steps.plain import PlainStep
-    from mnist_dist.training.steps.sharded import ShardedStep
 
     if compiles:
         build = functools.cache(lambda: CompiledStep(parts))
@@ -116,5 +116,5 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
                 step.record()
             return step
     if config.reproducible:
-        return ShardedStep(parts, config.logical_shards)
+        return ExactStep(parts)
     return PlainStep(parts, config.local_sgd_steps)
