@@ -6,6 +6,7 @@ the thread, and the run continues. If the server cannot be reached, the run is r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import urllib.error
 import urllib.request
@@ -78,6 +79,7 @@ class Mirror:
         self._worker: Worker | None = None
         self._late = False  # a call has exceeded its limit: it is waited for at the end only
         self._errors: list[str] = []
+        self.is_whole = True  # whether W&B has taken everything, as far as is known
 
     def start(self, config: TrainConfig, run_id: str, settings: Mapping[str, Any], job_type: str = "train") -> None:
         """Begin a run with these settings; after a failure online try offline, then continue without W&B."""
@@ -161,10 +163,14 @@ class Mirror:
             return
         self._late = False
         done = self._call(lambda: self.run.finish(exit_code=exit_code), END_SECONDS)
+        if self._errors:
+            self._call(_teardown, END_SECONDS)
         self._worker.close()
         self._worker = None
         problems = [] if done else [f"no answer within {END_SECONDS:g} s"]
-        if problems := problems + self._errors:
+        problems += dict.fromkeys(self._errors)  # each once
+        if problems:
+            self.is_whole = False
             self.warn(f"W&B did not take all of the run ({'; '.join(problems)}); it is in {self.folder}")
 
     def sync_hint(self) -> str | None:
@@ -172,6 +178,14 @@ class Mirror:
         if self.mode != "offline" or self.run is None:
             return None
         return f"wandb sync {Path(self.run.dir).parent}"
+
+
+def _teardown() -> None:
+    """End wandb's service now, if it is there: at exit wandb would print a traceback if it is not."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[str, Any], job_type: str,

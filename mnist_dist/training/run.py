@@ -87,6 +87,8 @@ def train(config: TrainConfig, launch: Launch) -> None:
     run.mirror.finish()
     if hint := run.mirror.sync_hint():
         console.say(f"W&B was offline: to bring this run there, {hint}")
+    elif not run.mirror.is_whole:  # what wandb keeps of an online run is not whole until it ends
+        console.say("once W&B answers, the same command with --resume sends it the run again")
 
 
 def of_earlier_start(config: TrainConfig, team: Team) -> TrainConfig:

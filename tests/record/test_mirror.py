@@ -7,16 +7,20 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import fields
 
+import psutil
 import pytest
 from support import ROOT, epoch_record, mnist_dist, records_of, result_of, run, run_summary
+from wandb_server import WandbServer
 
 from mnist_dist.cli import parse, training_config
 from mnist_dist.config import TrainConfig
+from mnist_dist.processes.launch import child_environment
 from mnist_dist.record import mirror
 from mnist_dist.record.figures import GROUP_OF, RunSummary
 from mnist_dist.record.worker import THREAD_NAME
@@ -268,6 +272,70 @@ def test_a_run_ends_although_wandb_hangs(where, size, small_dir, tmp_path):
     print(f"{where} on {size}: the run ends {after:.1f} s after its last result")
     assert done.returncode == 0 and "W&B" in done.stderr, done.stderr
     assert result_of(tmp_path / "run")["status"] == "completed" and after < 15
+
+
+def tracked_by(server, small_dir, tmp_path, *words):
+    """A run of two epochs that real wandb sends to this server: (what it printed, seconds)."""
+    begin = time.monotonic()
+    done = mnist_dist("train", "--data-dir", small_dir, "--epochs", 2, "--wandb", "online", "--output-dir", "run",
+                      *words, cwd=tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert KEY not in done.stdout + done.stderr
+    assert result_of(tmp_path / "run")["status"] == "completed"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    return done, time.monotonic() - begin
+
+
+def ours(said):
+    """The lines that are not wandb's own, which says where it has found the key."""
+    return [line for line in said.splitlines() if not line.startswith("wandb: ")]
+
+
+@pytest.mark.long
+def test_a_server_gets_everything(small_dir, tmp_path):
+    with WandbServer() as server:
+        done, _ = tracked_by(server, small_dir, tmp_path)
+    assert not ours(done.stderr) and "wandb sync" not in done.stdout
+    epochs = result_of(tmp_path / "run")["epochs"]
+    assert [line["test/test_nll"] for line in server.history if "test/test_nll" in line] == [
+        epoch["test_nll"] for epoch in epochs]
+    assert {"config.yaml", "wandb-summary.json"} <= server.files
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ends", ["stalls", "dies"])
+def test_a_server_that_fails_in_the_middle_costs_seconds(ends, small_dir, tmp_path):
+    with WandbServer(ends) as server:
+        done, seconds = tracked_by(server, small_dir, tmp_path)
+        assert server.failed.is_set()
+    print(f"a server that {ends}: {seconds:.1f} s in all")
+    (line,) = ours(done.stderr)
+    assert re.search(r"warning: W&B did not take all of the run .no answer within 10 s.; it is in run", line)
+    assert "with --resume sends it the run again" in done.stdout
+    with WandbServer() as server:
+        tracked_by(server, small_dir, tmp_path, "--resume")
+    assert [line["test/test_nll"] for line in server.history if "test/test_nll" in line] == [
+        epoch["test_nll"] for epoch in result_of(tmp_path / "run")["epochs"]]
+
+
+@pytest.mark.long
+def test_a_wandb_service_that_is_killed_stops_nothing(small_dir, tmp_path):
+    """Its process, which the operating system may kill if memory is short."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    words = [sys.executable, "-m", "mnist_dist", "train", "--data-dir", small_dir, "--epochs", "100", "--wandb",
+             "offline", "--output-dir", "run"]
+    with subprocess.Popen(words, cwd=tmp_path, env={**child_environment(), "PYTHONPATH": str(ROOT)}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as training:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert training.poll() is None
+            time.sleep(0.02)
+        (service,) = [child for child in psutil.Process(training.pid).children() if "wandb" in child.name()]
+        service.kill()
+        _, said = training.communicate(timeout=60)
+    assert training.returncode == 0 and result_of(tmp_path / "run")["status"] == "completed"
+    assert "Traceback" not in said
+    (line,) = ours(said)
+    assert "W&B did not take all of the run" in line and line.count("Connection lost") == 1
 
 
 def test_the_sweeps_command_is_one_of_ours():

@@ -67,6 +67,14 @@ def test_the_same_bits_twice_and_cut_in_the_middle(kind, small_dir, tmp_path):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_reproducible_has_the_bits_of_the_cpu(dtype, small_dir, tmp_path):
+    for name in ("gpu", "cpu"):
+        trained(tmp_path, small_dir, name, "--epochs", 3, "--reproducible", "--dtype", dtype, cpu=name == "cpu")
+    assert largest_difference(weights(tmp_path / "gpu"), weights(tmp_path / "cpu")) == 0
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize(("precision", "compile"), [("fp16", "off"), ("bf16", "off"), ("bf16", "on")])
 def test_half_precision(precision, compile, small_dir, tmp_path):
     for name, words in (("half", ["--mixed-precision", precision, "--compile", compile]), ("whole", [])):
