@@ -43,7 +43,7 @@ TIMES = {"train_seconds", "warmup_seconds", "measured_seconds", "eval_seconds", 
          "step_ms_p95", "measured_samples", "samples_per_second", "samples_per_second_per_process",
          "data_wait_fraction", "peak_memory_bytes", "ranks", "windows"}  # of a line: what a fault may change
 END_SECONDS = 60.0  # a start that takes so much longer than expected hangs
-FIRST_GUESS = 8.0  # seconds of a start, before any was seen
+FIRST_GUESS = 8.0  # seconds until a start's first step, before any was seen
 
 
 @dataclass
@@ -71,9 +71,12 @@ class Campaign:
         return sum(bool(start.victim) for start in self.starts)
 
     def expected(self, processes: int) -> float:
-        """Seconds of a start that is left alone."""
-        known = [start.seconds for start in self.starts if start.processes == processes and not start.victim]
-        return statistics.median(known) if known else FIRST_GUESS
+        """Seconds of a start that is left alone: until its first step, and then a whole training."""
+        ready = [start.to_first_step for start in self.starts
+                 if start.processes == processes and start.to_first_step is not None]
+        alone = self.starts[0] if self.starts else None  # what is compared with: it is not killed
+        training = alone.seconds - alone.to_first_step if alone and alone.to_first_step else 0.0
+        return (statistics.median(ready) if ready else FIRST_GUESS) + training
 
 
 def result_of(folder: Path, tracked: bool) -> dict[str, Any]:
