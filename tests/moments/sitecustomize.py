@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 MOMENTS = {  # of a moment: the module, the function, and at which of its calls
-    "start": ("mnist_dist.cli", "main", 1),
+    "start": ("mnist_dist.cli", "run", 1),
     "joining": ("mnist_dist.processes.team", "join", 1),
     "data": ("mnist_dist.data", "obtain", 1),
     "compiling": ("mnist_dist.training.trainer", "Trainer.make_step", 1),
