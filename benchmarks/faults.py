@@ -36,7 +36,7 @@ from mnist_dist.processes.launch import child_environment
 from mnist_dist.record.files import replace_json
 from mnist_dist.tables import table
 
-EPOCHS, PROCESSES = 3, (1, 2, 3, 4)
+EPOCHS, PROCESSES = 2, (1, 2, 3, 4)
 OPTIONS = ["--dataset", "mnist", "--reproducible", "--epochs", str(EPOCHS), "--checkpoint-every", "20steps", "--resume"]
 TRACKED_EVERY = 5  # runs of which one is recorded in W&B: that takes a second at each start
 TIMES = {"train_seconds", "warmup_seconds", "measured_seconds", "eval_seconds", "epoch_seconds", "step_ms_p50",
