@@ -23,6 +23,7 @@ from mnist_dist import __version__
 from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_passwords
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
+from mnist_dist.processes.spawn import PORT, local_number, read_machines, spawn
 from mnist_dist.record.config_file import merged, read_config
 from mnist_dist.record.worker import any_left
 from mnist_dist.study.grid import AXES
@@ -54,6 +55,11 @@ def build_parser() -> Parser:
 
     train = command("train", "train on one process, or on several")
     train.add_argument("--processes", metavar="N", help="start N processes on this machine: on its GPUs, else its CPU")
+    train.add_argument("--machines", metavar="M", help="run on M machines: the same command on each, but for "
+                       "--machine-rank (default 1)")
+    train.add_argument("--machine-rank", metavar="R", help="this machine's number, 0 to M-1: the output folder is on 0")
+    train.add_argument("--address", metavar="HOST[:PORT]", help="of machine 0, as all machines reach it (port "
+                       f"{PORT} unless given)")
     train.add_argument("--max-restarts", metavar="N", help="if a process is lost, start all again, N times at most; "
                        "they continue from the newest checkpoint (default 0)")
     train.add_argument("--config", metavar="FILE", help="a run's config.yaml; flags on the command line win")
@@ -169,24 +175,25 @@ def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> in
         raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
     if given.max_restarts is not None and not given.max_restarts.isdecimal():
         raise UserError(f"--max-restarts must be a whole number at least 0, got {given.max_restarts!r}")
-    restarts = int(given.max_restarts or 0)
+    restarts, machines = int(given.max_restarts or 0), read_machines(given.machines, given.machine_rank, given.address)
     if launch.is_launched:
-        if asked is not None and int(asked) != launch.size:
+        if asked is not None and int(asked) * machines.number != launch.size:
             raise UserError(f"--processes {asked} conflicts with the launcher, which started {launch.size}: remove "
                             f"--processes, or launch {asked}")
+        if machines.number not in (1, launch.num_machines):
+            raise UserError(f"--machines {machines.number} conflicts with the launcher, which runs on "
+                            f"{launch.num_machines}: remove --machines")
         if given.max_restarts is not None and restarts != launch.max_restarts:
             raise UserError(f"--max-restarts {restarts} conflicts with the launcher, which has {launch.max_restarts}: "
                             "give it to the launcher")
         config.global_batch_size(launch.size)  # before anything is downloaded or imported
     else:
         number = int(asked) if asked else number_asked_of_accelerate()
-        if (number != 1 and number is not None) or restarts:
-            from mnist_dist.processes.spawn import local_number, spawn
-
+        if (number != 1 and number is not None) or restarts or machines.number > 1:
             number = local_number(launch, 1 if number is None else number)
-            if number > 1 or restarts:
-                config.global_batch_size(number)  # before any process is started
-                return spawn(launch, number, argv, restarts)
+            if number > 1 or restarts or machines.number > 1:
+                config.global_batch_size(number * machines.number)  # before any process is started
+                return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout)
     from mnist_dist.training.run import train
 
     train(config, launch)

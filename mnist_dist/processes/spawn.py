@@ -1,16 +1,50 @@
-"""Starts the processes of a run on this machine, through torch's elastic launcher."""
+"""Starts the processes of a run on this machine, through torch's elastic launcher; other machines start theirs."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.processes.launch import Launch, child_environment, num_cores
+
+PORT = 29500  # where the machines of a run meet, if no other is given
+
+
+class Machines(NamedTuple):
+    """The machines of a run, and this one among them. They meet at a port of machine 0."""
+
+    number: int = 1
+    rank: int = 0  # of this machine
+    address: str = "localhost"  # of machine 0
+    port: int = 0  # 0: a free one, if there is one machine
+
+
+def read_machines(number: str | None, rank: str | None, address: str | None) -> Machines:
+    """The values of --machines, --machine-rank and --address, HOST or HOST:PORT. Raises `UserError`."""
+    if number is None and rank is None and address is None:
+        return Machines()
+    if number is None or not number.isdecimal() or int(number) < 1:
+        raise UserError(f"--machines must be a whole number at least 1, got {number!r}: give the same on each machine")
+    if rank is None or not rank.isdecimal() or int(rank) >= int(number):
+        raise UserError(f"--machine-rank must be a whole number from 0 to {int(number) - 1} with --machines {number}, "
+                        f"got {rank!r}: give another one on each machine")
+    if address is None:
+        raise UserError("--machines needs --address HOST or HOST:PORT, which all machines reach machine 0 by: give the "
+                        "same on each machine")
+    host, port = address, str(PORT)
+    if re.fullmatch(r"\[.*\]:.*|[^:]*:[^:]*", address):  # an IPv6 address has colons of its own
+        host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--address must be HOST or HOST:PORT with a port from 1 to 65535, got {address!r}")
+    return Machines(int(number), int(rank), host, int(port))
 
 
 def runs_on_cpu(launch: Launch) -> bool:
@@ -40,13 +74,26 @@ def local_number(launch: Launch, asked: int) -> int:
     return asked
 
 
-def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
+def _meeting_place(machines: Machines, timeout_s: float) -> dict[str, Any]:
+    """How torch's launchers on the machines find each other. On several they have the order of their ranks."""
+    if machines.number == 1:
+        return {"run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    host = f"[{machines.address}]" if ":" in machines.address else machines.address
+    return {"run_id": "mnist-dist", "rdzv_backend": "static", "rdzv_endpoint": f"{host}:{machines.port}",
+            "rdzv_configs": {"rank": machines.rank, "timeout": max(1, round(timeout_s))}}
+
+
+def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines: Machines, *, max_restarts: int,
+          timeout_s: float) -> int:
     """Run `mnist-dist ARGUMENTS` in `num_processes` processes on this machine and return their exit status. If one of
-    them is lost, all are started again, `max_restarts` times at most.
+    them is lost, all are started again, `max_restarts` times at most. With several `machines` each runs this, and waits
+    `timeout_s` for the others.
 
     Each gets its share of the cores: more OpenMP threads than cores slow a small step a hundredfold. Raises
     `UserError` if there are GPUs, but too few.
     """
+    # torch warns of each address that has no name: without a name server that is every one
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -55,10 +102,12 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], max_rest
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     os.environ["ACCELERATE_USE_CPU"] = str(runs_on_cpu(launch)).lower()
     os.environ.update(child_environment())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print what went wrong
+    for name in logging.root.manager.loggerDict:  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes print what went wrong
     elastic = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=num_processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=max_restarts, monitor_interval=0.1,
+        min_nodes=machines.number, max_nodes=machines.number, nproc_per_node=num_processes,
+        max_restarts=max_restarts, monitor_interval=0.1, **_meeting_place(machines, timeout_s),
     )
 
     def pass_on(number: int, _frame: object) -> None:
