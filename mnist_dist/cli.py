@@ -25,8 +25,8 @@ from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.processes.spawn import PORT, local_number, read_machines, spawn
 from mnist_dist.record.config_file import merged, read_config
-from mnist_dist.record.worker import any_left
 from mnist_dist.study.grid import AXES
+from mnist_dist.worker import any_left
 
 # options of training that a study sets for each run
 NOT_IN_STUDY = ("batch_size", "per_device_batch_size", "output_dir", "resume", "run_name")
@@ -193,7 +193,8 @@ def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> in
             number = local_number(launch, 1 if number is None else number)
             if number > 1 or restarts or machines.number > 1:
                 config.global_batch_size(number * machines.number)  # before any process is started
-                return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout)
+                return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout,
+                             options=config.common)
     from mnist_dist.training.run import train
 
     train(config, launch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from mnist_dist.errors import UserError
@@ -129,6 +129,12 @@ class TrainConfig:
         for flag, clash in clashes.items():
             if clash:
                 raise UserError(f"--reproducible and {flag} exclude each other: drop one")
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The options that must be the same on all machines of a run: each may have its files in other places."""
+        own = ("data_dir", "mirror", "output_dir")
+        return {name: value for name, value in asdict(self).items() if name not in own}
 
     @property
     def clashes_with_compile(self) -> str | None:

@@ -9,28 +9,35 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.meeting import Facts, Meeting, difference, store_at
 
 FOLDER, END = "mnist_dist/folder", "mnist_dist/end"
-STORE_TIMEOUT = timedelta(seconds=30)  # to reach the store
 
 
 class Starts:
-    """The starts of this launch, as the launcher's store knows them."""
+    """The starts of this launch, as the launcher's store knows them. Raises `UserError` if it is not reached."""
 
-    def __init__(self, launch: Launch) -> None:
-        from torch.distributed import TCPStore
+    def __init__(self, launch: Launch, timeout_s: float) -> None:
+        self.launch, self.timeout_s = launch, timeout_s
+        self._store = store_at(launch.master_address, launch.master_port, timeout_s=timeout_s,
+                               hosts_it=launch.rank == 0 and not launch.has_store,
+                               is_elsewhere=launch.rank >= launch.local_size)
 
-        self.launch = launch
-        self._store = TCPStore(launch.master_address, launch.master_port, launch.size, timeout=STORE_TIMEOUT,
-                               multi_tenant=True, is_master=launch.rank == 0 and not launch.has_store)
-
-    def meet(self, backend: str, timeout: timedelta) -> None:
-        """Make the process group of this start; Accelerate takes it as it is. Collective."""
+    def meet(self, own: Facts, backend: str) -> list[Facts]:
+        """Make the process group of this start, which Accelerate takes as it is. The facts of all ranks. Raises
+        `UserError` if one does not come, or is not like the others. Collective.
+        """
         from torch.distributed import PrefixStore, init_process_group
 
-        init_process_group(backend, store=PrefixStore(f"start-{self.launch.restart}", self._store),
-                           rank=self.launch.rank, world_size=self.launch.size, timeout=timeout)
+        store = PrefixStore(f"start-{self.launch.restart}", self._store)
+        found = Meeting(store, self.launch.rank, self.launch.size, self.timeout_s).facts(own)
+        if problem := difference(found):
+            raise UserError(problem)
+        init_process_group(backend, store=store, rank=self.launch.rank, world_size=self.launch.size,
+                           timeout=timedelta(seconds=self.timeout_s))
+        return found
 
     @property
     def folder(self) -> str | None:

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mnist_dist.errors import MnistDistError, UserError
@@ -83,14 +83,26 @@ def _meeting_place(machines: Machines, timeout_s: float) -> dict[str, Any]:
             "rdzv_configs": {"rank": machines.rank, "timeout": max(1, round(timeout_s))}}
 
 
+def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> Any:
+    """Wait for the other machines. The store in which they meet, for as long as the run lasts. Raises `UserError`."""
+    from mnist_dist.processes.meeting import Facts, Meeting, difference, store_at
+
+    store = store_at(machines.address, machines.port, hosts_it=machines.rank == 0, is_elsewhere=machines.rank > 0,
+                     timeout_s=timeout_s)
+    found = Meeting(store, machines.rank, machines.number, timeout_s, "machine").facts(Facts(options=options))
+    if problem := difference(found):
+        raise UserError(problem)
+    return store
+
+
 def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines: Machines, *, max_restarts: int,
-          timeout_s: float) -> int:
+          timeout_s: float, options: Mapping[str, Any]) -> int:
     """Run `mnist-dist ARGUMENTS` in `num_processes` processes on this machine and return their exit status. If one of
-    them is lost, all are started again, `max_restarts` times at most. With several `machines` each runs this, and waits
-    `timeout_s` for the others.
+    them is lost, all are started again, `max_restarts` times at most. With several `machines` each runs this with the
+    same `options`, and waits `timeout_s` for the others.
 
     Each gets its share of the cores: more OpenMP threads than cores slow a small step a hundredfold. Raises
-    `UserError` if there are GPUs, but too few.
+    `UserError` if there are GPUs, but too few, or if the machines do not find each other.
     """
     # torch warns of each address that has no name: without a name server that is every one
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -110,6 +122,10 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
         max_restarts=max_restarts, monitor_interval=0.1, **_meeting_place(machines, timeout_s),
     )
 
+    store = None
+    if machines.number > 1:
+        store = _meet(machines, {"processes": num_processes, **options}, timeout_s)
+
     def pass_on(number: int, _frame: object) -> None:
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
@@ -125,4 +141,6 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
         return failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
+    finally:
+        del store
     return 0

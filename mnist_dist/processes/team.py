@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ from torch import Tensor
 from mnist_dist.errors import LostProcess, MnistDistError, NotJoined, UserError
 from mnist_dist.processes.heartbeat import Heartbeats
 from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.meeting import Facts, clocks_apart
 from mnist_dist.processes.restarts import Starts
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
 
@@ -39,8 +40,10 @@ ASK_SECONDS = 2.0  # of waiting for the device; then this rank looks for the oth
 class Team:
     """This process among the `size` ranks of a run."""
 
-    def __init__(self, accelerator: Accelerator, timeout_s: float, starts: Starts | None = None) -> None:
-        self.accelerator, self.starts = accelerator, starts
+    def __init__(self, accelerator: Accelerator, timeout_s: float, starts: Starts | None = None,
+                 facts: Sequence[Facts] = ()) -> None:
+        self.accelerator = accelerator
+        self.starts = starts  # if the launcher may start the processes again
         self.device: torch.device = accelerator.device
         self.size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
@@ -49,13 +52,13 @@ class Team:
         self._releases: list[Callable[[], None]] = []
         # spent exchanging tensors, which is mostly waiting for slower ranks; 0 if the host does not wait
         self.exchange_seconds = 0.0
-        self.hosts = [platform.node()]  # of each rank
+        self.hosts = [one.host for one in facts] or [platform.node()]  # of each rank
+        self.clocks_apart = clocks_apart(facts) if facts else None  # which are, in a line
         if self.size > 1:
             store = dist.distributed_c10d._get_default_store()
             self.heartbeats = Heartbeats(store, self.rank, self.size)  # before the collectives that make the groups
             self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
             self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            self.hosts = self.share(platform.node())
 
     @property
     def queues(self) -> bool:
@@ -228,29 +231,29 @@ def ddp_options(compression: str) -> DistributedDataParallelKwargs:
     return DistributedDataParallelKwargs(comm_hook=hooks[compression])
 
 
-def join(launch: Launch, *, timeout_s: float, kwargs_handlers: Sequence[Any] = (), **accelerator_options: Any) -> Team:
-    """Join the processes of this launch. Raises `UserError` if they cannot be joined as asked, on the first process of
-    each machine one that is always told: `NotJoined`. Collective.
+def join(launch: Launch, *, timeout_s: float, options: Mapping[str, Any] = {}, kwargs_handlers: Sequence[Any] = (),
+         **accelerator_options: Any) -> Team:
+    """Join the processes of this launch, which must have the same `options`. Raises `UserError` if they cannot be
+    joined, on the first process of each machine one that is always told: `NotJoined`. Collective.
     """
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
 
+    kind = NotJoined if launch.local_rank == 0 else UserError
     check_gpus(launch, launch.local_size)
-    timeout, on_cpu = timedelta(seconds=timeout_s), runs_on_cpu(launch)
+    on_cpu, starts, facts = runs_on_cpu(launch), None, []
     try:
-        starts = Starts(launch) if launch.max_restarts else None
+        if launch.size > 1 or launch.max_restarts:
+            starts = Starts(launch, timeout_s)
         if starts and launch.size > 1:
             if not on_cpu:
                 torch.cuda.set_device(launch.local_rank)
-            starts.meet("gloo" if on_cpu else "nccl", timeout)
-        accelerator = Accelerator(
-            cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout), *kwargs_handlers],
-            **accelerator_options,
-        )
-        team = Team(accelerator, timeout_s, starts)
+            facts = starts.meet(Facts(options=options), "gloo" if on_cpu else "nccl")
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[*kwargs_handlers], **accelerator_options)
+        team = Team(accelerator, timeout_s, starts if launch.max_restarts else None, facts)
+    except UserError as error:
+        raise kind(str(error)) from error
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        kind = NotJoined if launch.local_rank == 0 else UserError
         remedy = ""
         if launch.num_machines > 1:
             remedy = (f": check that every machine reaches {launch.master_address}, and set GLOO_SOCKET_IFNAME "

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from mnist_dist.config import TrainConfig
 from mnist_dist.record.figures import EpochRecord, RunSummary, grouped
 from mnist_dist.record.folder import CONFIG, CURVES, MODEL, PREDICTIONS
-from mnist_dist.record.worker import Worker
+from mnist_dist.worker import Worker
 
 Mode = Literal["online", "offline", "disabled"]
 ANSWER_SECONDS = 4.0  # for the W&B server's first answer

@@ -46,7 +46,7 @@ def train(config: TrainConfig, launch: Launch) -> None:
         config = replace(config, compile="on")
     interface = choose_interface(launch)
     team = join(
-        launch, timeout_s=config.timeout, mixed_precision=mixed_precision(config, launch),
+        launch, timeout_s=config.timeout, mixed_precision=mixed_precision(config, launch), options=config.common,
         dynamo_backend="no",  # it would compile the model alone: we compile the whole step
         kwargs_handlers=[ddp_options(config.gradient_compression)],
     )
@@ -54,6 +54,8 @@ def train(config: TrainConfig, launch: Launch) -> None:
     if interface and launch.num_machines > 1:
         console.say(f"{launch.num_machines} machines, over the network interface {interface}: GLOO_SOCKET_IFNAME names "
                     "another")
+    if team.clocks_apart:
+        console.warn(team.clocks_apart)
     run = None
     try:
         config = of_earlier_start(config, team)

@@ -76,7 +76,7 @@ def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
     """A launcher that says there are two, of which one came, is not trained alone."""
     done = mnist_dist_launched("train", "--data-dir", small_dir, "--timeout", 1, cwd=tmp_path, WORLD_SIZE="2", RANK="0",
                       LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    assert_one_line_error(done, "2 processes of this launch could not be joined")
+    assert_one_line_error(done, "process 1 of 2 did not come within 1 s")
     assert not (tmp_path / "runs").exists()
 
 

@@ -4,29 +4,55 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 
 import pytest
 from hosts import Hosts
-from support import result_of
+from support import TRAIN, mnist_dist, result_of
 
 from mnist_dist.cli import run
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.spawn import Machines, read_machines
+from mnist_dist.record.checkpoint import load_newest
 
-TRAINING = ["--epochs", "2", "--batch-size", "50", "--wandb", "disabled", "--timeout", "20"]
-
-
-def outputs_of(started, status=0, timeout=100):
-    outputs = [process.communicate(timeout=timeout)[0] for process in started]
-    print(*outputs, sep="\n----\n")
-    assert [process.returncode for process in started] == [status] * len(started)
-    return outputs
+TIMEOUT = 8.0
+OPTIONS = ["--batch-size", "50", "--lr", "1e-3", "--timeout", f"{TIMEOUT:g}", "--output-dir", "run"]
+ADDRESS = "10.77.0.1"
 
 
-def of_ours(number, *words, processes=1, machines=2, address="10.77.0.1"):
-    return [sys.executable, "-m", "mnist_dist", "train", "--processes", processes, "--machines", machines,
-            "--machine-rank", number - 1, "--address", address, *words]
+def ours(number, processes, machines, address):
+    return ["-m", "mnist_dist", "train", "--processes", processes, "--machines", machines, "--machine-rank",
+            number - 1, "--address", address]
+
+
+def torchrun(number, processes, machines, address):
+    return ["-m", "torch.distributed.run", "--nnodes", machines, "--nproc-per-node", processes, "--node-rank",
+            number - 1, "--master-addr", address, "--master-port", 29500, TRAIN]
+
+
+def accelerate(number, processes, machines, address):
+    return ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", machines, "--num_processes",
+            machines * processes, "--machine_rank", number - 1, "--main_process_ip", address, "--main_process_port",
+            29500, "--mixed_precision", "no", "--dynamo_backend", "no", TRAIN]
+
+
+LAUNCHERS = [ours, torchrun, accelerate]
+
+
+def start(hosts, number, *words, launcher=ours, processes=1, machines=2, address=ADDRESS, **environment):
+    return hosts.start(number, sys.executable, *launcher(number, processes, machines, address), *OPTIONS, *words,
+                       **{"ACCELERATE_USE_CPU": "true", "WANDB_MODE": "disabled", **environment})
+
+
+def ended(started, timeout=90.0):
+    """(status, our lines, everything) of each, and how long the last one took."""
+    begin, found = time.monotonic(), []
+    for process in started:
+        text = process.communicate(timeout=timeout)[0]
+        print(text, end="\n----\n")
+        found.append((process.returncode, [line for line in text.splitlines() if "mnist-dist: " in line], text))
+    return found, time.monotonic() - begin
 
 
 @pytest.mark.parametrize(("address", "host", "port"), [
@@ -60,12 +86,90 @@ def test_a_launcher_that_says_something_else(launch, words, said):
         run(["train", "--machines", "2", "--machine-rank", "0", "--address", "a", *words], launch)
 
 
-@pytest.mark.long
-def test_two_machines(small_dir, tmp_path):
+@pytest.fixture(scope="module")
+def alone(small_dir, tmp_path_factory):
+    """The same run on one process, in float64."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = mnist_dist("train", "--data-dir", small_dir, *OPTIONS, "--epochs", 2, "--dtype", "float64", "--wandb",
+                      "disabled", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return result_of(folder / "run")
+
+
+# CI tries each launcher, and each fault with ours; the other pairs take some minutes more
+@pytest.mark.parametrize(("launcher", "processes"), [
+    pytest.param(launcher, processes, marks=pytest.mark.long if (launcher is ours) == (processes == 2)
+                 else pytest.mark.faults) for launcher in LAUNCHERS for processes in (1, 2)])
+def test_two_machines_are_one_run(launcher, processes, alone, small_dir, tmp_path):
+    folders = [tmp_path / f"machine{number}" for number in (1, 2)]
     with Hosts(tmp_path, 2) as hosts:
-        started = [hosts.start(number, *of_ours(number, *TRAINING, "--data-dir", small_dir, "--output-dir", "run"))
-                   for number in hosts.numbers]
-        outputs = outputs_of(started)
-    environment = result_of(tmp_path / "run")["environment"]
-    assert (environment["num_processes"], environment["num_machines"]) == (2, 2)
-    assert "2 machines, over the network interface veth0" in outputs[0] and not outputs[1].strip()
+        for folder in folders:
+            folder.mkdir()
+        found, _ = ended([start(hosts, number, "--data-dir", small_dir, "--epochs", 2, "--dtype", "float64", "--wandb",
+                                "offline", launcher=launcher, processes=processes, folder=folder, WANDB_MODE="offline")
+                          for number, folder in zip(hosts.numbers, folders, strict=True)])
+    assert [status for status, *_ in found] == [0, 0] and "over the network interface veth0" in found[0][2]
+    result = result_of(folders[0] / "run")
+    assert (result["environment"]["num_processes"], result["environment"]["num_machines"]) == (2 * processes, 2)
+    for ours, theirs in zip(result["epochs"], alone["epochs"], strict=True):
+        assert ours["test_nll"] == pytest.approx(theirs["test_nll"], rel=1e-10)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-10)
+    assert len(list((folders[0] / "run" / "wandb").glob("offline-run-*"))) == 1
+    assert not list(folders[1].iterdir()), "machine 0 has the one folder of the run"
+
+
+STARTS_BADLY = {  # of a fault: which machines start, with what words, and what each says
+    "a machine that does not come": ([1], {}, [], ["machine 1 of 2 did not come within 8 s: start it"]),
+    "machine 0 does not come": ([2], {}, [], ["machine2 does not reach machine 0 at 10.77.0.1:29500 within 8 s"]),
+    "a wrong address": ([1, 2], {"address": "10.77.0.9"}, [], [
+        "machine1 is machine 0, and does not reach itself at 10.77.0.9:29500", "machine2 does not reach machine 0"]),
+    "a name without an address": ([1, 2], {"address": "nobody"}, [], [
+        f"address nobody does not resolve on machine{number}: give an IP address" for number in (1, 2)]),
+    "a loopback address": ([1, 2], {"address": "127.0.0.1"}, [], [
+        "machine 1 of 2 did not come", "127.0.0.1 is a loopback address on machine2, which is another machine"]),
+    "another option": ([1, 2], {}, ["--seed", "{number}"], ["--seed is 1 on machine1 and 2 on machine2"] * 2),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", STARTS_BADLY)
+def test_a_bad_start_is_said_on_every_machine(fault, small_dir, tmp_path):
+    numbers, options, words, said = STARTS_BADLY[fault]
+    with Hosts(tmp_path, 2) as hosts:
+        found, seconds = ended([start(hosts, number, "--data-dir", small_dir,
+                                      *(word.format(number=number) for word in words), **options)
+                                for number in numbers])
+    for (status, lines, _), needle in zip(found, said, strict=True):
+        assert status == 2 and len(lines) == 1 and needle in lines[0], lines
+    assert seconds < TIMEOUT + 25, "starting Python on a busy machine takes its time"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("launcher", "fault"), [
+    pytest.param(launcher, fault, marks=pytest.mark.long if launcher is ours else pytest.mark.faults)
+    for launcher in LAUNCHERS for fault in ("cut", "crash of 1", "crash of 2")])
+def test_a_machine_that_is_lost_ends_the_others(fault, launcher, small_dir, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with Hosts(tmp_path, 2) as hosts:
+        started = [start(hosts, number, "--data-dir", small_dir, "--epochs", 100_000, "--checkpoint-every", "5steps",
+                         "--reproducible", launcher=launcher) for number in hosts.numbers]
+        until = time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert time.monotonic() < until and all(process.poll() is None for process in started)
+            time.sleep(0.05)
+        if fault == "cut":
+            hosts.cut(2)
+        else:
+            started[int(fault[-1]) - 1].kill()
+        found, seconds = ended(started)
+    print(f"{fault}: all have ended after {seconds:.1f} s")
+    for number, (status, lines, _) in enumerate(found, 1):
+        if fault != f"crash of {number}":
+            assert status == 1 and len(lines) == 1, lines
+            other = f"process {2 - number} of 2 on machine{3 - number}"
+            assert f"process {number - 1} lost {other} after step " in lines[0]
+    assert seconds < TIMEOUT + 10
+    assert load_newest(tmp_path / "run" / "checkpoints", pytest.fail) is not None
+    done = mnist_dist("train", "--data-dir", small_dir, *OPTIONS, "--resume", "--reproducible", "--epochs", 100_000,
+                      "--max-steps", 1, "--wandb", "disabled", "--checkpoint-every", "5steps", cwd=tmp_path)
+    assert done.returncode == 0 and "continuing after step" in done.stdout, done.stderr

@@ -141,10 +141,11 @@ def test_what_the_launcher_says_of_restarts():
 
 
 def test_a_later_start_knows_of_the_earlier_ones():
-    first = Starts(Launch(master_address="localhost", master_port=0, max_restarts=2))
+    first = Starts(Launch(master_address="localhost", master_port=0, max_restarts=2), 20.0)
     assert first.folder is None and first.end is None
     port = first._store.port
-    later = Starts(Launch(master_address="localhost", master_port=port, max_restarts=2, restart=1, has_store=True))
+    later = Starts(Launch(master_address="localhost", master_port=port, max_restarts=2, restart=1, has_store=True),
+                   20.0)
     assert later.folder is None and later.end is None
     first.folder, first.end = "runs/one", (3, "training diverged: at step 7")
     assert later.folder == "runs/one" and later.end == (3, "training diverged: at step 7")

@@ -23,7 +23,7 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.processes.launch import child_environment
 from mnist_dist.record import mirror
 from mnist_dist.record.figures import GROUP_OF, RunSummary
-from mnist_dist.record.worker import THREAD_NAME
+from mnist_dist.worker import THREAD_NAME
 
 KEY = "0123456789012345678901234567890123456789"
 

@@ -1,0 +1,199 @@
+"""Before the ranks of a launch, or its machines, begin: is everybody there, and do all run the same?
+
+They meet in the launch's store, on machine 0. Each writes what it is, waits until all have, and compares. A store whose
+machine is lost blocks whoever asks it, so every question has a time limit of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one from Python 3.11 on
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mnist_dist import __version__
+from mnist_dist.errors import UserError
+from mnist_dist.worker import Worker
+
+T = TypeVar("T")
+ASK_SECONDS = 10.0  # for the store's answer
+POLL_SECONDS = 0.05  # between two looks whether all are there
+NAME_SECONDS = 10.0  # for a name to resolve: on a cluster it may come a little after the machine
+CLOCK_SECONDS = 2.0  # apart: more is said
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    import torch
+
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return {"mnist_dist": f"{__version__} with source {digest.hexdigest()[:8]}", "torch": torch.__version__,
+            "Python": ".".join(platform.python_version_tuple()[:2])}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank, or one machine, is; what must be the same on all but for the host."""
+
+    host: str = field(default_factory=platform.node)
+    versions: Mapping[str, str] = field(default_factory=_versions)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    clock: float = 0.0  # seconds since 1970, when all were there
+
+
+def within(seconds: float, task: Callable[[], T]) -> T:
+    """What `task` returns. Raises `TimeoutError` if it takes longer; it is then left behind in its thread."""
+    worker = Worker()
+    try:
+        return worker.submit(task).result(seconds)
+    except FutureTimeout:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    finally:
+        worker.close()
+
+
+def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, timeout_s: float) -> Any:
+    """The store at machine 0, made by this process or found. Raises `UserError`.
+
+    `is_elsewhere`: machine 0 is another machine than this one, so that its address cannot be a loopback one.
+    """
+    from torch.distributed import TCPStore
+
+    found = _resolved(address)
+    if is_elsewhere and all(one.startswith("127.") or one == "::1" for one in found):
+        raise UserError(f"machine 0's address {address} is a loopback address on {platform.node()}, which is another "
+                        "machine: give an address that every machine reaches")
+    try:
+        if not hosts_it:
+            _wait_for_port(address, port, timeout_s)
+        # with our own look at the port first: torch prints a page about a port that does not answer
+        store = within(ASK_SECONDS, lambda: TCPStore(
+            "localhost" if hosts_it else address, port, is_master=hosts_it, timeout=timedelta(seconds=timeout_s),
+            multi_tenant=True, wait_for_workers=False))
+        if hosts_it and port:
+            _wait_for_port(address, port, ASK_SECONDS)
+        return store
+    except (RuntimeError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise UserError(f"port {port} is in use on {platform.node()}: give another one, the same on every machine"
+                            ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if hosts_it:
+            raise UserError(f"{platform.node()} is machine 0, and does not reach itself at {address}:{port} "
+                            f"({reason}): give its own address") from None
+        raise UserError(f"{platform.node()} does not reach machine 0 at {address}:{port} within {timeout_s:g} s "
+                        f"({reason}): start the run there too, check the address, and that the port is open") from None
+
+
+def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
+    """Wait until it takes a connection. Raises `OSError`, the last one, after the time limit."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _resolved(address: str) -> list[str]:
+    deadline = time.monotonic() + NAME_SECONDS
+    while True:
+        try:
+            return [str(found[4][0]) for found in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
+        except OSError:
+            if time.monotonic() > deadline:
+                raise UserError(f"machine 0's address {address} does not resolve on {platform.node()}: give an IP "
+                                "address, or a name that every machine knows") from None
+            time.sleep(0.5)
+
+
+class Meeting:
+    """One process, or machine, among the `number` that meet in the store. Every method raises `UserError`."""
+
+    def __init__(self, store: Any, own: int, number: int, timeout_s: float, kind: str = "process") -> None:
+        from torch.distributed import PrefixStore
+
+        self.store = PrefixStore(f"mnist_dist/{kind}", store)
+        self.own, self.number, self.timeout_s, self.kind = own, number, timeout_s, kind
+        self.worker = Worker()
+
+    def facts(self, own: Facts) -> list[Facts]:
+        """Bring this one's facts; those of all, in their order, once all are there."""
+        if self._ask(lambda: self.store.add(f"{self.own}/here", 1)) > 1:
+            raise UserError(f"{self.kind} {self.own} is there twice, once on {own.host}: give each another number")
+        self._bring("facts", [own.host, dict(own.versions), dict(own.options)])
+        found = self._all("facts")
+        self._bring("clock", time.time())  # all write it at the same time
+        clocks = self._all("clock")
+        self._bring("read", True)
+        if self.own == 0:
+            self._all("read")  # the store may end with this process
+        self.worker.close()
+        return [Facts(host, versions, options, clock)
+                for (host, versions, options), clock in zip(found, clocks, strict=True)]
+
+    def _ask(self, task: Callable[[], T]) -> T:
+        try:
+            return self.worker.submit(task).result(ASK_SECONDS)
+        except (RuntimeError, FutureTimeout) as error:
+            reason = (str(error).splitlines() or ["no answer"])[0]
+            raise UserError(f"{platform.node()} lost machine 0 while it waited for the others to start ({reason}): see "
+                            "what machine 0 says") from None
+
+    def _bring(self, name: str, value: object) -> None:
+        self._ask(lambda: self.store.set(f"{self.own}/{name}", json.dumps(value)))
+        self._ask(lambda: self.store.add(name, 1))
+
+    def _all(self, name: str) -> list[Any]:
+        deadline = time.monotonic() + self.timeout_s
+        while self._ask(lambda: self.store.add(name, 0)) < self.number:
+            if time.monotonic() > deadline:
+                missing = ", ".join(str(n) for n in range(self.number) if not self._has(n, name))
+                raise UserError(f"{self.kind} {missing} of {self.number} did not come within {self.timeout_s:g} s: "
+                                "start it, or see what it says (the first is 0)")
+            time.sleep(POLL_SECONDS)
+        names = [f"{n}/{name}" for n in range(self.number)]
+        return [json.loads(text) for text in self._ask(lambda: self.store.multi_get(names))]
+
+    def _has(self, number: int, name: str) -> bool:
+        return self._ask(lambda: self.store.check([f"{number}/{name}"]))
+
+
+def clocks_apart(all_facts: Sequence[Facts]) -> str | None:
+    """Which hosts' clocks are apart, in one line; None if none are."""
+    low, high = (choose(all_facts, key=lambda facts: facts.clock) for choose in (min, max))
+    apart = high.clock - low.clock
+    if apart <= CLOCK_SECONDS:
+        return None
+    return (f"the clock of {high.host} is {apart:.1f} s ahead of that of {low.host}: set them by one time server "
+            "(the training does not need it, but times in the record would be wrong)")
+
+
+def difference(all_facts: Sequence[Facts]) -> str | None:
+    """What is not the same on all, in one line; None if nothing is."""
+    first = all_facts[0]
+    for other in all_facts[1:]:
+        for kind in ("versions", "options"):
+            ours, theirs = getattr(first, kind), getattr(other, kind)
+            for name in {**ours, **theirs}:
+                if ours.get(name) != theirs.get(name):
+                    what = name if kind == "versions" else f"--{name.replace('_', '-')}"
+                    remedy = ("install the same on every machine" if kind == "versions"
+                              else "give the same on every machine")
+                    return (f"{what} is {ours.get(name)} on {first.host} and {theirs.get(name)} on {other.host}: "
+                            f"{remedy}")
+    return None
