@@ -43,6 +43,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", metavar="N", help="start N processes on this machine: on its GPUs, else its CPU")
+    parser.add_argument("--machines", metavar="M", help="run on M machines: the same command on each, but for "
+                        "--machine-rank (default 1)")
+    parser.add_argument("--machine-rank", metavar="R", help="this machine's number, 0 to M-1; the output folder is on "
+                        "machine 0")
+    parser.add_argument("--address", metavar="HOST[:PORT]", help="of machine 0, as all machines reach it (port "
+                        f"{PORT} unless given)")
+
+
 def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(prog="mnist-dist", description="Distributed MNIST training: exact on any number of processes, and "
@@ -54,12 +64,7 @@ def build_parser() -> Parser:
         return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
 
     train = command("train", "train on one process, or on several")
-    train.add_argument("--processes", metavar="N", help="start N processes on this machine: on its GPUs, else its CPU")
-    train.add_argument("--machines", metavar="M", help="run on M machines: the same command on each, but for "
-                       "--machine-rank (default 1)")
-    train.add_argument("--machine-rank", metavar="R", help="this machine's number, 0 to M-1: the output folder is on 0")
-    train.add_argument("--address", metavar="HOST[:PORT]", help="of machine 0, as all machines reach it (port "
-                       f"{PORT} unless given)")
+    _add_launch(train)
     train.add_argument("--max-restarts", metavar="N", help="if a process is lost, start all again, N times at most; "
                        "they continue from the newest checkpoint (default 0)")
     train.add_argument("--config", metavar="FILE", help="a run's config.yaml; flags on the command line win")
@@ -80,6 +85,12 @@ def build_parser() -> Parser:
     reproduce.add_argument("--output-dir", metavar="DIR", help="folder for both runs and the report (default: "
                            "runs/reproduce-<time>)")
     _add_options(reproduce, (*SHARED, "wandb"))
+
+    doctor = command("doctor", "is this machine, or this launch, fit for a study: each problem with its remedy")
+    _add_launch(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON, for programs; the exit status is 1 if "
+                        "anything is wrong")
+    _add_options(doctor, (*SHARED, "output_dir", "timeout", "wandb"))
 
     study = command("study", "a scaling study: throughput over batch sizes and processes; continues where it stopped")
     study.add_argument("--batch-sizes", metavar="N,N", help="global batch sizes (under --scaling weak: "
@@ -145,7 +156,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             words.append(word)
     given, unknown = parser.parse_known_args(words)
     if given.command is None:
-        parser.error("a command is needed: train, predict, show, reproduce, study or report")
+        parser.error("a command is needed: train, predict, show, reproduce, doctor, study or report")
     if unknown:
         commands: Any = next(action.choices for action in parser._actions if action.dest == "command")
         known = [flag for action in commands[given.command]._actions for flag in action.option_strings]
@@ -166,16 +177,16 @@ def training_config(given: argparse.Namespace) -> TrainConfig:
     return merged(from_file, flags)
 
 
-def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
-    # imported modules stay: searching them for garbage, again and again, takes a tenth of the start-up
-    gc.set_threshold(100_000, 50, 100)
-    config = training_config(given)
-    asked = given.processes
+def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int | None:
+    """Start the processes that the command line asks for, here and on other machines, if no launcher has done so; the
+    exit status, or None if this process is one of the run. Raises `UserError`.
+    """
+    asked, wanted_restarts = given.processes, getattr(given, "max_restarts", None)
     if asked is not None and (not asked.isdecimal() or int(asked) < 1):
         raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
-    if given.max_restarts is not None and not given.max_restarts.isdecimal():
-        raise UserError(f"--max-restarts must be a whole number at least 0, got {given.max_restarts!r}")
-    restarts, machines = int(given.max_restarts or 0), read_machines(given.machines, given.machine_rank, given.address)
+    if wanted_restarts is not None and not wanted_restarts.isdecimal():
+        raise UserError(f"--max-restarts must be a whole number at least 0, got {wanted_restarts!r}")
+    restarts, machines = int(wanted_restarts or 0), read_machines(given.machines, given.machine_rank, given.address)
     if launch.is_launched:
         if asked is not None and int(asked) * machines.number != launch.size:
             raise UserError(f"--processes {asked} conflicts with the launcher, which started {launch.size}: remove "
@@ -183,22 +194,40 @@ def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> in
         if machines.number not in (1, launch.num_machines):
             raise UserError(f"--machines {machines.number} conflicts with the launcher, which runs on "
                             f"{launch.num_machines}: remove --machines")
-        if given.max_restarts is not None and restarts != launch.max_restarts:
+        if wanted_restarts is not None and restarts != launch.max_restarts:
             raise UserError(f"--max-restarts {restarts} conflicts with the launcher, which has {launch.max_restarts}: "
                             "give it to the launcher")
         config.global_batch_size(launch.size)  # before anything is downloaded or imported
-    else:
-        number = int(asked) if asked else number_asked_of_accelerate()
-        if (number != 1 and number is not None) or restarts or machines.number > 1:
-            number = local_number(launch, 1 if number is None else number)
-            if number > 1 or restarts or machines.number > 1:
-                config.global_batch_size(number * machines.number)  # before any process is started
-                return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout,
-                             options=config.common)
+        return None
+    number = int(asked) if asked else number_asked_of_accelerate()
+    if (number == 1 or number is None) and not restarts and machines.number == 1:
+        return None
+    number = local_number(launch, 1 if number is None else number)
+    if number == 1 and not restarts and machines.number == 1:
+        return None
+    config.global_batch_size(number * machines.number)  # before any process is started
+    return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout, options=config.common)
+
+
+def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+    # imported modules stay: searching them for garbage, again and again, takes a tenth of the start-up
+    gc.set_threshold(100_000, 50, 100)
+    config = training_config(given)
+    if (status := _spawned(given, argv, launch, config)) is not None:
+        return status
     from mnist_dist.training.run import train
 
     train(config, launch)
     return 0
+
+
+def _doctor(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+    config = training_config(given)
+    if (status := _spawned(given, argv, launch, config)) is not None:
+        return status
+    from mnist_dist.commands.doctor import doctor
+
+    return doctor(config, launch, given.json)
 
 
 def run(argv: Sequence[str], launch: Launch | None = None) -> int:
@@ -209,6 +238,8 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
     given = parse(argv)
     if given.command == "train":
         return _train(given, argv, launch or read_launch())
+    if given.command == "doctor":
+        return _doctor(given, argv, launch or read_launch())
     if given.command in ("study", "report"):
         from mnist_dist.study import command
 

@@ -19,7 +19,7 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "console": {"config", "errors", "record"},
     "runner": {"errors", "processes", "record"},
     "training": {"errors", "config", "data", "processes", "record", "console"},
-    "commands": {"errors", "config", "data", "record", "console", "runner", "training"},
+    "commands": {"errors", "config", "data", "processes", "record", "console", "runner", "training"},
     "study": {"errors", "config", "tables", "processes", "record", "runner"},
     "cli": {"errors", "config", "worker", "record", "processes", "training", "commands", "study"},
     "__main__": {"cli"},

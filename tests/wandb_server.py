@@ -14,9 +14,10 @@ class WandbServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, ends: str = "") -> None:
+    def __init__(self, ends: str = "", *, knows_key: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.ends, self.failed, self.over = ends, threading.Event(), threading.Event()
+        self.ends, self.knows_key = ends, knows_key
+        self.failed, self.over = threading.Event(), threading.Event()
         self.history: list[dict[str, Any]] = []
         self.files: set[str] = set()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -66,7 +67,8 @@ class WandbServer(http.server.ThreadingHTTPServer):
         if operationName == "CreateArtifact":  # COMMITTED: the server has its files
             return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": {
                 "id": "s", "latestArtifact": None}}}}
-        return {"viewer": {**entity, "entity": "somebody", "username": "somebody"}} if operationName == "Viewer" else {}
+        viewer = {**entity, "entity": "somebody", "username": "somebody"}
+        return {"viewer": viewer if self.knows_key else None} if "viewer" in query else {}
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

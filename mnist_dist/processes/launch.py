@@ -6,6 +6,7 @@ Launchers: torchrun, `accelerate launch` and `mnist-dist train --processes` set 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, MutableMapping
@@ -83,8 +84,29 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those of its affinity, and no more than its container's share."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores_of_container()
+    return allowed if share is None else max(1, min(allowed, math.floor(share)))
+
+
+def cores_of_container(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """The processor time that this process's cgroup may use, in cores; None without a limit. Version 2, then 1."""
+    try:
+        places = [line.rsplit(":", 1)[1].lstrip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        places = []
+    for folder in dict.fromkeys([*(root / place for place in places), root, root / "cpu"]):
+        try:
+            if (folder / "cpu.max").exists():
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except (OSError, ValueError):
+            continue
+        if quota != "max" and int(quota) > 0:
+            return int(quota) / int(period)
+    return None
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

@@ -81,6 +81,14 @@ class Team:
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
+    def swap(self, tensor: Tensor, partner: int) -> Tensor:
+        """The tensor of the partner rank, which gets this one's. Both call it, with tensors of one shape."""
+        received = torch.empty_like(tensor)
+        for request in dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, partner),
+                                               dist.P2POp(dist.irecv, received, partner)]):
+            request.wait()
+        return received
+
     @contextmanager
     def exchanging(self) -> Iterator[None]:
         """What is done inside counts as exchanging tensors with other ranks."""
