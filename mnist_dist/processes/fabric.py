@@ -19,6 +19,7 @@ from mnist_dist.processes.team import Team
 SIZES = tuple(4 * 4**n for n in range(13))  # bytes: 4 B to 64 MiB
 SECONDS_PER_SIZE = 0.4
 MOST_TIMES, FEWEST_TIMES = 200, 3
+LONGEST_SECONDS = 5.0  # for one size
 SMALL_BYTES, LARGE_BYTES = 65_536, 16_777_216  # of one exchange between two hosts
 PAIR_SECONDS = 0.2  # that one exchange should take
 
@@ -34,13 +35,15 @@ class AllReduce:
 
 
 def all_reduces(team: Team, sizes: Sequence[int] = SIZES) -> list[AllReduce]:
-    """One of each size. Collective."""
+    """One of each size, but none that would take long over a slow network. Collective."""
     found = []
     for size in sizes:
         tensor = torch.zeros(size // 4, device=team.device)
         seconds = _median_seconds(team, functools.partial(team.sum, tensor))
         algorithm = size / seconds
         found.append(AllReduce(size, seconds, algorithm, algorithm * 2 * (team.size - 1) / team.size))
+        if 4 * seconds * (2 + FEWEST_TIMES) > LONGEST_SECONDS:  # of the next size: every rank has the same time
+            break
     return found
 
 
