@@ -73,7 +73,7 @@ def rounds(number: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def pair_bandwidths(team: Team) -> dict[tuple[str, str], float]:
-    """Bytes per second in each direction between each pair of hosts, both at once; on every rank. Collective."""
+    """Bytes per second between each pair of hosts, there and back; on every rank. Collective."""
     hosts = list(dict.fromkeys(team.hosts))
     firsts = [team.hosts.index(host) for host in hosts]  # the rank that speaks for its host
     own = firsts.index(team.rank) if team.rank in firsts else None
@@ -102,4 +102,4 @@ def _bandwidth(team: Team, partner: int) -> float:
 
     seconds(SMALL_BYTES)
     size = int(min(LARGE_BYTES, SMALL_BYTES * max(1.0, PAIR_SECONDS / seconds(SMALL_BYTES)))) // 4 * 4
-    return size / statistics.median(seconds(size) for _ in range(3))
+    return 2 * size / statistics.median(seconds(size) for _ in range(3))

@@ -7,6 +7,7 @@ same order. It knows nothing of training.
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 import time
@@ -82,11 +83,13 @@ class Team:
         return gathered
 
     def swap(self, tensor: Tensor, partner: int) -> Tensor:
-        """The tensor of the partner rank, which gets this one's. Both call it, with tensors of one shape."""
+        """The partner rank's tensor, which gets this one's; the lower rank sends first. Both call it, with tensors of
+        one shape.
+        """
         received = torch.empty_like(tensor)
-        for request in dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, partner),
-                                               dist.P2POp(dist.irecv, received, partner)]):
-            request.wait()
+        sends, receives = functools.partial(dist.send, tensor, partner), functools.partial(dist.recv, received, partner)
+        for task in (sends, receives) if self.rank < partner else (receives, sends):
+            task()
         return received
 
     @contextmanager
