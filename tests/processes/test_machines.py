@@ -8,7 +8,7 @@ import time
 
 import pytest
 from hosts import Hosts
-from support import TRAIN, mnist_dist, result_of
+from support import ROOT, TRAIN, mnist_dist, result_of
 
 from mnist_dist.cli import run
 from mnist_dist.errors import UserError
@@ -22,26 +22,31 @@ ADDRESS = "10.77.0.1"
 
 
 def ours(number, processes, machines, address):
-    return ["-m", "mnist_dist", "train", "--processes", processes, "--machines", machines, "--machine-rank",
-            number - 1, "--address", address]
+    return [sys.executable, "-m", "mnist_dist", "train", "--processes", processes, "--machines", machines,
+            "--machine-rank", number - 1, "--address", address]
+
+
+def script(number, processes, machines, address):
+    return ["env", f"MACHINES={machines}", f"PROCESSES={processes}", f"ADDRESS={address}",
+            ROOT / "launch" / "multi_node.sh", number - 1]
 
 
 def torchrun(number, processes, machines, address):
-    return ["-m", "torch.distributed.run", "--nnodes", machines, "--nproc-per-node", processes, "--node-rank",
-            number - 1, "--master-addr", address, "--master-port", 29500, TRAIN]
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", machines, "--nproc-per-node", processes,
+            "--node-rank", number - 1, "--master-addr", address, "--master-port", 29500, TRAIN]
 
 
 def accelerate(number, processes, machines, address):
-    return ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", machines, "--num_processes",
-            machines * processes, "--machine_rank", number - 1, "--main_process_ip", address, "--main_process_port",
-            29500, "--mixed_precision", "no", "--dynamo_backend", "no", TRAIN]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+            ROOT / "launch" / "accelerate_multi_node.yaml", "--num_machines", machines, "--num_processes",
+            machines * processes, "--machine_rank", number - 1, "--main_process_ip", address, TRAIN]
 
 
-LAUNCHERS = [ours, torchrun, accelerate]
+LAUNCHERS = [ours, script, torchrun, accelerate]
 
 
 def start(hosts, number, *words, launcher=ours, processes=1, machines=2, address=ADDRESS, **environment):
-    return hosts.start(number, sys.executable, *launcher(number, processes, machines, address), *OPTIONS, *words,
+    return hosts.start(number, *launcher(number, processes, machines, address), *OPTIONS, *words,
                        **{"ACCELERATE_USE_CPU": "true", "WANDB_MODE": "disabled", **environment})
 
 
@@ -147,7 +152,7 @@ def test_a_bad_start_is_said_on_every_machine(fault, small_dir, tmp_path):
 
 @pytest.mark.parametrize(("launcher", "fault"), [
     pytest.param(launcher, fault, marks=pytest.mark.long if launcher is ours else pytest.mark.faults)
-    for launcher in LAUNCHERS for fault in ("cut", "crash of 1", "crash of 2")])
+    for launcher in (ours, torchrun, accelerate) for fault in ("cut", "crash of 1", "crash of 2")])
 def test_a_machine_that_is_lost_ends_the_others(fault, launcher, small_dir, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     with Hosts(tmp_path, 2) as hosts:
