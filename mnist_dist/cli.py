@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", metavar="N", help="start N processes on this machine: on its GPUs, else its CPU")
     parser.add_argument("--machines", metavar="M", help="run on M machines: the same command on each, but for "
-                        "--machine-rank (default 1)")
+                        "--machine-rank (default 1); LEAST:MOST if they may come and go")
     parser.add_argument("--machine-rank", metavar="R", help="this machine's number, 0 to M-1; the output folder is on "
                         "machine 0")
     parser.add_argument("--address", metavar="HOST[:PORT]", help="of machine 0, as all machines reach it (port "
@@ -188,10 +188,11 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
         raise UserError(f"--max-restarts must be a whole number at least 0, got {wanted_restarts!r}")
     restarts, machines = int(wanted_restarts or 0), read_machines(given.machines, given.machine_rank, given.address)
     if launch.is_launched:
-        if asked is not None and int(asked) * machines.number != launch.size:
-            raise UserError(f"--processes {asked} conflicts with the launcher, which started {launch.size}: remove "
+        started = launch.size if machines.number == 1 else launch.local_size
+        if asked is not None and int(asked) != started:
+            raise UserError(f"--processes {asked} conflicts with the launcher, which started {started}: remove "
                             f"--processes, or launch {asked}")
-        if machines.number not in (1, launch.num_machines):
+        if machines.number > 1 and not machines.least <= launch.num_machines <= machines.number:
             raise UserError(f"--machines {machines.number} conflicts with the launcher, which runs on "
                             f"{launch.num_machines}: remove --machines")
         if wanted_restarts is not None and restarts != launch.max_restarts:
@@ -205,6 +206,9 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
     number = local_number(launch, 1 if number is None else number)
     if number == 1 and not restarts and machines.number == 1:
         return None
+    if machines.come_and_go and not (config.resume and config.output_dir):
+        raise UserError("machines that come and go need --output-dir and --resume: each start goes on from the newest "
+                        "checkpoint there")
     config.global_batch_size(number * machines.number)  # before any process is started
     return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout, options=config.common)
 

@@ -86,7 +86,7 @@ class Hosts:
             ["ip", "netns", "exec", self.namespace(number), "unshare", "--uts", "--pid", "--fork", "--kill-child",
              "--mount-proc", "sh", "-c", inside, "sh", *map(str, command)], cwd=folder or self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment}))
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}))
         return self.started[-1]
 
     def cut(self, number: int) -> None:

@@ -70,18 +70,15 @@ def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, tim
     """
     from torch.distributed import TCPStore
 
-    found = _resolved(address)
-    if is_elsewhere and all(one.startswith("127.") or one == "::1" for one in found):
-        raise UserError(f"machine 0's address {address} is a loopback address on {platform.node()}, which is another "
-                        "machine: give an address that every machine reaches")
+    if not hosts_it:
+        reach(address, port, is_elsewhere=is_elsewhere, timeout_s=timeout_s)
     try:
-        if not hosts_it:
-            _wait_for_port(address, port, timeout_s)
         # with our own look at the port first: torch prints a page about a port that does not answer
         store = within(ASK_SECONDS, lambda: TCPStore(
             "localhost" if hosts_it else address, port, is_master=hosts_it, timeout=timedelta(seconds=timeout_s),
             multi_tenant=True, wait_for_workers=False))
         if hosts_it and port:
+            _resolved(address)
             _wait_for_port(address, port, ASK_SECONDS)
         return store
     except (RuntimeError, OSError) as error:
@@ -92,8 +89,21 @@ def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, tim
         if hosts_it:
             raise UserError(f"{platform.node()} is machine 0, and does not reach itself at {address}:{port} "
                             f"({reason}): give its own address") from None
+        raise UserError(f"{platform.node()} has no store at {address}:{port} ({reason}): is it another program's port?"
+                        ) from None
+
+
+def reach(address: str, port: int, *, is_elsewhere: bool, timeout_s: float) -> None:
+    """Wait until machine 0 takes a connection there. Raises `UserError` after the time limit."""
+    if is_elsewhere and all(one.startswith("127.") or one == "::1" for one in _resolved(address)):
+        raise UserError(f"machine 0's address {address} is a loopback address on {platform.node()}, which is another "
+                        "machine: give an address that every machine reaches")
+    _resolved(address)
+    try:
+        _wait_for_port(address, port, timeout_s)
+    except OSError as error:
         raise UserError(f"{platform.node()} does not reach machine 0 at {address}:{port} within {timeout_s:g} s "
-                        f"({reason}): start the run there too, check the address, and that the port is open") from None
+                        f"({error}): start the run there too, check the address, and that the port is open") from None
 
 
 def _wait_for_port(address: str, port: int, timeout_s: float) -> None:

@@ -31,7 +31,10 @@ class Starts:
         """
         from torch.distributed import PrefixStore, init_process_group
 
-        store = PrefixStore(f"start-{self.launch.restart}", self._store)
+        # a store that is made anew at each start needs no name of its own: after machines have come and gone, their
+        # launchers have counted differently
+        start = self.launch.restart if self.launch.has_store else 0
+        store = PrefixStore(f"start-{start}", self._store)
         found = Meeting(store, self.launch.rank, self.launch.size, self.timeout_s).facts(own)
         if problem := difference(found):
             raise UserError(problem)

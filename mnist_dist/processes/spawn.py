@@ -14,24 +14,34 @@ from typing import Any, NamedTuple
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.processes.launch import Launch, child_environment, num_cores
 
+LAST_CALL_SECONDS = 5  # for more machines, once there are enough
 PORT = 29500  # where the machines of a run meet, if no other is given
 
 
 class Machines(NamedTuple):
     """The machines of a run, and this one among them. They meet at a port of machine 0."""
 
-    number: int = 1
+    number: int = 1  # at most
     rank: int = 0  # of this machine
     address: str = "localhost"  # of machine 0
     port: int = 0  # 0: a free one, if there is one machine
+    least: int = 1  # so many are enough, if they may come and go
+
+    @property
+    def come_and_go(self) -> bool:
+        """Whether the run goes on with fewer of them, and takes those in that come back."""
+        return self.least < self.number and bool(self.port)
 
 
 def read_machines(number: str | None, rank: str | None, address: str | None) -> Machines:
-    """The values of --machines, --machine-rank and --address, HOST or HOST:PORT. Raises `UserError`."""
+    """The values of --machines, M or LEAST:MOST, --machine-rank and --address, HOST[:PORT]. Raises `UserError`."""
     if number is None and rank is None and address is None:
         return Machines()
-    if number is None or not number.isdecimal() or int(number) < 1:
-        raise UserError(f"--machines must be a whole number at least 1, got {number!r}: give the same on each machine")
+    least, _, number = (number or "").rpartition(":")
+    least = least or number
+    if not (number.isdecimal() and least.isdecimal() and 1 <= int(least) <= int(number)):
+        raise UserError(f"--machines must be a whole number at least 1, or LEAST:MOST, got {least and number!r}: give "
+                        "the same on each machine")
     if rank is None or not rank.isdecimal() or int(rank) >= int(number):
         raise UserError(f"--machine-rank must be a whole number from 0 to {int(number) - 1} with --machines {number}, "
                         f"got {rank!r}: give another one on each machine")
@@ -44,7 +54,7 @@ def read_machines(number: str | None, rank: str | None, address: str | None) -> 
     host = host.strip("[]")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--address must be HOST or HOST:PORT with a port from 1 to 65535, got {address!r}")
-    return Machines(int(number), int(rank), host, int(port))
+    return Machines(int(number), int(rank), host, int(port), int(least))
 
 
 def runs_on_cpu(launch: Launch) -> bool:
@@ -79,14 +89,28 @@ def _meeting_place(machines: Machines, timeout_s: float) -> dict[str, Any]:
     if machines.number == 1:
         return {"run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     host = f"[{machines.address}]" if ":" in machines.address else machines.address
+    if machines.come_and_go:
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch tells a later machine no shared store's address
+        return {"run_id": "mnist-dist", "rdzv_backend": "c10d", "rdzv_endpoint": f"{host}:{machines.port}",
+                # torch orders the machines by these texts: machine 0 is the first, and its text leads to it
+                "local_addr": machines.address if machines.rank == 0 else f"~{machines.rank:06d}",
+                "rdzv_configs": {"is_host": str(machines.rank == 0), "join_timeout": round(timeout_s) + 30,
+                                 "last_call_timeout": LAST_CALL_SECONDS, "read_timeout": round(min(timeout_s, 60.0)),
+                                 "keep_alive_interval": 1}}
     return {"run_id": "mnist-dist", "rdzv_backend": "static", "rdzv_endpoint": f"{host}:{machines.port}",
             "rdzv_configs": {"rank": machines.rank, "timeout": max(1, round(timeout_s))}}
 
 
 def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> Any:
-    """Wait for the other machines. The store in which they meet, for as long as the run lasts. Raises `UserError`."""
-    from mnist_dist.processes.meeting import Facts, Meeting, difference, store_at
+    """Wait for the other machines. The store in which they meet, for as long as the run lasts; None if they may come
+    and go. Raises `UserError`.
+    """
+    from mnist_dist.processes.meeting import Facts, Meeting, difference, reach, store_at
 
+    if machines.come_and_go:  # its processes compare themselves, each time that they start
+        if machines.rank > 0:
+            reach(machines.address, machines.port, is_elsewhere=True, timeout_s=timeout_s)
+        return None
     store = store_at(machines.address, machines.port, hosts_it=machines.rank == 0, is_elsewhere=machines.rank > 0,
                      timeout_s=timeout_s)
     found = Meeting(store, machines.rank, machines.number, timeout_s, "machine").facts(Facts(options=options))
@@ -108,6 +132,7 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     check_gpus(launch, num_processes)
@@ -118,7 +143,7 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes print what went wrong
     elastic = LaunchConfig(
-        min_nodes=machines.number, max_nodes=machines.number, nproc_per_node=num_processes,
+        min_nodes=machines.least, max_nodes=machines.number, nproc_per_node=num_processes,
         max_restarts=max_restarts, monitor_interval=0.1, **_meeting_place(machines, timeout_s),
     )
 
@@ -141,6 +166,9 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
         return failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
+    except RendezvousError as error:
+        raise MnistDistError(f"the machines did not meet again ({' '.join(str(error).split())}): see what machine 0, "
+                             f"{machines.address}, says") from None
     finally:
         del store
     return 0

@@ -93,7 +93,7 @@ def draw_curves(records: Sequence[EpochRecord], path: Path, heading: str) -> Non
     rate.plot([e for e, _ in measured], [s for _, s in measured], color=BLUE, marker=marker, markersize=4)
     rate.set(ylabel="training throughput (samples/s)")
     for axes in (error, rate):
-        axes.set_ylim(0, 1.08 * axes.dataLim.ymax if measured else None)
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax if measured and axes.dataLim.ymax > 0 else None)
     for axes in (loss, error, rate):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -135,9 +135,9 @@ def test_one_process(small_dir, tmp_path):
     assert not list(tmp_path.iterdir()), "it leaves nothing"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ill", "said"), [
-    ("slow", ("step", "a step of process 1 on ")),
-    pytest.param("wrong", ("gradient", "the gradient of process 1 on "), marks=pytest.mark.long)])
+    ("slow", ("step", "a step of process 1 on ")), ("wrong", ("gradient", "the gradient of process 1 on "))])
 def test_a_rank_that_is_ill_is_named(ill, said, small_dir, tmp_path):
     done = run_forked(["doctor", "--json", "--data-dir", small_dir], cwd=tmp_path, size=3 if ill == "wrong" else 2,
                       target="doctored:main", environment={"ACCELERATE_USE_CPU": "true", "ILL": ill})

@@ -64,7 +64,8 @@ def ended(started, timeout=90.0):
     ("10.0.0.1", "10.0.0.1", 29500), ("node7:1234", "node7", 1234), ("fe80::1", "fe80::1", 29500),
     ("[fe80::1]:77", "fe80::1", 77), ("[fe80::1]", "fe80::1", 29500)])
 def test_addresses(address, host, port):
-    assert read_machines("3", "2", address) == Machines(3, 2, host, port)
+    assert read_machines("3", "2", address) == Machines(3, 2, host, port, 3)
+    assert read_machines("1:3", "2", address) == Machines(3, 2, host, port, 1)
 
 
 def test_one_machine_needs_no_words():
@@ -75,6 +76,7 @@ def test_one_machine_needs_no_words():
     ((None, "0", "a"), "--machines must be a whole number"), (("x", "0", "a"), "got 'x': give the same"),
     (("2", None, "a"), "--machine-rank must be a whole number from 0 to 1"), (("2", "2", "a"), "got '2': give another"),
     (("2", "0", None), "--machines needs --address"), (("2", "0", "a:"), "got 'a:'"), (("2", "0", ":9"), "got ':9'"),
+    (("3:2", "0", "a"), "or LEAST:MOST, got"), (("0:2", "0", "a"), "or LEAST:MOST"),
     (("2", "0", "a:0"), "a port from 1 to 65535"), (("2", "0", "a:65536"), "got 'a:65536'"),
 ])
 def test_words_that_are_no_machines(words, said):
@@ -101,9 +103,9 @@ def alone(small_dir, tmp_path_factory):
     return result_of(folder / "run")
 
 
-# CI tries each launcher, and each fault with ours; the other pairs take some minutes more
+# CI tries each launcher once, and one fault of each kind; the others take some minutes more
 @pytest.mark.parametrize(("launcher", "processes"), [
-    pytest.param(launcher, processes, marks=pytest.mark.long if (launcher is ours) == (processes == 2)
+    pytest.param(launcher, processes, marks=pytest.mark.long if (launcher in (ours, accelerate)) == (processes == 2)
                  else pytest.mark.faults) for launcher in LAUNCHERS for processes in (1, 2)])
 def test_two_machines_are_one_run(launcher, processes, alone, small_dir, tmp_path):
     folders = [tmp_path / f"machine{number}" for number in (1, 2)]
@@ -136,8 +138,9 @@ STARTS_BADLY = {  # of a fault: which machines start, with what words, and what 
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("fault", STARTS_BADLY)
+@pytest.mark.parametrize("fault", [
+    pytest.param(fault, marks=pytest.mark.long if fault in ("a machine that does not come", "another option")
+                 else pytest.mark.faults) for fault in STARTS_BADLY])
 def test_a_bad_start_is_said_on_every_machine(fault, small_dir, tmp_path):
     numbers, options, words, said = STARTS_BADLY[fault]
     with Hosts(tmp_path, 2) as hosts:
@@ -151,7 +154,8 @@ def test_a_bad_start_is_said_on_every_machine(fault, small_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("launcher", "fault"), [
-    pytest.param(launcher, fault, marks=pytest.mark.long if launcher is ours else pytest.mark.faults)
+    pytest.param(launcher, fault, marks=pytest.mark.long if (launcher, fault) in (
+        (ours, "cut"), (torchrun, "crash of 1")) else pytest.mark.faults)
     for launcher in (ours, torchrun, accelerate) for fault in ("cut", "crash of 1", "crash of 2")])
 def test_a_machine_that_is_lost_ends_the_others(fault, launcher, small_dir, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -178,3 +182,45 @@ def test_a_machine_that_is_lost_ends_the_others(fault, launcher, small_dir, tmp_
     done = mnist_dist("train", "--data-dir", small_dir, *OPTIONS, "--resume", "--reproducible", "--epochs", 100_000,
                       "--max-steps", 1, "--wandb", "disabled", "--checkpoint-every", "5steps", cwd=tmp_path)
     assert done.returncode == 0 and "continuing after step" in done.stdout, done.stderr
+
+
+def test_machines_that_come_and_go_need_a_folder(tmp_path):
+    words = ["train", "--machines", "1:2", "--machine-rank", "0", "--address", "a"]
+    for rest in ([], ["--output-dir", str(tmp_path / "run")]):
+        with pytest.raises(UserError, match="machines that come and go need --output-dir and --resume"):
+            run([*words, *rest], Launch())
+
+
+@pytest.mark.parametrize("attempt", [0, *(pytest.param(n, marks=pytest.mark.faults) for n in range(1, 10))])
+@pytest.mark.long
+def test_a_machine_goes_and_comes_back(attempt, small_dir, tmp_path):
+    """The other goes on from the newest checkpoint, takes it in, and the run has the bits of the run left alone."""
+    words = ["--data-dir", small_dir, "--epochs", 30, "--reproducible", "--checkpoint-every", "1epoch", "--resume",
+             "--batch-size", 10]
+    alone = mnist_dist("train", *OPTIONS[:-1], "alone", *words, "--wandb", "disabled", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def epochs():
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def wait_for(number):
+        until = time.monotonic() + 90
+        while epochs() < number:
+            assert time.monotonic() < until and first.poll() is None
+            time.sleep(0.05)
+
+    with Hosts(tmp_path, 2) as hosts:
+        first, second = (start(hosts, number, "--max-restarts", 9, *words, machines="1:2") for number in hosts.numbers)
+        wait_for(2)
+        second.kill()
+        wait_for(epochs() + 3)
+        second = start(hosts, 2, "--max-restarts", 9, *words, machines="1:2")
+        found, _ = ended([first, second])
+    assert [status for status, *_ in found] == [0, 0]
+    assert found[0][2].count("2 machines, over the network interface") == 2, "at the start, and when it is back"
+    assert "stopped by SIGTERM" in found[0][2], "to take it in, with a checkpoint"
+    for name in ("run", "alone"):
+        result_of(tmp_path / name)
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "alone"))
+    assert ours == theirs and epochs() == 30
