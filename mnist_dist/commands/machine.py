@@ -149,11 +149,8 @@ def data(dataset: str, data_dir: str) -> Iterator[Finding]:
     except MnistDistError as error:
         yield Finding("data", str(error), None, f"{name} in {data_dir} cannot be read", str(error))
         return
-    digest = hashlib.sha256()
-    for part in (sets.train, sets.test):
-        digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
-    yield Finding("data", f"{name}: {len(sets.train):,} and {len(sets.test):,} images, {digest.hexdigest()[:12]}",
-                  digest.hexdigest())
+    digest = sets.digest()
+    yield Finding("data", f"{name}: {len(sets.train):,} and {len(sets.test):,} images, {digest[:12]}", digest)
 
 
 def disk(folder: Path) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ N images in a set, B in a batch, 1 channel, H = W = 28.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,6 +64,14 @@ class ImageSets(NamedTuple):
     name: str
     train: Images
     test: Images
+
+    def digest(self) -> str:
+        """SHA-256 of all images and labels, hexadecimal: the same for the same data, however it is stored."""
+        found = hashlib.sha256()
+        for part in (self.train, self.test):
+            for tensor in (part.images, part.labels):
+                found.update(tensor.contiguous().numpy().data)
+        return found.hexdigest()
 
     @property
     def summary(self) -> dict[str, str | int]:

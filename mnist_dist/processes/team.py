@@ -144,7 +144,9 @@ class Team:
             outcomes *= self.size
             shared = None if where == "every" else result
             dist.all_gather_object(outcomes, (shared, error), group=self._patient if patient else self._host)
-        for _, error in outcomes:
+        for rank, (_, error) in enumerate(outcomes):
+            if isinstance(error, UserError) and len(set(self.hosts)) > 1:
+                raise UserError(f"on {self.hosts[rank]}: {error}")
             if error is not None:
                 raise error
         return result if where == "every" else outcomes[0][0]

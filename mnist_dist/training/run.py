@@ -61,7 +61,10 @@ def train(config: TrainConfig, launch: Launch) -> None:
         config = of_earlier_start(config, team)
         name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
                            patient=True)
-        run = Run(config, launch, team, console, team.run_on("every", lambda: load(name, config.data_dir)))
+        sets = team.run_on("every", lambda: load(name, config.data_dir))
+        if launch.num_machines > 1:
+            check_data(team, sets.digest() if launch.local_rank == 0 else None)
+        run = Run(config, launch, team, console, sets)
         run.go()
     except OfThisProcess:
         raise  # a barrier would wait for others
@@ -91,6 +94,15 @@ def train(config: TrainConfig, launch: Launch) -> None:
         console.say(f"W&B was offline: to bring this run there, {hint}")
     elif not run.mirror.is_whole:  # what wandb keeps of an online run is not whole until it ends
         console.say("once W&B answers, the same command with --resume sends it the run again")
+
+
+def check_data(team: Team, digest: str | None) -> None:
+    """Raises `UserError` if the machines have different data; the first process of each has its digest. Collective."""
+    first, *others = [(found, host) for found, host in zip(team.share(digest), team.hosts, strict=True) if found]
+    for found, host in others:
+        if found != first[0]:
+            raise UserError(f"the data set is {first[0][:12]} on {first[1]} and {found[:12]} on {host}: copy the same "
+                            "files to every machine")
 
 
 def of_earlier_start(config: TrainConfig, team: Team) -> TrainConfig:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from hosts import Hosts
-from support import ROOT, TRAIN, mnist_dist, result_of
+from support import ROOT, TRAIN, mnist_dist, result_of, write_idx_folder
 
 from mnist_dist.cli import run
 from mnist_dist.errors import UserError
@@ -135,6 +135,7 @@ STARTS_BADLY = {  # of a fault: which machines start, with what words, and what 
     "a loopback address": ([1, 2], {"address": "127.0.0.1"}, [], [
         "machine 1 of 2 did not come", "127.0.0.1 is a loopback address on machine2, which is another machine"]),
     "another option": ([1, 2], {}, ["--seed", "{number}"], ["--seed is 1 on machine1 and 2 on machine2"] * 2),
+    "other data": ([1, 2], {}, ["--data-dir", "data{number}"], [" on machine1 and ", ""]),
 }
 
 
@@ -143,12 +144,15 @@ STARTS_BADLY = {  # of a fault: which machines start, with what words, and what 
                  else pytest.mark.faults) for fault in STARTS_BADLY])
 def test_a_bad_start_is_said_on_every_machine(fault, small_dir, tmp_path):
     numbers, options, words, said = STARTS_BADLY[fault]
+    for number in (1, 2):
+        write_idx_folder(tmp_path / f"data{number}", 1009, 210 + number)
     with Hosts(tmp_path, 2) as hosts:
         found, seconds = ended([start(hosts, number, "--data-dir", small_dir,
                                       *(word.format(number=number) for word in words), **options)
                                 for number in numbers])
     for (status, lines, _), needle in zip(found, said, strict=True):
-        assert status == 2 and len(lines) == 1 and needle in lines[0], lines
+        # what all processes know is said by the first one
+        assert status == 2 and len(lines) == bool(needle) and needle in "".join(lines), lines
     assert seconds < TIMEOUT + 25, "starting Python on a busy machine takes its time"
     assert not (tmp_path / "run").exists()
 
@@ -219,7 +223,6 @@ def test_a_machine_goes_and_comes_back(attempt, small_dir, tmp_path):
         found, _ = ended([first, second])
     assert [status for status, *_ in found] == [0, 0]
     assert found[0][2].count("2 machines, over the network interface") == 2, "at the start, and when it is back"
-    assert "stopped by SIGTERM" in found[0][2], "to take it in, with a checkpoint"
     for name in ("run", "alone"):
         result_of(tmp_path / name)
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "alone"))
