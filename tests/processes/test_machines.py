@@ -195,8 +195,8 @@ def test_machines_that_come_and_go_need_a_folder(tmp_path):
             run([*words, *rest], Launch())
 
 
-@pytest.mark.parametrize("attempt", [0, *(pytest.param(n, marks=pytest.mark.faults) for n in range(1, 10))])
-@pytest.mark.long
+@pytest.mark.parametrize("attempt", [
+    pytest.param(n, marks=pytest.mark.faults if n else pytest.mark.long) for n in range(10)])
 def test_a_machine_goes_and_comes_back(attempt, small_dir, tmp_path):
     """The other goes on from the newest checkpoint, takes it in, and the run has the bits of the run left alone."""
     words = ["--data-dir", small_dir, "--epochs", 30, "--reproducible", "--checkpoint-every", "1epoch", "--resume",
