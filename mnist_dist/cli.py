@@ -200,10 +200,8 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
                             "give it to the launcher")
         config.global_batch_size(launch.size)  # before anything is downloaded or imported
         return None
-    number = int(asked) if asked else number_asked_of_accelerate()
-    if (number == 1 or number is None) and not restarts and machines.number == 1:
-        return None
-    number = local_number(launch, 1 if number is None else number)
+    wanted = int(asked) if asked else number_asked_of_accelerate()
+    number = local_number(launch, 1 if wanted is None else wanted)
     if number == 1 and not restarts and machines.number == 1:
         return None
     if machines.come_and_go and not (config.resume and config.output_dir):

@@ -22,7 +22,7 @@ from mnist_dist.commands.machine import Finding
 from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
 from mnist_dist.processes.fabric import all_reduces, pair_bandwidths
 from mnist_dist.processes.launch import Launch
-from mnist_dist.processes.network import choose_interface
+from mnist_dist.processes.network import VARIABLE, choose_interface
 from mnist_dist.processes.team import Team, join
 from mnist_dist.training.model import MLP
 from mnist_dist.training.steps.plain import loss_sum
@@ -137,7 +137,7 @@ def _differences(by_host: dict[str, list[Finding]]) -> Iterator[Finding]:
 
 def examine(config: TrainConfig, launch: Launch) -> list[Finding]:
     """Everything that is found out about this launch; on the main process, elsewhere nothing. Collective."""
-    interface = choose_interface(launch) or os.environ.get("GLOO_SOCKET_IFNAME")
+    interface = choose_interface(launch) or os.environ.get(VARIABLE)
     team = join(launch, timeout_s=config.timeout, options=config.common, mixed_precision="no", dynamo_backend="no")
     here = _here(config, launch) if launch.local_rank == 0 else []
     by_host: dict[str, list[Finding]] = {}

@@ -142,7 +142,7 @@ class Meeting:
         self.worker = Worker()
 
     def facts(self, own: Facts) -> list[Facts]:
-        """Bring this one's facts; those of all, in their order, once all are there."""
+        """Bring this one's facts; those of all, in their order, once all are there and like each other."""
         if self._ask(lambda: self.store.add(f"{self.own}/here", 1)) > 1:
             raise UserError(f"{self.kind} {self.own} is there twice, once on {own.host}: give each another number")
         self._bring("facts", [own.host, dict(own.versions), dict(own.options)])
@@ -153,8 +153,11 @@ class Meeting:
         if self.own == 0:
             self._all("read")  # the store may end with this process
         self.worker.close()
-        return [Facts(host, versions, options, clock)
-                for (host, versions, options), clock in zip(found, clocks, strict=True)]
+        all_facts = [Facts(host, versions, options, clock)
+                     for (host, versions, options), clock in zip(found, clocks, strict=True)]
+        if problem := difference(all_facts):
+            raise UserError(problem)
+        return all_facts
 
     def _ask(self, task: Callable[[], T]) -> T:
         try:

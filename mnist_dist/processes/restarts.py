@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import Launch
-from mnist_dist.processes.meeting import Facts, Meeting, difference, store_at
+from mnist_dist.processes.meeting import Facts, Meeting, store_at
 
 FOLDER, END = "mnist_dist/folder", "mnist_dist/end"
 
@@ -36,8 +35,6 @@ class Starts:
         start = self.launch.restart if self.launch.has_store else 0
         store = PrefixStore(f"start-{start}", self._store)
         found = Meeting(store, self.launch.rank, self.launch.size, self.timeout_s).facts(own)
-        if problem := difference(found):
-            raise UserError(problem)
         init_process_group(backend, store=store, rank=self.launch.rank, world_size=self.launch.size,
                            timeout=timedelta(seconds=self.timeout_s))
         return found

@@ -105,7 +105,7 @@ def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> A
     """Wait for the other machines. The store in which they meet, for as long as the run lasts; None if they may come
     and go. Raises `UserError`.
     """
-    from mnist_dist.processes.meeting import Facts, Meeting, difference, reach, store_at
+    from mnist_dist.processes.meeting import Facts, Meeting, reach, store_at
 
     if machines.come_and_go:  # its processes compare themselves, each time that they start
         if machines.rank > 0:
@@ -113,9 +113,7 @@ def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> A
         return None
     store = store_at(machines.address, machines.port, hosts_it=machines.rank == 0, is_elsewhere=machines.rank > 0,
                      timeout_s=timeout_s)
-    found = Meeting(store, machines.rank, machines.number, timeout_s, "machine").facts(Facts(options=options))
-    if problem := difference(found):
-        raise UserError(problem)
+    Meeting(store, machines.rank, machines.number, timeout_s, "machine").facts(Facts(options=options))
     return store
 
 
@@ -147,9 +145,8 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
         max_restarts=max_restarts, monitor_interval=0.1, **_meeting_place(machines, timeout_s),
     )
 
-    store = None
     if machines.number > 1:
-        store = _meet(machines, {"processes": num_processes, **options}, timeout_s)
+        _store = _meet(machines, {"processes": num_processes, **options}, timeout_s)  # lives as long as this call
 
     def pass_on(number: int, _frame: object) -> None:
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
@@ -169,6 +166,4 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
     except RendezvousError as error:
         raise MnistDistError(f"the machines did not meet again ({' '.join(str(error).split())}): see what machine 0, "
                              f"{machines.address}, says") from None
-    finally:
-        del store
     return 0

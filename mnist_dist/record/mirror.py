@@ -163,7 +163,7 @@ class Mirror:
             return
         self._late = False
         done = self._call(lambda: self.run.finish(exit_code=exit_code), END_SECONDS)
-        if self._errors:
+        if done and self._errors:
             self._call(_teardown, END_SECONDS)
         self._worker.close()
         self._worker = None
