@@ -1,10 +1,10 @@
 """Does anything change the bits of a `--reproducible` run, and what does it cost?
 
-    python -m benchmarks.bits DATA_DIR OUTPUT.json [--steps 300]
+    python -m benchmarks.bits DATA_DIR OUTPUT.json [--steps 300] [--ways "1 process,1 GPU"]
 
-Each way trains so many steps at batch 200 in a folder of its own, and its weights are compared with those of one
-process, by SHA-256. Then the exact step is timed beside the plain one, in turns, in one process. Writes OUTPUT.json,
-prints Markdown; the exit status is 1 if any way has other bits.
+Each way trains so many steps at batch 200 in a folder of its own, on the CPU or on GPUs, and its weights are compared
+with those of the first way, by SHA-256. Then the exact step is timed beside the plain one, in turns, in one process.
+Writes OUTPUT.json, prints Markdown; the exit status is 1 if any way has other bits.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ WAYS = (
     *(Way(f"{variable}={value}", environment=((variable, value),))
       for variable, values in {"OMP_NUM_THREADS": ("2",), "ATEN_CPU_CAPABILITY": ("default", "avx2", "avx512"),
                                "MKL_CBWR": ("COMPATIBLE", "AVX2", "AVX512")}.items() for value in values),
+    *(Way(f"{size} GPU{'s' if size > 1 else ''}", ((size, 1.0),), (("ACCELERATE_USE_CPU", "false"),))
+      for size in (1, 2, 3, 4, 8) if size <= torch.cuda.device_count()),
 )
 
 
@@ -59,7 +61,8 @@ def weights_of(way: Way, data_dir: str, steps: int, folder: Path) -> dict[str, A
         words = ["--dataset", "mnist", "--data-dir", data_dir, "--reproducible", "--resume", "--checkpoint-every",
                  "1000steps", "--wandb", "disabled", "--max-steps", str(round(part * steps)), "--epochs", "1000"]
         outcome = runner.train(words, folder, processes=size, timeout=TIMEOUT_SECONDS,
-                               environment={**child_environment(), "OMP_NUM_THREADS": "1", **dict(way.environment)})
+                               environment={**child_environment(), "OMP_NUM_THREADS": "1",
+                                            "ACCELERATE_USE_CPU": "true", **dict(way.environment)})
         if outcome.note:
             raise SystemExit(f"{way.name}: {outcome.note}")
     tensors = load_file(folder / "model.safetensors")
@@ -68,7 +71,7 @@ def weights_of(way: Way, data_dir: str, steps: int, folder: Path) -> dict[str, A
 
 
 def step_ms(data_dir: str, batch_size: int) -> dict[str, list[float]]:
-    """Milliseconds of a step of each kind, in turns: medians of 20 steps each."""
+    """Milliseconds of a step of each kind, in turns, on the first GPU, else on the CPU: medians of 20 steps each."""
     torch.set_num_threads(1)
     sets, team = load("mnist", data_dir), join(Launch(), timeout_s=60, mixed_precision="no", dynamo_backend="no")
     trainers = {}
@@ -84,6 +87,7 @@ def step_ms(data_dir: str, batch_size: int) -> dict[str, list[float]]:
             for step in range(STEPS):
                 begin = time.perf_counter()
                 trainer.step.take(step)
+                team.wait_for_device()
                 seconds.append(time.perf_counter() - begin)
             found[kind].append(1000 * statistics.median(seconds))
     return found
@@ -95,9 +99,11 @@ def main() -> None:
     parser.add_argument("data_dir")
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--ways", help="only these, by name, with commas (default: all)")
     given = parser.parse_args()
+    ways = WAYS if given.ways is None else [way for way in WAYS if way.name in given.ways.split(",")]
     rows, wrong = [], []
-    for way in WAYS:
+    for way in ways:
         with tempfile.TemporaryDirectory(dir=given.output.parent) as scratch:
             row = weights_of(way, given.data_dir, given.steps, Path(scratch) / "run")
         weights = row.pop("weights")

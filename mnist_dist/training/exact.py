@@ -4,7 +4,8 @@ Floating-point sums depend on their order, and each kernel has its own. Here bot
 rounded to whole numbers of so few bits that every product and every sum of them is exact in float64 (pre-rounding:
 Ozaki et al. 2012, doi 10.1007/s11075-011-9478-1; Demmel and Nguyen 2015, doi 10.1109/TC.2014.2345391). What is exact
 has no order. All else is single additions, multiplications, divisions and square roots, each element by itself, which
-IEEE 754 defines to the last bit; exp and log are made of those too. It knows nothing of ranks.
+IEEE 754 defines to the last bit; exp and log are made of those too. A division by a number of Python's is not among
+them: on a GPU torch multiplies by the reciprocal, on the CPU it divides. It knows nothing of ranks.
 
 Shapes: B samples, T terms of a sum, K parts.
 """
@@ -92,7 +93,7 @@ def value(products: Tensor, a: Whole, b: Whole) -> Tensor:
 def exp(x: Tensor) -> Tensor:
     """e^x of float64 numbers up to 0."""
     x = x.clamp(min=SMALLEST)
-    twos = (x / LN2).round()
+    twos = (x * (1 / LN2)).round()
     rest = x - twos * LN2
     series = torch.full_like(rest, EXP_SERIES[0])
     for coefficient in EXP_SERIES[1:]:

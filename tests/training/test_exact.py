@@ -10,10 +10,16 @@ import sys
 import pytest
 import torch
 from support import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mnist_dist.config import TrainConfig
+from mnist_dist.data import load
+from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.team import join
 from mnist_dist.training.exact import bits_for, exp, largest, log, power_of_two, products, value, whole
 from mnist_dist.training.model import MLP
 from mnist_dist.training.steps import exact
+from mnist_dist.training.trainer import Trainer
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -129,6 +135,38 @@ def test_the_nll_of_any_order_is_the_same():
 @pytest.mark.parametrize("exponent", [0, 1, 2, 1023, 10**6])
 def test_power(exponent):
     assert exact.power(0.999, exponent) == pytest.approx(0.999**exponent, rel=1e-9)
+
+
+ROUND_TWICE = {"addcmul", "addcdiv", "lerp", "addmm", "baddbmm", "exp", "log", "_log_softmax", "mean"}
+
+
+class Divisions(TorchDispatchMode):
+    """Takes note of each division, and of each operation that rounds twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.bad, self.seen = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.seen.add(name)
+        by_number = name in ("div", "div_") and not all(isinstance(one, torch.Tensor) and one.ndim for one in args)
+        if by_number or name.rstrip("_") in ROUND_TWICE:
+            self.bad.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_every_operation_is_one_that_all_devices_round_alike(small_dir):
+    """A GPU multiplies by the reciprocal of a number of Python's instead of dividing, and adds a product in one step.
+    """
+    team = join(Launch(), timeout_s=60, mixed_precision="no", dynamo_backend="no")
+    trainer = Trainer(TrainConfig(batch_size=97, compile="off", reproducible=True), team, load("mnist", str(small_dir)))
+    trainer.make_step()
+    trainer.step.begin(0, range(2))
+    with Divisions() as divisions:
+        trainer.step.take(0)
+    assert divisions.bad == []
+    assert {"mm", "div_", "sqrt", "round"} <= divisions.seen
 
 
 TRAINED = """

@@ -43,10 +43,10 @@ def test_the_embedded_digits_are_about_as_hard(tmp_path):
 
 @pytest.mark.cuda
 def test_cuda_has_the_cpus_figures_in_float64(mnist_dir, tmp_path):
-    for device, cpu in (("cpu", "true"), ("cuda", "false")):
-        done = run([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", TRAIN, "--data-dir",
-                    mnist_dir, "--dtype", "float64", "--epochs", 2, "--wandb", "disabled", "--output-dir", device],
-                   cwd=tmp_path, ACCELERATE_USE_CPU=cpu, timeout=300)
+    for device, options in (("cpu", ["--cpu"]), ("cuda", [])):
+        done = run([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *options, TRAIN,
+                    "--data-dir", mnist_dir, "--dtype", "float64", "--epochs", 2, "--wandb", "disabled", "--output-dir",
+                    device], cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr
         assert result_of(tmp_path / device)["environment"]["device"] == device
     on_cpu, on_cuda = (result_of(tmp_path / device)["epochs"] for device in ("cpu", "cuda"))

@@ -55,7 +55,7 @@ def forward(module: MLP, images_B1HW: Tensor) -> Forward:
         left = _pixels(x) if n == 0 else whole(x, largest(x, 1), bits, kept)
         right = whole(layer.weight, largest(layer.weight, 1), bits, kept).mT
         output = value(products(left, right), left, right)
-        found.outputs.append((output.div_(PIXEL_SCALE) if n == 0 else output).add_(layer.bias.to(torch.float64)))
+        found.outputs.append((output.mul_(1 / PIXEL_SCALE) if n == 0 else output).add_(layer.bias.to(torch.float64)))
         x = leaky_relu(found.outputs[-1], NEGATIVE_SLOPE)
     return found
 
@@ -90,7 +90,7 @@ def _pixels(x: Tensor) -> Whole:
 
 def nll_sum(nll_B: Tensor) -> Tensor:
     """The sum, exact and so without an order, of the NLL rounded to 2^-32 nats."""
-    return (nll_B / NLL_STEP).round_().sum() * NLL_STEP
+    return (nll_B * (1 / NLL_STEP)).round_().sum() * NLL_STEP
 
 
 def batch_sums(module: MLP, images_B1HW: Tensor, labels_B: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class ExactStep(PlainStep):
         for n, (left, right) in enumerate(factors):
             ones = Whole(total[0].new_ones(1, 1, 1), torch.zeros_like(right.shift[:, :1]), 0)
             weight, bias = value(total[2 * n], left, right), value(total[2 * n + 1].flip(0), left, ones)
-            gradients += [weight.div_(count * PIXEL_SCALE if n == 0 else count), bias.squeeze(1).div_(count)]
+            gradients += [weight.mul_(1 / (count * PIXEL_SCALE if n == 0 else count)), bias.squeeze(1).mul_(1 / count)]
         return [gradient.to(self.dtype) for gradient in gradients]
 
     def _adam(self, gradients: list[Tensor], taken: int) -> None:
@@ -174,4 +174,4 @@ class ExactStep(PlainStep):
             state["step"] += 1
             mean = state["exp_avg"].mul_(beta1).add_(gradient * (1 - beta1))
             square = state["exp_avg_sq"].mul_(beta2).add_(gradient.square_().mul_(1 - beta2))
-            parameter.sub_((mean * rate).div_(square.sqrt().div_(correction).add_(group["eps"])))
+            parameter.sub_((mean * rate).div_(square.sqrt().mul_(1 / correction).add_(group["eps"])))
