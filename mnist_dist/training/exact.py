@@ -4,8 +4,8 @@ Floating-point sums depend on their order, and each kernel has its own. Here bot
 rounded to whole numbers of so few bits that every product and every sum of them is exact in float64 (pre-rounding:
 Ozaki et al. 2012, doi 10.1007/s11075-011-9478-1; Demmel and Nguyen 2015, doi 10.1109/TC.2014.2345391). What is exact
 has no order. All else is single additions, multiplications, divisions and square roots, each element by itself, which
-IEEE 754 defines to the last bit; exp and log are made of those too. A division by a number of Python's is not among
-them: on a GPU torch multiplies by the reciprocal, on the CPU it divides. It knows nothing of ranks.
+IEEE 754 defines to the last bit; exp and log are made of those too. Not among them are, in torch, a division by a
+number of Python's, which is a product with the reciprocal on a GPU, and `sqrt` on the CPU. It knows nothing of ranks.
 
 Shapes: B samples, T terms of a sum, K parts.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +89,16 @@ def value(products: Tensor, a: Whole, b: Whole) -> Tensor:
         total = term if total is None else total.add_(term)
     assert total is not None
     return total
+
+
+def sqrt_(x: Tensor) -> Tensor:
+    """The square root, in place, rounded as IEEE 754 wants. On the CPU torch asks MKL, whose last bit is often another
+    one, and not the same on each make of processor; numpy and a GPU take the processor's instruction.
+    """
+    if x.device.type != "cpu":
+        return x.sqrt_()
+    np.sqrt(x.numpy(), out=x.numpy())
+    return x
 
 
 def exp(x: Tensor) -> Tensor:

@@ -60,13 +60,12 @@ class GlobalBatchSampler:
         marks = range(before // every + 1, (before + self.num_samples) // every + 1)
         return sorted({step for mark in marks if (step := -(-(mark * every - before) // batch)) < self.num_batches})
 
-    def _order(self) -> Tensor:
-        """This rank's share of the epoch's order, on the host: position p of the epoch is element p // size."""
-        # through numpy: torch.tensor takes five times as long for a list
-        return torch.from_numpy(np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler)))
+    def _order(self) -> np.ndarray:
+        """This rank's share of the epoch's order: position p of the epoch is element p // size."""
+        return np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler))
 
     def __iter__(self) -> Iterator[Tensor]:
-        order = self._order().to(self.device)
+        order = torch.from_numpy(self._order()).to(self.device)
         size = self.sampler.num_replicas
         for step in range(self.first_step, self.end_step):
             own = self.own_positions(step)
@@ -77,18 +76,20 @@ class GlobalBatchSampler:
     def rows(self) -> Tensor:
         """All of the epoch's as rows of int64 [steps * passes, longest], padded with `NO_INDEX`, on the host.
 
-        The same as `__iter__`, computed on tensors: at batch 1 a Python loop over the steps takes as long as training.
+        The same as `__iter__`, computed on arrays: at batch 1 a Python loop over the steps takes as long as training.
+        By numpy, which has no threads: torch shares so little work out to 16 threads, which takes longer than an epoch
+        on a fast GPU (docs/performance.md).
         """
         rank, size = self.sampler.rank, self.sampler.num_replicas
         order = self._order()
-        start = torch.arange(self.num_batches) * self.global_batch_size
-        stop = (start + self.global_batch_size).clamp(max=self.num_samples)
+        start = np.arange(self.num_batches) * self.global_batch_size
+        stop = np.minimum(start + self.global_batch_size, self.num_samples)
         first = start + (rank - start) % size
-        length = (stop - first + size - 1).div(size, rounding_mode="floor").clamp(min=0).unsqueeze(1)
-        cuts = (first // size).unsqueeze(1) + length * torch.arange(self.passes + 1) // self.passes
+        length = np.maximum((stop - first + size - 1) // size, 0)[:, None]
+        cuts = (first // size)[:, None] + length * np.arange(self.passes + 1) // self.passes
         begin, end = cuts[:, :-1].reshape(-1, 1), cuts[:, 1:].reshape(-1, 1)
-        places = begin + torch.arange(int((end - begin).max()))
-        return order[places.clamp(max=len(order) - 1)].masked_fill(places >= end, NO_INDEX)
+        places = begin + np.arange((end - begin).max())
+        return torch.from_numpy(np.where(places < end, order[np.minimum(places, len(order) - 1)], NO_INDEX))
 
     def __len__(self) -> int:
         return (self.end_step - self.first_step) * self.passes

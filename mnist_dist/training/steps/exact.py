@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-from mnist_dist.training.exact import KEPT_BITS, Whole, bits_for, exp, largest, log, products, value, whole
+from mnist_dist.training.exact import KEPT_BITS, Whole, bits_for, exp, largest, log, products, sqrt_, value, whole
 from mnist_dist.training.model import MLP, NEGATIVE_SLOPE
 from mnist_dist.training.steps import StepParts
 from mnist_dist.training.steps.plain import PlainStep
@@ -174,4 +174,4 @@ class ExactStep(PlainStep):
             state["step"] += 1
             mean = state["exp_avg"].mul_(beta1).add_(gradient * (1 - beta1))
             square = state["exp_avg_sq"].mul_(beta2).add_(gradient.square_().mul_(1 - beta2))
-            parameter.sub_((mean * rate).div_(square.sqrt().mul_(1 / correction).add_(group["eps"])))
+            parameter.sub_((mean * rate).div_(sqrt_(square.clone()).mul_(1 / correction).add_(group["eps"])))
