@@ -84,7 +84,8 @@ def _steps(team: Team) -> Iterator[Finding]:
         problem = f"the gradient of {_place(team, worst)} differs from the others' by {far[worst]:.1g} of the largest"
         remedy = "take this machine, or this GPU, out: it computes something else"
     same = "the same bits" if max(apart) == 0 else f"within {max(apart):.0e} of each other"
-    yield Finding("gradient", f"on {team.size} processes {same}", {"largest_difference": max(apart)}, problem, remedy)
+    yield Finding("gradient", f"on {team.size} process{'es' if team.size > 1 else ''} {same}",
+                  {"largest_difference": max(apart)}, problem, remedy)
     problem = remedy = None
     slowest, usual = max(range(team.size), key=clocks.__getitem__), statistics.median_low(clocks)
     if clocks[slowest] > SLOW_RANK * usual:
@@ -147,8 +148,9 @@ def examine(config: TrainConfig, launch: Launch) -> list[Finding]:
                         problem=one.problem and f"on {host}: {one.problem}")
                 for host, found in by_host.items() for one in found]
     backend = torch.distributed.get_backend() if team.size > 1 else "alone"
+    device = str(team.device) if team.queues else team.device.type  # the CPU has no number
     ranks = [{"rank": rank, "host": host, "device": device} for rank, (host, device) in
-             enumerate(zip(team.hosts, team.share(f"{team.device} ({backend})"), strict=True))]
+             enumerate(zip(team.hosts, team.share(f"{device} ({backend})"), strict=True))]
     findings.append(Finding("processes", ", ".join("{rank} on {host}: {device}".format(**one) for one in ranks), ranks))
     if team.clocks_apart:
         findings.append(Finding("clocks", "apart", None, team.clocks_apart, "timedatectl set-ntp true on each host"))

@@ -64,28 +64,29 @@ def versions() -> Iterator[Finding]:
                   found)
 
 
-def _burnt(block: bytes) -> int:
-    """Blocks hashed in `BURN_SECONDS`; hashing lets other threads run."""
-    end, count = time.perf_counter() + BURN_SECONDS, 0
+def _burnt(block: bytes) -> tuple[int, float]:
+    """Blocks hashed in `BURN_SECONDS`, and the seconds of a core that they took; hashing lets other threads run."""
+    begin, end, count = time.thread_time(), time.perf_counter() + BURN_SECONDS, 0
     while time.perf_counter() < end:
         hashlib.sha256(block)
         count += 1
-    return count
+    return count, time.thread_time() - begin
 
 
 def cores(threads: int, processes: int) -> Iterator[Finding]:
     """Cores that this process may use, those that are really there, and whether the threads fit on them."""
     number, share, block = num_cores(), cores_of_container(), bytes(1_000_000)
-    alone = max(_burnt(block) for _ in range(2))
+    # what a whole core does: a busy neighbour does not slow it, as only its own time counts
+    alone = max(count / seconds for count, seconds in (_burnt(block), _burnt(block)))
     with concurrent.futures.ThreadPoolExecutor(number) as pool:
-        together = sum(pool.map(_burnt, [block] * number))
-    there = together / alone
+        together = sum(count for count, _ in pool.map(_burnt, [block] * number))
+    there = together / (alone * BURN_SECONDS)
     says = (f"{number} of {os.cpu_count()} cores ({processor_name()})"
             f"{'' if share is None else f', its container has {share:g}'}; {there:.1f} do work at once")
     problem = remedy = None
     if there < LEAST_OF_CORES * number:
         problem = f"of {number} cores only {there:.1f} do work at once"
-        remedy = "end what else runs here, ask for the whole machine, or start fewer processes"
+        remedy = "end what else runs here, raise the container's share, or start fewer processes"
     yield Finding("cores", says, {"usable": number, "of": os.cpu_count(), "container": share, "working": there},
                   problem, remedy)
     problem = remedy = None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
+from mnist_dist.errors import NotJoined, UserError
 from mnist_dist.processes.launch import Launch
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
@@ -21,9 +22,12 @@ def choose_interface(launch: Launch, environment: MutableMapping[str, str] = os.
     """Name gloo the interface that routes to the master, unless the variable is set; returns what it has named.
 
     On the master itself its name may be a loopback address; then it is the interface of the default route. Nothing is
-    named if all is on one machine.
+    named if all is on one machine. Raises `MnistDistError` if the variable names an interface that is not there.
     """
-    if launch.size == 1 or environment.get(VARIABLE):
+    if launch.size == 1:
+        return None
+    if given := environment.get(VARIABLE):
+        _check(given, launch)
         return None
     places = [launch.master_address]
     if launch.num_machines > 1:
@@ -32,6 +36,24 @@ def choose_interface(launch: Launch, environment: MutableMapping[str, str] = os.
     if found:
         environment[VARIABLE] = found
     return found
+
+
+def _check(given: str, launch: Launch) -> None:
+    import psutil
+
+    there = sorted(psutil.net_if_addrs())
+    if missing := [name for name in given.split(",") if name not in there]:
+        kind = NotJoined if launch.local_rank == 0 else UserError  # a machine says it once
+        raise kind(f"{VARIABLE} is {given}, but {socket.gethostname()} has no interface {missing[0]}: name one of "
+                   f"{', '.join(there)}, or unset it")
+
+
+def remedy(launch: Launch, environment: Mapping[str, str] = os.environ) -> str:
+    """What to do if the processes of several machines do not reach each other; "" on one machine."""
+    if launch.num_machines == 1:
+        return ""
+    return (f": check that every machine reaches {launch.master_address}, and that {VARIABLE} is on each the network "
+            f"interface between them (on {socket.gethostname()} it is {environment.get(VARIABLE, 'not set')})")
 
 
 def interfaces_to(host: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ from mnist_dist.errors import LostProcess, MnistDistError, NotJoined, UserError
 from mnist_dist.processes.heartbeat import Heartbeats
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.meeting import Facts, clocks_apart
+from mnist_dist.processes.network import remedy
 from mnist_dist.processes.restarts import Starts
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
 
@@ -267,11 +268,8 @@ def join(launch: Launch, *, timeout_s: float, options: Mapping[str, Any] = {}, k
         raise kind(str(error)) from error
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        remedy = ""
-        if launch.num_machines > 1:
-            remedy = (f": check that every machine reaches {launch.master_address}, and set GLOO_SOCKET_IFNAME "
-                      "on each to the network interface between them")
-        raise kind(f"the {launch.size} processes of this launch could not be joined ({reason}){remedy}") from error
+        raise kind(f"the {launch.size} processes of this launch could not be joined ({reason}){remedy(launch)}"
+                   ) from error
     if accelerator.num_processes != launch.size:
         raise UserError(
             f"{launch.size} processes were asked for, but this one finds {accelerator.num_processes}: start with "

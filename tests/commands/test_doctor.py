@@ -38,14 +38,14 @@ def test_lines():
 
 def test_threads_and_cores(monkeypatch):
     monkeypatch.setattr(machine, "num_cores", lambda: 4)
-    monkeypatch.setattr(machine, "_burnt", lambda block: 100)
+    monkeypatch.setattr(machine, "_burnt", lambda block: (100, 0.25))
     there, threads = machine.cores(2, 2)
     assert there.problem is None and threads.problem is None and "4.0 do work at once" in there.says
     there, threads = machine.cores(2, 4)
     assert there.problem is None and threads.problem.startswith("4 processes of 2 threads on 4 cores")
     assert threads.remedy == "OMP_NUM_THREADS=1"
     assert list(machine.cores(1, 5))[1].remedy == "start at most 4 processes"
-    counts = iter([100, 100, 40, 60, 50, 50])
+    counts = iter([(70, 0.175), (60, 0.2), (40, 0.1), (60, 0.1), (50, 0.1), (50, 0.1)])  # a neighbour takes the half
     monkeypatch.setattr(machine, "_burnt", lambda block: next(counts))
     assert "of 4 cores only 2.0 do work at once" in next(machine.cores(1, 1)).problem
 

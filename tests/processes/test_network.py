@@ -13,8 +13,9 @@ import pytest
 from hosts import Hosts
 from support import TRAIN, result_of
 
+from mnist_dist.errors import NotJoined
 from mnist_dist.processes.launch import Launch
-from mnist_dist.processes.network import VARIABLE, choose_interface, interfaces_to
+from mnist_dist.processes.network import VARIABLE, choose_interface, interfaces_to, remedy
 
 
 def launch_to(address, **others):
@@ -34,13 +35,21 @@ def test_a_loopback_address_is_no_interface():
 
 
 def test_what_is_set_and_what_is_on_one_machine_is_left_alone():
-    environment = {VARIABLE: "eth7"}
-    assert choose_interface(launch_to("10.1.2.3"), environment) is None and environment == {VARIABLE: "eth7"}
+    environment = {VARIABLE: "lo"}
+    assert choose_interface(launch_to("10.1.2.3"), environment) is None and environment == {VARIABLE: "lo"}
     environment = {}
     assert choose_interface(launch_to("localhost", local_size=2), environment) is None
     assert choose_interface(Launch(), environment) is None and environment == {}
     for name, address in own_interfaces().items():
         assert choose_interface(launch_to(address), environment) == name == environment.pop(VARIABLE)
+
+
+def test_an_interface_that_is_not_there():
+    with pytest.raises(NotJoined, match=r"GLOO_SOCKET_IFNAME is lo,eth77, but .* has no interface eth77: name one of"):
+        choose_interface(launch_to("10.1.2.3"), {VARIABLE: "lo,eth77"})
+    assert remedy(launch_to("10.1.2.3", local_size=2)) == ""
+    assert "that GLOO_SOCKET_IFNAME is on each the network interface between them" in (
+        said := remedy(launch_to("10.1.2.3"), {VARIABLE: "lo"})) and said.endswith("it is lo)")
 
 
 @pytest.mark.long
