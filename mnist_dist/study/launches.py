@@ -6,6 +6,7 @@ A run is `mnist-dist train`, or another script: alone, or on N processes of torc
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from mnist_dist.study.grid import PlannedRun
 from mnist_dist.study.table import read_contract
 
 OUTPUT = "output.txt"
+DOCTOR_SECONDS = 180.0  # it takes less than 60
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,31 @@ def environment_of(run: PlannedRun, machine: Machine, mark: str, script: str | N
     torchrun gives each process one thread, and on the CPU it lets each think that it is alone. So it gets what
     `mnist-dist train --processes` sets: each process's share of the cores, and the word that the CPU is meant.
     """
-    marks = [os.environ.get(runner.MARK), mark]  # the study may belong to a tree itself
-    environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks))}
+    environment = _environment(machine, mark)
     if script is not None and run.cell.processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores // run.cell.processes)))
+    return environment
+
+
+def _environment(machine: Machine, mark: str) -> dict[str, str]:
+    marks = [os.environ.get(runner.MARK), mark]  # the study may belong to a tree itself
+    environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks))}
     if not machine.gpus:
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment
+
+
+def examine(processes: int, folder: Path, machine: Machine, mark: str) -> list[dict[str, Any]]:
+    """What `mnist-dist doctor` finds on so many processes. Raises `UserError` if it finds out nothing."""
+    words = [sys.executable, "-m", "mnist_dist", "doctor", "--json", f"--processes={processes}", "--dataset=synthetic",
+             "--wandb=disabled", f"--output-dir={folder}"]
+    try:
+        done = runner.run(words, timeout=DOCTOR_SECONDS, environment=_environment(machine, mark))
+        return list(json.loads(done.stdout)["findings"])
+    except subprocess.TimeoutExpired:
+        raise UserError(f"no result after {DOCTOR_SECONDS:g} s") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(runner.last_error(done.stderr) or f"exit status {done.returncode}") from None
 
 
 def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: dict[str, str],

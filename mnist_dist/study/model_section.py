@@ -7,12 +7,23 @@ from pathlib import Path
 
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import CellFigures
+from mnist_dist.study.fabric import Fabric
 from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.models import Judged
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Strong, Table, Text
 from mnist_dist.study.pictures import MOST_LINES, Series
 from mnist_dist.study.statistics import LEVEL, Interval
-from mnist_dist.study.step_time import FLOOR, OUTLIER, PARAMETERS, Check, Model, Place
+from mnist_dist.study.step_time import (
+    FLOOR,
+    LATENCY,
+    LATENCY_BETWEEN,
+    OUTLIER,
+    PARAMETERS,
+    Check,
+    Model,
+    Place,
+    seconds,
+)
 from mnist_dist.study.words import cell_head, cell_words, counted, for_options, options_alone, say, short
 from mnist_dist.tables import number
 
@@ -29,8 +40,10 @@ METHOD = (
     f"that is more than {100 * OUTLIER:.0f} % off counts less. Intervals: a bootstrap of runs.")
 
 
-def add_model(page: Page, models: Mapping[Options, Judged], folder: Path) -> None:
-    """The section: for each value of the study's options a model, how it was checked, and its forecast."""
+def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric: Fabric | None) -> None:
+    """The section: for each value of the study's options a model, how it was checked, and its forecast; and what the
+    doctor has measured of the fabric beside what the model says of it.
+    """
     page.add(Heading(2, TITLE))
     fitted = {options: (judged, judged.model) for options, judged in models.items() if isinstance(judged.model, Model)}
     page.add(*(Text(("No model", *for_options(options), f": {judged.model}.")) for options, judged in models.items()
@@ -46,7 +59,10 @@ def add_model(page: Page, models: Mapping[Options, Judged], folder: Path) -> Non
         "Both axes are logarithmic.", series,
         x_label="processes", y_label="ms per step", say="{:.3g} ms".format))
     _add_forecast(page, fitted)
-    _add_parameters(page, {options: model for options, (_, model) in fitted.items()})
+    own = {options: model for options, (_, model) in fitted.items()}
+    _add_parameters(page, own, fabric)
+    if fabric:
+        _add_exchange(page, own, fabric)
     page.add(METHOD)
 
 
@@ -112,17 +128,43 @@ def _add_forecast(page: Page, fitted: dict[Options, tuple[Judged, Model]]) -> No
 SHARES = ("fixed", "computing", "communication")
 
 
-def _add_parameters(page: Page, fitted: dict[Options, Model]) -> None:
+def _add_parameters(page: Page, fitted: dict[Options, Model], fabric: Fabric | None) -> None:
     """The parameters, with their intervals; what the cells do not tell apart is said."""
     lines: list[list[Inline]] = []
+    measured = _measured(fabric) if fabric else {}
     for options, model in fitted.items():
         for index, name in enumerate(PARAMETERS):
             if index in model.absent:
                 continue
             value = model.parameter(index).scaled(UNIT.get(name, 1000.0))
             lines.append([*([options_alone(options)] if any(fitted) else []), SAID[name], say(value),
+                          *([number(1000 * measured[index]) if index in measured else ""] if measured else []),
                           _undecided(index) if index in model.undecided else ""])
-    page.add(Table([*(["options"] if any(fitted) else []), "parameter", "value", ""], lines))
+    page.add(Table([*(["options"] if any(fitted) else []), "parameter", "value", *(["doctor"] if measured else []),
+                    ""], lines))
+
+
+def _measured(fabric: Fabric) -> dict[int, float]:
+    """The parameters, in seconds, that the doctor has measured; none, if its ring was neither in one machine nor
+    between machines with one process each.
+    """
+    first = {1: LATENCY, fabric.processes: LATENCY_BETWEEN}.get(fabric.machines)
+    return {} if first is None else dict(zip((first, first + 1), fabric.ring, strict=True))
+
+
+def _add_exchange(page: Page, fitted: dict[Options, Model], fabric: Fabric) -> None:
+    """The exchange of the gradient, as the model has it and as the doctor has measured it."""
+    measured = fabric.seconds(fabric.gradient_bytes)
+    for options, model in fitted.items():
+        both = [Place(1, fabric.processes, fabric.machines), Place(1, 1)]
+        together, alone = seconds(model.values, both)
+        if together > alone:
+            modelled = together - alone
+            page.add(Text((
+                f"Exchanging the gradient over {fabric.processes} processes takes {number(1000 * modelled)} ms by the "
+                "model", *for_options(options), f", and {number(1000 * measured)} ms as the doctor has measured it "
+                f"({fabric.name}): {number(modelled / measured)} times as long. The model's also has what only several "
+                "processes do: waiting for the slowest one, and sharing the machine.")))
 
 
 def _undecided(index: int) -> str:

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import compress
 
 from mnist_dist.study.analysis import CellFigures
+from mnist_dist.study.fabric import Fabric
 from mnist_dist.study.grid import Cell, HoldOut, Options
 from mnist_dist.study.step_time import Cells, Check, Model, Place, check, fit
 
@@ -55,8 +56,10 @@ class Judged:
         return round(place.processes * place.speed * max(one.threads for one in self.members))
 
 
-def judge(cells: Mapping[Cell, CellFigures], hold_out: HoldOut) -> dict[Options, Judged]:
-    """For each value of the options that take time, the model of its cells."""
+def judge(cells: Mapping[Cell, CellFigures], hold_out: HoldOut, fabric: Fabric | None = None) -> dict[Options, Judged]:
+    """For each value of the options that take time, the model of its cells; `fabric` is what the doctor has measured.
+    """
+    ring = fabric.ring if fabric else None
     groups: dict[Options, list[CellFigures]] = {}
     for figures in _merged(cells):
         groups.setdefault(figures.cell.options, []).append(figures)
@@ -65,9 +68,9 @@ def judge(cells: Mapping[Cell, CellFigures], hold_out: HoldOut) -> dict[Options,
         own = [figures.cell for figures in members]
         left_out = [hold_out.leaves_out(cell, own) for cell in own]
         timed = _cells(members)
-        model = fit(timed)
+        model = fit(timed, ring)
         found[options] = Judged(members, model, list(compress(own, left_out)),
-                                "there is no model" if isinstance(model, str) else check(timed, left_out))
+                                "there is no model" if isinstance(model, str) else check(timed, left_out, ring))
     return found
 
 

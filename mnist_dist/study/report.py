@@ -12,6 +12,7 @@ from mnist_dist.record.files import replace_synced
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
 from mnist_dist.study.answer import Answer, add_answers, answer, in_words
+from mnist_dist.study.fabric import Fabric, fabric_of
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
 from mnist_dist.study.learning_section import add_learning
 from mnist_dist.study.model_section import add_model
@@ -38,7 +39,8 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     analysis = Analysis(rows)
     (folder / PICTURES).mkdir(exist_ok=True)
     page = Page(f"Scaling study {folder.resolve().name}")
-    targets, models = targets_of(analysis), judge(analysis.cells, hold_out)
+    fabric = _fabric_of(rows)
+    targets, models = targets_of(analysis), judge(analysis.cells, hold_out, fabric)
     answers = {target.nll: answer(target, models) for target in targets}
     _summary(page, analysis, answers)
     if analysis.cells:
@@ -46,7 +48,7 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
         _scaling(page, analysis, folder / PICTURES)
         _step_time(page, analysis, folder / PICTURES)
         _ranks(page, analysis)
-        add_model(page, models, folder / PICTURES)
+        add_model(page, models, folder / PICTURES, fabric)
     add_learning(page, targets, folder / PICTURES)
     add_answers(page, answers.values(), models, folder / PICTURES)
     _problems(page, analysis)
@@ -322,6 +324,12 @@ def _method(page: Page, analysis: Analysis) -> None:
     page.add(Text(("Order of the runs: ", Code(", ".join(map(str, order[:MOST_NAMED]))), f"{more}.")))
 
 
+def _fabric_of(rows: Sequence[Row]) -> Fabric | None:
+    """What the doctor has measured before the runs, the last time if there were several."""
+    found = (fabric_of(row["study"].get("fabric")) for row in reversed(rows) if isinstance(row.get("study"), Mapping))
+    return next(filter(None, found), None)
+
+
 def _origin(page: Page, analysis: Analysis) -> None:
     """Hardware, versions, commands, dates and seeds of a study."""
     items: list[Inline] = []
@@ -331,6 +339,11 @@ def _origin(page: Page, analysis: Analysis) -> None:
                for row in analysis.rows if isinstance(row.get("study"), Mapping)}
     for date, command, seed in studies:
         items.append(Text((Code(str(date)), ": ", Code(str(command)), " (order: seed ", Code(str(seed)), ")")))
+    if fabric := _fabric_of(analysis.rows):
+        items.append(Text(("fabric: ", Code(fabric.name), f", {fabric.processes} processes on "
+                           f"{counted(fabric.machines, 'machine')}; an all-reduce of {fabric.points[0][0]} bytes takes "
+                           f"{number(1e6 * fabric.points[0][1])} µs, one of the gradient's {fabric.gradient_bytes:,} "
+                           f"bytes {number(1e6 * fabric.seconds(fabric.gradient_bytes))} µs (mnist-dist doctor)")))
     datasets = {str((row.get("dataset") or {}).get("name")) for row in analysis.rows if row.get("dataset")}
     if datasets:
         items.append(Text(("data: ", Code(", ".join(sorted(datasets))))))

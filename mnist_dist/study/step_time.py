@@ -124,18 +124,22 @@ class Cells:
         return Cells(list(compress(self.places, keep)), list(compress(self.runs, keep)))
 
 
-def fit(cells: Cells) -> Model | str:
-    """The model of these cells; or the reason why there is none."""
+def fit(cells: Cells, ring: tuple[float, float] | None = None) -> Model | str:
+    """The model of these cells; or the reason why there is none.
+
+    `ring` has the seconds of a message and of sending the gradient once, if they were measured beside the cells: there
+    the search begins, and what the cells do not decide is divided as it says.
+    """
     free = _free(cells.places)
     if len(batches := {place.batch for place in cells.places}) < 2:
         return "it needs two or more batches per process"
     if len(cells.places) < len(free):
         return f"its {len(free)} parameters need as many cells, and there are {len(cells.places)}"
     shape = _Shape(cells.places)
-    best = _solved(shape, cells.medians, _start(cells, 0.0), [at for at in free if at != FLOOR])
+    best = _solved(shape, cells.medians, _start(cells, 0.0, ring), [at for at in free if at != FLOOR])
     if FLOOR in free:
         inner = sorted(batches)[1:-1]
-        fits = [_solved(shape, cells.medians, _start(cells, floor), free)
+        fits = [_solved(shape, cells.medians, _start(cells, floor, ring), free)
                 for floor in inner[:: -(-len(inner) // MOST_STARTS)]]
         with_floor = min(fits, key=lambda found: found.cost)
         left = len(cells.places) - len(free)
@@ -147,7 +151,7 @@ def fit(cells: Cells) -> Model | str:
     random = np.random.default_rng(0)
     draws = np.stack([_whole(_solved(shape, medians, values, free).x, free)
                       for medians in cells.resampled(random)])
-    return _with_undecided(cells, values, draws, free, random)
+    return _with_undecided(cells, values, draws, free, random, ring)
 
 
 def _free(places: Sequence[Place]) -> list[int]:
@@ -161,11 +165,11 @@ def _free(places: Sequence[Place]) -> list[int]:
     return free
 
 
-def _start(cells: Cells, floor: float) -> np.ndarray:
-    """Where the search begins: most of it computing, as the slowest cell has it."""
+def _start(cells: Cells, floor: float, ring: tuple[float, float] | None) -> np.ndarray:
+    """Where the search begins: most of it computing, as the slowest cell has it, but for the ring if it is known."""
     shortest, longest = np.exp(cells.medians.min()), np.exp(cells.medians.max())
     per_sample = longest / max(place.batch for place in cells.places) / 2
-    return np.array([shortest / 2, per_sample, floor, *4 * [shortest / 20]])
+    return np.array([shortest / 2, per_sample, floor, *2 * (ring or 2 * (shortest / 20,))])
 
 
 def _whole(free_values: np.ndarray, free: Sequence[int]) -> np.ndarray:
@@ -191,7 +195,7 @@ def _solved(shape: _Shape, medians: np.ndarray, start: np.ndarray, free: Sequenc
 
 
 def _with_undecided(cells: Cells, values: np.ndarray, draws: np.ndarray, free: Sequence[int],
-                    random: np.random.Generator) -> Model:
+                    random: np.random.Generator, ring: tuple[float, float] | None) -> Model:
     """The model in which each draw has a value of its own for what the cells do not decide."""
     undecided = set()
     smallest = min(place.batch for place in cells.places)
@@ -203,7 +207,8 @@ def _with_undecided(cells: Cells, values: np.ndarray, draws: np.ndarray, free: S
         if latency in free and latency + 1 not in free:  # any part of it may be transfer
             undecided |= {latency, latency + 1}
             (n,) = sizes - {1}
-            for found, part in ((values, 0.5), (draws.T, random.uniform(0, 1, len(draws)))):
+            share = ring[1] / (n * ring[0] + ring[1]) if ring else 0.5
+            for found, part in ((values, share), (draws.T, random.uniform(0, 1, len(draws)))):
                 found[latency + 1] = part * n * found[latency]
                 found[latency] *= 1 - part
     absent = frozenset(range(len(PARAMETERS))) - {*free, *undecided}
@@ -232,13 +237,15 @@ class Check:
                    for ours, theirs in zip(self.predicted, self.measured, strict=True))
 
 
-def check(cells: Cells, left_out: Sequence[bool]) -> Check | str:
-    """Fit the model to the other cells, and predict those that are left out; or the reason why it cannot be done."""
+def check(cells: Cells, left_out: Sequence[bool], ring: tuple[float, float] | None = None) -> Check | str:
+    """Fit the model to the other cells, as `fit` does, and predict those that are left out; or the reason why it cannot
+    be done.
+    """
     held = cells.only(left_out)
     if not held.places:
         return "no cell is left out of the fit"
     kept = cells.only([not out for out in left_out])
-    model = fit(kept) if kept.places else "no cell is left to fit"
+    model = fit(kept, ring) if kept.places else "no cell is left to fit"
     if isinstance(model, str):
         return f"without the cells that are left out there is no model: {model}"
     if unseen := _unseen(kept.places, held.places):

@@ -26,8 +26,9 @@ from mnist_dist import runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError, without_passwords
 from mnist_dist.record.files import read_json, replace_json
+from mnist_dist.study.fabric import fabric_of, from_doctor
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible, run_of
-from mnist_dist.study.launches import Machine, command_of, environment_of, start, whole_result
+from mnist_dist.study.launches import Machine, command_of, environment_of, examine, start, whole_result
 from mnist_dist.study.quick import SECONDS, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
 from mnist_dist.study.words import counted
@@ -67,6 +68,7 @@ class Study:
     script: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     hold_out: HoldOut = MOST_PROCESSES
+    fabric: dict[str, Any] | None = None  # see fabric.py; None if it was not measured
     grids: list[dict[str, Any]] = field(default_factory=list)  # each command, with its seed and date
     runs: list[PlannedRun] = field(default_factory=list)  # all of them, in their order
     impossible: dict[Cell, str] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Study:
         """Write `study.json`."""
         values = {
             "mark": self.mark, "script": self.script, "fixed": self.fixed, "grids": self.grids,
-            "hold_out": self.hold_out.values,
+            "hold_out": self.hold_out.values, "fabric": self.fabric,
             "runs": [{**run.cell.as_row(), "role": run.role, "number": run.number} for run in self.runs],
             "impossible": [{**cell.as_row(), "reason": reason} for cell, reason in self.impossible.items()],
         }
@@ -105,7 +107,7 @@ class Study:
             "run": run.name, "role": run.role, "repeat": run.number, "order": order, **run.cell.as_row(),
             **outcome, "status": "failed" if values is None else "completed",
             "study": {"command": grid["command"], "seed": grid["seed"], "date": grid["date"], "script": self.script,
-                      "hold_out": self.hold_out.values},
+                      "hold_out": self.hold_out.values, "fabric": self.fabric},
             **{name: value for name, value in (values or {}).items() if name != "status"},
         }
 
@@ -134,7 +136,7 @@ def open_study(folder: Path) -> Study:
             raise ValueError(f"its mark is {values['mark']!r:.100}")
         return Study(
             folder, values["mark"], values["script"], values["fixed"],
-            HoldOut(values.get("hold_out", {})), values["grids"],
+            HoldOut(values.get("hold_out", {})), values.get("fabric"), values["grids"],
             [run_of(run) for run in values["runs"]],
             {cell_of(cell): cell["reason"] for cell in values["impossible"]},
         )
@@ -314,6 +316,7 @@ def _terminate(number: int, frame: object) -> None:
 def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[[str], None]) -> None:
     """The runs that are planned and not done, as long as there is time for them."""
     pending = show_plan(study, machine, say)
+    _look_at_fabric(study, max((run.cell.processes for run in pending), default=1), machine, say)
     for done, run in enumerate(pending, 1):
         left = request.seconds
         if math.isfinite(left):
@@ -325,6 +328,27 @@ def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[
                 return
         _do(study, run, replace(request, cell_timeout=min(left, request.cell_timeout)), machine, say,
             f"[{done}/{len(pending)}]", pending[done:])
+
+
+def _look_at_fabric(study: Study, processes: int, machine: Machine, say: Callable[[str], None]) -> None:
+    """Have the doctor measure what joins so many processes, if it has not yet, and pass on what it finds wrong. For our
+    own training only: the size of another one's gradient is not known.
+    """
+    known = fabric_of(study.fabric)
+    if study.script is not None or processes <= (known.processes if known else 1):
+        return
+    try:
+        findings = examine(processes, study.folder, machine, study.mark)
+    except UserError as error:
+        say(f"doctor: {error}: the study goes on without its figures")
+        return
+    for one in findings:
+        if one.get("problem"):
+            say(f"doctor: {one['problem']}: {one['remedy']}")
+    if found := from_doctor(findings, str(study.fixed.get("--dtype") or "float32")):
+        study.fabric = found.as_row()
+        study.save()
+        study.forget()
 
 
 def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: Callable[[str], None], place: str,

@@ -1,0 +1,74 @@
+"""What joins the processes of a study: the all-reduce as `mnist-dist doctor` has measured it, before the study's runs.
+
+The model of the step time begins its search there, and its own latency and bandwidth are held against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+GRADIENT_NUMBERS = 784 * 256 + 256 + 256 * 10 + 10  # of our model; they are exchanged as one message
+FLOATS = {"float32": 4, "float64": 8}  # bytes of one
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """An all-reduce over these processes: `points` are its bytes per process and seconds, the fewest bytes first."""
+
+    processes: int
+    machines: int
+    name: str
+    gradient_bytes: int
+    points: Sequence[tuple[int, float]]
+
+    def seconds(self, size: float) -> float:
+        """An all-reduce of so many bytes, on the line between the two nearest sizes or beyond the last two."""
+        sizes, times = np.array(self.points, dtype=float).T
+        at = int(np.clip(np.searchsorted(sizes, size), 1, len(sizes) - 1))
+        slope = (times[at] - times[at - 1]) / (sizes[at] - sizes[at - 1])
+        return float(times[at] + slope * (size - sizes[at]))
+
+    @property
+    def ring(self) -> tuple[float, float]:
+        """Seconds of a message, and to send the whole gradient once, if it is a ring (see step_time.py)."""
+        n = self.processes
+        least = self.points[0][1]
+        rest = max(0.0, self.seconds(self.gradient_bytes) - least)
+        return least / (2 * (n - 1)), rest / (2 * (n - 1) / n)
+
+    def as_row(self) -> dict[str, Any]:
+        """For the table of a study."""
+        return {"processes": self.processes, "machines": self.machines, "name": self.name,
+                "gradient_bytes": self.gradient_bytes, "all_reduce": [list(point) for point in self.points]}
+
+
+def fabric_of(values: Any) -> Fabric | None:
+    """What `as_row` gave; None if it is none, or damaged."""
+    try:
+        points = sorted((int(size), float(seconds)) for size, seconds in values["all_reduce"])
+        found = Fabric(int(values["processes"]), int(values["machines"]), str(values["name"]),
+                       int(values["gradient_bytes"]), points)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return None
+    sizes, times = zip(*points, strict=True) if points else ((), ())
+    is_whole = len(set(sizes)) == len(points) >= 2 and all(0 < time < np.inf for time in times)
+    return found if is_whole and found.processes > 1 <= found.machines and found.gradient_bytes > 0 else None
+
+
+def from_doctor(findings: Sequence[Mapping[str, Any]], dtype: str) -> Fabric | None:
+    """What the findings of `mnist-dist doctor --json` say of it; None if they say nothing."""
+    found = {one.get("name"): one for one in findings}
+    try:
+        ranks, reduced = found["processes"]["value"], found["all-reduce"]["value"]
+        hosts, devices = ({rank[what] for rank in ranks} for what in ("host", "device"))
+        over = found["all-reduce"]["says"].rpartition(" processes")[2].rstrip(")")
+        return fabric_of({
+            "processes": len(ranks), "machines": len(hosts), "gradient_bytes": GRADIENT_NUMBERS * FLOATS[dtype],
+            "name": f"{', '.join(sorted({device.split()[-1].strip('()') for device in devices}))}{over}",
+            "all_reduce": [(one["bytes"], one["seconds"]) for one in reduced]})
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return None
