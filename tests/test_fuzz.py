@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -24,6 +25,7 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.checkpoint import CheckpointWriter, load_newest
 from mnist_dist.record.config_file import config_text, merged, read_config
 from mnist_dist.record.result import read_result
+from mnist_dist.study import command, pictures
 from mnist_dist.study.grid import Cell, PlannedRun
 from mnist_dist.study.study import Study, open_study
 from mnist_dist.study.table import read_contract, read_table
@@ -117,6 +119,16 @@ def table(draw, folder):
     return lambda: read_table(folder)
 
 
+def report(draw, folder):
+    """The page too, without its pictures."""
+    table(draw, folder)
+
+    def write():
+        assert command.report(argparse.Namespace(folders=[folder], hold_out=None)) == 0
+        assert (folder / "report.md").stat().st_size and (folder / "report.html").stat().st_size
+    return write
+
+
 def study(draw, folder):
     cells = (Cell(200, 1), Cell(100, 2, (("lr", "0.1"),)))
     Study(folder, runs=[PlannedRun(cell, "repeat", number) for cell in cells for number in (1, 2)],
@@ -184,7 +196,8 @@ def command_line(draw, folder):
 
 
 MODEL = MLP().state_dict()
-KINDS = {reader.__name__: reader for reader in (idx, config, result, table, study, checkpoint, model, command_line)}
+KINDS = {reader.__name__: reader for reader in (idx, config, result, table, report, study, checkpoint, model,
+                                                command_line)}
 
 
 def write_json(draw, path, values):
@@ -198,8 +211,10 @@ def is_a_line(error):
 
 @pytest.mark.parametrize("number", [30, pytest.param(1250, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_read_or_told(kind, number, tmp_path):
-    """Of eight kinds 1,250 each, so 10,000 in all."""
+def test_it_is_read_or_told(kind, number, tmp_path, monkeypatch):
+    """Of eight kinds 1,250 each, so 10,000 in all; and of reports, which take longer, a tenth."""
+    number = number // 10 if kind == "report" else number
+    monkeypatch.setattr(pictures, "draw", lambda folder, name, *rest, **options: pictures.Picture(name, "", "<svg/>"))
     told = [0]
 
     @settings(max_examples=number, deadline=None, derandomize=True, database=None,

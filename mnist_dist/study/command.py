@@ -18,10 +18,12 @@ from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid, HoldOut
 from mnist_dist.study.launches import look_at_machine
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
 from mnist_dist.study.study import Request, run_study
-from mnist_dist.study.table import hold_out_of, read_table
+from mnist_dist.study.table import JSONL, hold_out_of, read_table
 
 T = TypeVar("T")
 TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too; another script does not get them
+# what a report raises of a table that somebody has changed: it checks the fields that it computes with, and no others
+NOT_OF_A_STUDY = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
 
 
@@ -57,6 +59,10 @@ def report(given: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"{folders[-1]} cannot be written ({error.strerror}): copy the study, and name the copy"
                         ) from None
+    except NOT_OF_A_STUDY as error:
+        raise UserError(f"{' or '.join(str(folder / JSONL) for folder in folders)} holds what no study writes "
+                        f"({type(error).__name__}: {error}): run the study again, which makes it from its runs"
+                        ) from error
     print(f"written: {', '.join(map(str, written))}")
     return 0
 

@@ -5,11 +5,10 @@ The model of the step time begins its search there, and its own latency and band
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 GRADIENT_NUMBERS = 784 * 256 + 256 + 256 * 10 + 10  # of our model; they are exchanged as one message
 FLOATS = {"float32": 4, "float64": 8}  # bytes of one
@@ -27,10 +26,9 @@ class Fabric:
 
     def seconds(self, size: float) -> float:
         """An all-reduce of so many bytes, on the line between the two nearest sizes or beyond the last two."""
-        sizes, times = np.array(self.points, dtype=float).T
-        at = int(np.clip(np.searchsorted(sizes, size), 1, len(sizes) - 1))
-        slope = (times[at] - times[at - 1]) / (sizes[at] - sizes[at - 1])
-        return float(times[at] + slope * (size - sizes[at]))
+        at = next((at for at, (bytes, _) in enumerate(self.points[1:-1], 1) if size <= bytes), len(self.points) - 1)
+        (smaller, sooner), (larger, later) = self.points[at - 1 : at + 1]
+        return later + (later - sooner) / (larger - smaller) * (size - larger)
 
     @property
     def ring(self) -> tuple[float, float]:
@@ -55,7 +53,7 @@ def fabric_of(values: Any) -> Fabric | None:
     except (TypeError, ValueError, KeyError, OverflowError):
         return None
     sizes, times = zip(*points, strict=True) if points else ((), ())
-    is_whole = len(set(sizes)) == len(points) >= 2 and all(0 < time < np.inf for time in times)
+    is_whole = len(set(sizes)) == len(points) >= 2 and all(0 < time < math.inf for time in times)
     return found if is_whole and found.processes > 1 <= found.machines and found.gradient_bytes > 0 else None
 
 

@@ -37,6 +37,13 @@ def read_contract(folder: Path) -> dict[str, Any]:
         raise UserError(f"its {RESULT} cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"its {RESULT} holds no mapping of names to values")
+    if missing := _missing(values):
+        raise UserError(f"its {RESULT} has no {', '.join(missing)}")
+    return values
+
+
+def _missing(values: Mapping[str, Any]) -> list[str]:
+    """What a result, or a row of a completed run, must have and has not."""
     problems = [name for name in ("status", "environment", "summary", "epochs") if name not in values]
     problems += [f"environment.{name}" for name in ("num_processes",) if name not in _part(values, "environment")]
     problems += [f"summary.{name}" for name in ("global_batch_size",) if name not in _part(values, "summary")]
@@ -50,9 +57,7 @@ def read_contract(folder: Path) -> dict[str, Any]:
     targets = _part(values, "summary").get("targets") or []
     if not isinstance(targets, list) or not all(map(_is_target, targets)):
         problems.append("summary.targets[] with target_nll, step and samples")
-    if problems:
-        raise UserError(f"its {RESULT} has no {', '.join(dict.fromkeys(problems))}")
-    return values
+    return list(dict.fromkeys(problems))
 
 
 def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -140,6 +145,8 @@ def hold_out_of(rows: Iterable[Row]) -> HoldOut:
 def _row(path: Path, number: int, line: str) -> Row:
     try:
         row = json.loads(line)
+        if row["status"] == "completed" and (missing := _missing(row)):
+            raise ValueError(f"it has no {', '.join(missing)}")
         return {**row, "status": row["status"], "run": row["run"], "role": row["role"],
                 "global_batch_size": int(row["global_batch_size"]), "processes": int(row["processes"])}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

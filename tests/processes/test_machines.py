@@ -6,6 +6,7 @@ import re
 import sys
 import time
 
+import psutil
 import pytest
 from hosts import Hosts
 from support import ROOT, TRAIN, mnist_dist, result_of, write_idx_folder
@@ -125,6 +126,19 @@ def test_two_machines_are_one_run(launcher, processes, alone, small_dir, tmp_pat
     assert not list(folders[1].iterdir()), "machine 0 has the one folder of the run"
 
 
+@pytest.mark.long
+def test_each_machine_fetches_the_data_once(mnist_dir, tmp_path):
+    with Hosts(tmp_path, 2) as hosts:
+        mirror = hosts.start(1, sys.executable, "-u", "-m", "http.server", 8000, "--directory", mnist_dir)
+        found, _ = ended([start(hosts, number, "--dataset", "mnist", "--data-dir", f"data{number}", "--mirror",
+                                f"http://{ADDRESS}:8000", "--max-steps", 3, processes=2) for number in hosts.numbers])
+        mirror.kill()
+        fetched = re.findall(r'^10\.77\.0\.(\d) .*"GET /(\S+) HTTP', mirror.communicate()[0], re.MULTILINE)
+    assert [status for status, *_ in found] == [0, 0]
+    files = sorted(path.name for path in mnist_dir.glob("*.gz"))
+    assert len(files) == 4 and sorted(fetched) == [(str(number), name) for number in hosts.numbers for name in files]
+
+
 STARTS_BADLY = {  # of a fault: which machines start, with what words, and what each says
     "a machine that does not come": ([1], {}, [], ["machine 1 of 2 did not come within 8 s: start it"]),
     "machine 0 does not come": ([2], {}, [], ["machine2 does not reach machine 0 at 10.77.0.1:29500 within 8 s"]),
@@ -157,10 +171,18 @@ def test_a_bad_start_is_said_on_every_machine(fault, small_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def rank_of(started):
+    """The process of the run that this command has started."""
+    (found,) = (process for process in psutil.Process(started.pid).children(recursive=True)
+                if process.environ().get("RANK") and not process.children())
+    return found
+
+
 @pytest.mark.parametrize(("launcher", "fault"), [
     pytest.param(launcher, fault, marks=pytest.mark.long if (launcher, fault) in (
-        (ours, "cut"), (torchrun, "crash of 1")) else pytest.mark.faults)
-    for launcher in (ours, torchrun, accelerate) for fault in ("cut", "crash of 1", "crash of 2")])
+        (ours, "cut"), (torchrun, "crash of 1"), (ours, "stop of 2")) else pytest.mark.faults)
+    for launcher in (ours, torchrun, accelerate) for fault in ("cut", "crash of 1", "crash of 2", "stop of 1",
+                                                               "stop of 2")])
 def test_a_machine_that_is_lost_ends_the_others(fault, launcher, small_dir, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     with Hosts(tmp_path, 2) as hosts:
@@ -172,12 +194,14 @@ def test_a_machine_that_is_lost_ends_the_others(fault, launcher, small_dir, tmp_
             time.sleep(0.05)
         if fault == "cut":
             hosts.cut(2)
-        else:
+        elif "crash" in fault:
             started[int(fault[-1]) - 1].kill()
+        else:
+            rank_of(started[int(fault[-1]) - 1]).suspend()
         found, seconds = ended(started)
     print(f"{fault}: all have ended after {seconds:.1f} s")
     for number, (status, lines, _) in enumerate(found, 1):
-        if fault != f"crash of {number}":
+        if not fault.endswith(f" of {number}"):
             assert status == 1 and len(lines) == 1, lines
             other = f"process {2 - number} of 2 on machine{3 - number}"
             assert f"process {number - 1} lost {other} after step " in lines[0]

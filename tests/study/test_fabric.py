@@ -56,6 +56,7 @@ def test_what_is_damaged_is_none(damage):
     assert fabric_of(None) is None and fabric_of([1]) is None
 
 
+@pytest.mark.long
 def test_of_the_doctor(tmp_path):
     done = mnist_dist("doctor", "--json", "--dataset", "synthetic", "--wandb", "disabled", "--processes", 2,
                       cwd=tmp_path, ACCELERATE_USE_CPU="true")

@@ -1,0 +1,115 @@
+"""Does the doctor's latency and bandwidth predict the time of a step between two machines?
+
+    python -m benchmarks.links DATA_DIR OUTPUT.json [--mbit 10,100,1000] [--repeats 3]
+
+Two machines are network namespaces, whose links let through so many Mbit/s. On each link, in turns: the doctor measures
+the all-reduce; two trainings run at the same time that know nothing of each other; and both machines train together, at
+twice the batch. Predicted is a step alone, plus the doctor's time for an all-reduce of the gradient. Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hosts import Hosts
+from benchmarks.machine import describe
+from mnist_dist.errors import UserError
+from mnist_dist.record.files import read_json, replace_json
+from mnist_dist.study.fabric import from_doctor
+from mnist_dist.tables import cell, spread, table
+
+ADDRESS, TIMEOUT_SECONDS = "10.77.0.1", 300.0
+BATCH, SECONDS = 200, 12.0  # of a process; of a training, about
+OPTIONS = ["--dataset", "mnist", "--compile", "off", "--wandb", "disabled", "--checkpoint-every", "never", "--epochs",
+           "1000"]
+
+
+def together(number: int) -> list[object]:
+    """The words that make this host one of two."""
+    return ["--processes", 1, "--machines", 2, "--machine-rank", number - 1, "--address", ADDRESS]
+
+
+def on_both(hosts: Hosts, *commands: Sequence[object]) -> list[str]:
+    """What the two print. Raises `RuntimeError` if a command fails, but for a doctor that has found something."""
+    started = [hosts.start(number, sys.executable, "-m", "mnist_dist", *words, ACCELERATE_USE_CPU="true")
+               for number, words in zip(hosts.numbers, commands, strict=True)]
+    printed = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in started]
+    for process, text, words in zip(started, printed, commands, strict=True):
+        if process.returncode and not (words[0] == "doctor" and process.returncode == 1):
+            raise RuntimeError(f"{words}: {text}")
+    return printed
+
+
+def step_ms(folder: Path) -> float:
+    """Milliseconds of a step of the run there."""
+    summary = read_json(folder / "result.json")["summary"]
+    return 1000 * summary["global_batch_size"] / summary["samples_per_second"]
+
+
+def measured(mbit: float, data_dir: str, scratch: Path) -> dict[str, float]:
+    """One turn on this link: milliseconds."""
+    data = ["--data-dir", data_dir]
+    with Hosts(scratch, 2) as hosts:
+        for number in hosts.numbers:
+            hosts.limit(number, mbit)
+        said = on_both(hosts, *(["doctor", "--json", "--wandb", "disabled", *data, *together(number)]
+                                for number in hosts.numbers))[0]
+        fabric = from_doctor(json.loads(said)["findings"], "float32")
+        if fabric is None:
+            raise RuntimeError(said)
+        exchange = 1000 * fabric.seconds(fabric.gradient_bytes)
+        steps = int(max(30, min(1000, 1000 * SECONDS / (exchange + 3))))
+        on_both(hosts, *(["train", *OPTIONS, *data, "--batch-size", BATCH, "--max-steps", 1000, "--output-dir",
+                          scratch / f"alone{number}"] for number in hosts.numbers))
+        on_both(hosts, *(["train", *OPTIONS, *data, "--batch-size", 2 * BATCH, "--max-steps", steps, "--output-dir",
+                          scratch / "both", *together(number)] for number in hosts.numbers))
+    alone = max(step_ms(scratch / f"alone{number}") for number in (1, 2))
+    return {"latency_ms": 1000 * fabric.points[0][1], "exchange_ms": exchange, "alone_ms": alone,
+            "predicted_ms": alone + exchange, "measured_ms": step_ms(scratch / "both")}
+
+
+def main() -> int:
+    """Measure, and print Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.links", description=__doc__.split("\n")[0])
+    parser.add_argument("data_dir", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--mbit", default="10,100,1000")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    rates = [float(word) for word in given.mbit.split(",")]
+    found: dict[float, list[dict[str, float]]] = {rate: [] for rate in rates}
+    try:
+        for turn in range(given.repeats):
+            for rate in rates:
+                with tempfile.TemporaryDirectory() as scratch:
+                    found[rate].append(measured(rate, str(given.data_dir.resolve()), Path(scratch)))
+                print(turn, rate, found[rate][-1], file=sys.stderr, flush=True)
+                replace_json(given.output, {"machine": describe(), "batch_per_process": BATCH,
+                                            "links": [{"mbit": one, "turns": turns} for one, turns in found.items()]})
+    except UserError as error:
+        print(f"links: error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(markdown(found)))
+    return 0
+
+
+def markdown(found: dict[float, list[dict[str, Any]]]) -> list[str]:
+    """The table: a line for each link, medians."""
+    lines = []
+    for rate, turns in found.items():
+        off = [100 * (one["predicted_ms"] / one["measured_ms"] - 1) for one in turns]
+        lines.append([f"{rate:,.0f} Mbit/s", *(cell(spread([one[name] for one in turns])) for name in (
+            "latency_ms", "exchange_ms", "alone_ms", "predicted_ms", "measured_ms")),
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(*spread(off))])
+    return table(["link", "doctor: 4 bytes, ms", "doctor: the gradient, ms", "a step alone, ms", "predicted, ms",
+                  "measured, ms", "predicted / measured - 1, %"], lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
