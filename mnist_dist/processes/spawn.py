@@ -9,10 +9,13 @@ import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.processes.launch import Launch, child_environment, num_cores
+
+if TYPE_CHECKING:
+    from mnist_dist.processes.watch import Watch
 
 LAST_CALL_SECONDS = 5  # for more machines, once there are enough
 PORT = 29500  # where the machines of a run meet, if no other is given
@@ -101,11 +104,10 @@ def _meeting_place(machines: Machines, timeout_s: float) -> dict[str, Any]:
             "rdzv_configs": {"rank": machines.rank, "timeout": max(1, round(timeout_s))}}
 
 
-def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> Any:
-    """Wait for the other machines. The store in which they meet, for as long as the run lasts; None if they may come
-    and go. Raises `UserError`.
-    """
+def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> Watch | None:
+    """Wait for the other machines, and from then on watch them; None if they may come and go. Raises `UserError`."""
     from mnist_dist.processes.meeting import Facts, Meeting, reach, store_at
+    from mnist_dist.processes.watch import Watch
 
     if machines.come_and_go:  # its processes compare themselves, each time that they start
         if machines.rank > 0:
@@ -114,7 +116,7 @@ def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> A
     store = store_at(machines.address, machines.port, hosts_it=machines.rank == 0, is_elsewhere=machines.rank > 0,
                      timeout_s=timeout_s)
     Meeting(store, machines.rank, machines.number, timeout_s, "machine").facts(Facts(options=options))
-    return store
+    return Watch(store, machines.rank)
 
 
 def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines: Machines, *, max_restarts: int,
@@ -145,8 +147,8 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
         max_restarts=max_restarts, monitor_interval=0.1, **_meeting_place(machines, timeout_s),
     )
 
-    if machines.number > 1:
-        _store = _meet(machines, {"processes": num_processes, **options}, timeout_s)  # lives as long as this call
+    watch = _meet(machines, {"processes": num_processes, **options}, timeout_s) if machines.number > 1 else None
+    failed = True
 
     def pass_on(number: int, _frame: object) -> None:
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
@@ -154,16 +156,23 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
     signal.signal(signal.SIGUSR1, pass_on)  # as torch does it with SIGTERM and SIGINT
     try:
         elastic_launch(elastic, sys.executable)("-m", "mnist_dist", *arguments)
+        failed = False
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if watch and watch.ended:
+            raise MnistDistError(watch.ended) from None
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             raise MnistDistError(f"process {rank} of {num_processes} was ended by {name}; the others were stopped"
                                  ) from None
         return failure.exitcode
     except SignalException as error:
+        failed = False  # the processes end by themselves, with a checkpoint, on every machine
         return 128 + error.sigval
     except RendezvousError as error:
         raise MnistDistError(f"the machines did not meet again ({' '.join(str(error).split())}): see what machine 0, "
                              f"{machines.address}, says") from None
+    finally:
+        if watch:
+            watch.end(failed=failed)
     return 0
