@@ -123,7 +123,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     for text in HOSTILE:
         for processes in (1, 2):
             rows += [row(Cell(50, processes, (("lr", text), (text, "1"))), 100.0, number) for number in range(3)]
-        rows[-1]["environment"] = {"device_name": text, "torch": text}
+        rows[-1]["environment"] = {"num_processes": processes, "device_name": text, "torch": text}
         rows[-2]["study"] = {"command": text, "date": text, "seed": text}
         rows[-3] |= {"run": text, "status": "failed", "reason": text}
     write_table(folder, rows)
