@@ -29,11 +29,17 @@ def test_a_short_plan(small_dir, tmp_path):
 
 @pytest.mark.long
 def test_a_longer_plan(mnist_dir, tmp_path):
-    """The same command goes on where it was ended. At last, a run that should have come to something else is found."""
+    """The same command goes on where it was ended: here at its end."""
     status, found = campaign(tmp_path / "out", mnist_dir, "--kills", 10, "--seed", 1)
     assert status == 0 and found["wrong"] == [] and found["kills"] >= 10
     assert campaign(tmp_path / "out", mnist_dir, "--kills", 10, "--seed", 1) == (0, found)
-    saved = tmp_path / "out" / "faults.json"
-    saved.write_text(json.dumps({**found, "reference": {**found["reference"], "model": "0" * 64}}))
-    status, found = campaign(tmp_path / "out", mnist_dir, "--kills", found["kills"] + 1, "--seed", 1)
+
+
+@pytest.mark.long
+def test_a_run_that_has_come_to_something_else_is_found(small_dir, tmp_path):
+    words = ["--kills", 1, "--seed", 1025, "--batch-size", 10]
+    _, found = campaign(tmp_path / "out", small_dir, *words)
+    before = {"runs": 0, "starts": found["starts"][:1], "reference": {**found["reference"], "model": "0" * 64}}
+    (tmp_path / "out" / "faults.json").write_text(json.dumps({**found, **before}))
+    status, found = campaign(tmp_path / "out", small_dir, *words)
     assert status == 1 and len(found["wrong"]) == 1 and "another model" in found["wrong"][0]

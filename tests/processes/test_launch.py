@@ -82,7 +82,7 @@ def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
 
 @pytest.mark.parametrize(("number", "status", "size"), [
     (signal.SIGINT, 130, 1),
-    pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.long),
+    pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.faults),
     pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.long),
     pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.long),
 ])

@@ -52,8 +52,8 @@ def test_an_interface_that_is_not_there():
         said := remedy(launch_to("10.1.2.3"), {VARIABLE: "lo"})) and said.endswith("it is lo)")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("master", ["10.77.0.1", "machine1"])
+@pytest.mark.parametrize("master", [pytest.param("10.77.0.1", marks=pytest.mark.faults),
+                                    pytest.param("machine1", marks=pytest.mark.long)])
 def test_two_machines_whose_names_are_loopback_addresses(master, small_dir, tmp_path):
     """`machine1` is 127.0.1.1 on machine 1 itself, and the right address on machine 2."""
     with Hosts(tmp_path, 2) as hosts:

@@ -64,6 +64,14 @@ def test_a_failed_first_look_is_named():
         choose([rows[0], *rows[2:]], 2)
 
 
+FINDINGS = [  # of a doctor
+    {"name": "cores", "problem": "of 2 cores only 1.0 do work at once", "remedy": "end what else runs here"},
+    {"name": "processes", "value": [{"rank": rank, "host": "attic", "device": "cpu (gloo)"} for rank in (0, 1)]},
+    {"name": "all-reduce", "says": "fast (2 processes over veth0)", "value": [
+        {"bytes": 4, "seconds": 1e-4}, {"bytes": 2**20, "seconds": 1e-3}]},
+]
+
+
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """`study --quick` in `tmp_path` with runs of the stand-in, on a machine with two cores."""
@@ -75,6 +83,7 @@ def quick(monkeypatch, tmp_path):
     trouble = []
     monkeypatch.setattr(study, "command_of", command_of)
     monkeypatch.setattr("mnist_dist.study.command.look_at_machine", lambda use_cpu: Machine(0, 2))
+    monkeypatch.setattr(study, "examine", lambda processes, *rest: FINDINGS)
 
     def run(*words):
         return run_here(["study", "--quick", "--output-dir", str(tmp_path), "--wandb", "disabled", *words])
@@ -91,9 +100,11 @@ def started(folder):
     return (folder / "started.txt").read_text().split()
 
 
-def test_it_looks_chooses_and_reports(quick, tmp_path):
+def test_it_looks_chooses_and_reports(quick, tmp_path, capsys):
     assert quick() == 0
     rows = read_table(tmp_path)
+    assert "doctor: of 2 cores only 1.0 do work at once: end what else runs here" in capsys.readouterr().out
+    assert {row["study"]["fabric"]["name"] for row in rows} == {"gloo over veth0"}
     assert [row["order"] for row in rows] == list(range(1, len(rows) + 1))
     assert {(row["global_batch_size"], row["processes"]) for row in rows[:4]} == {
         (50, 1), (50, 2), (12_800, 1), (12_800, 2)}

@@ -207,7 +207,7 @@ print(hashlib.sha256(weights.numpy().tobytes()).hexdigest(), loss, figures)
 """
 
 
-@pytest.mark.long
+@pytest.mark.faults  # in CI the SHA-256 above, which any processor must come to
 def test_the_processors_instructions_change_nothing(small_dir):
     """PyTorch's kernels for different instructions, MKL's, and several threads; the plain step has other bits then."""
     found = {}
