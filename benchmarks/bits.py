@@ -101,7 +101,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--ways", help="only these, by name, with commas (default: all)")
     given = parser.parse_args()
-    ways = WAYS if given.ways is None else [way for way in WAYS if way.name in given.ways.split(",")]
+    names = {way.name: way for way in WAYS}
+    if unknown := [name for name in (given.ways or "").split(",") if name and name not in names]:
+        parser.error(f"--ways: unknown on this machine: {', '.join(unknown)}; there are {', '.join(names)}")
+    ways = [names[name] for name in given.ways.split(",")] if given.ways else WAYS
     rows, wrong = [], []
     for way in ways:
         with tempfile.TemporaryDirectory(dir=given.output.parent) as scratch:

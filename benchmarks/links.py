@@ -74,19 +74,25 @@ def measured(mbit: float, data_dir: str, scratch: Path) -> dict[str, float]:
             "predicted_ms": alone + exchange, "measured_ms": step_ms(scratch / "both")}
 
 
+def _rates(text: str) -> list[float]:
+    rates = [float(word) for word in text.split(",")]
+    if min(rates) <= 0:
+        raise ValueError
+    return rates
+
+
 def main() -> int:
     """Measure, and print Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.links", description=__doc__.split("\n")[0])
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--mbit", default="10,100,1000")
+    parser.add_argument("--mbit", type=_rates, default="10,100,1000", metavar="A,B,…")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    rates = [float(word) for word in given.mbit.split(",")]
-    found: dict[float, list[dict[str, float]]] = {rate: [] for rate in rates}
+    found: dict[float, list[dict[str, float]]] = {rate: [] for rate in given.mbit}
     try:
         for turn in range(given.repeats):
-            for rate in rates:
+            for rate in found:
                 with tempfile.TemporaryDirectory() as scratch:
                     found[rate].append(measured(rate, str(given.data_dir.resolve()), Path(scratch)))
                 print(turn, rate, found[rate][-1], file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Twelve faults, planted for real: the doctor, or the start, names each with its remedy. Healthy machines get no alarm.
 
-One of them runs in CI; all of them, with what is said: ./launch/test.sh -m "faults or long" -s
-tests/commands/test_doctor_finds.py
+All of them, with what is said: ./launch/test.sh -m "faults or long" -n 0 -s tests/commands/test_doctor_finds.py
+In CI only the launchers are tried here; a slow process and a slow link are in test_doctor.py.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ PLANTED = {  # the problem, and the remedy, as regular expressions
 }
 
 
-@pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.__name__, marks=pytest.mark.faults)
-                                   for fault in PLANTED])
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_is_named(fault, small_dir, tmp_path):
     said = fault(Place(tmp_path, small_dir))
     problem, remedy = PLANTED[fault]

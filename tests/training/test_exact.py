@@ -165,14 +165,21 @@ class Divisions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def trainer_at_its_first_step(data_dir, **options):
+    """This process alone."""
+    team = join(Launch(), timeout_s=60, mixed_precision="no", dynamo_backend="no")
+    config = TrainConfig(batch_size=97, compile="off", reproducible=True, **options)
+    made = Trainer(config, team, load("mnist", str(data_dir)))
+    made.make_step()
+    made.step.begin(0, range(11))
+    return made
+
+
 def test_every_operation_is_one_that_all_devices_round_alike(small_dir):
     """A GPU multiplies by the reciprocal of a number of Python's, and adds a product without rounding it. MKL's square
     root is not rounded correctly.
     """
-    team = join(Launch(), timeout_s=60, mixed_precision="no", dynamo_backend="no")
-    trainer = Trainer(TrainConfig(batch_size=97, compile="off", reproducible=True), team, load("mnist", str(small_dir)))
-    trainer.make_step()
-    trainer.step.begin(0, range(2))
+    trainer = trainer_at_its_first_step(small_dir)
     with Divisions() as divisions:
         trainer.step.take(0)
     assert divisions.bad == []
@@ -182,11 +189,7 @@ def test_every_operation_is_one_that_all_devices_round_alike(small_dir):
 @pytest.mark.parametrize(("dtype", "digest"), [("float32", "7c45ff2339d0a1a9"), ("float64", "dd5518ec99d6cfcb")])
 def test_the_bits_are_those_of_other_machines(dtype, digest, small_dir):
     """Written down on one machine: others, with other processors and versions of torch, must come to the same."""
-    team = join(Launch(), timeout_s=60, mixed_precision="no", dynamo_backend="no")
-    config = TrainConfig(batch_size=97, dtype=dtype, reproducible=True, compile="off")
-    trainer = Trainer(config, team, load("mnist", str(small_dir)))
-    trainer.make_step()
-    trainer.step.begin(0, range(11))
+    trainer = trainer_at_its_first_step(small_dir, dtype=dtype)
     for step in range(11):
         trainer.step.take(step)
     found = hashlib.sha256()
