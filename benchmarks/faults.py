@@ -3,10 +3,10 @@
     python -m benchmarks.faults DATA_DIR OUTPUT [--kills 1200] [--seed 0] [--minutes 60] [--batch-size 500]
 
 A plan of faults follows from the seed: of each start the number of processes (1 to 4), whom `kill -9` hits (a rank
-or the launcher), and when, between the start and seven tenths of what it takes. Each killed run is resumed until it
-is done, and then compared: SHA-256 of the model and of the last checkpoint (weights, Adam, sums), and every line of
-metrics.jsonl but its times. Every fifth run is also recorded in W&B, offline, and its history is compared too. Writes
-OUTPUT/faults.json after each run and prints Markdown. The same command goes on from there.
+or the launcher), and when: from the start to the first step, or during the training. Each killed run is resumed
+until it is done, and then compared: SHA-256 of the model and of the last checkpoint (weights, Adam, sums), and every
+line of metrics.jsonl but its times. Every fifth run is also recorded in W&B, offline, and its history is compared
+too. Writes OUTPUT/faults.json after each run and prints Markdown. The same command goes on from there.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ TIMES = {"train_seconds", "warmup_seconds", "measured_seconds", "eval_seconds", 
          "step_ms_p95", "measured_samples", "samples_per_second", "samples_per_second_per_process",
          "data_wait_fraction", "peak_memory_bytes", "ranks", "windows"}  # of a line: what a fault may change
 END_SECONDS = 60.0  # a start that takes so much longer than expected hangs
-LATEST = 0.7  # part of a whole start: what is later comes in a resumed one, which has less to do
-FIRST_GUESS = 8.0  # seconds until a start's first step, before any was seen
+LATEST = 1.7  # of a plan's `when`: the last part of a training comes in a resumed start, which has less to do
 
 
 @dataclass
@@ -71,13 +70,15 @@ class Campaign:
         """Starts that were killed."""
         return sum(bool(start.victim) for start in self.starts)
 
-    def expected(self, processes: int) -> float:
-        """Seconds of a start that is left alone: until its first step, and then a whole training."""
+    def expected(self, processes: int, when: float) -> float:
+        """Seconds from the start to `when`: 0 is the start, 1 the first step, 2 the end of a whole training."""
         ready = [start.to_first_step for start in self.starts
                  if start.processes == processes and start.to_first_step is not None]
         alone = self.starts[0] if self.starts else None  # what is compared with: it is not killed
         training = alone.seconds - alone.to_first_step if alone and alone.to_first_step else 0.0
-        return (statistics.median(ready) if ready else FIRST_GUESS) + training
+        guess = alone.to_first_step * (processes + 1) / 2 if alone and alone.to_first_step else 0.0  # on two cores
+        to_first_step = statistics.median(ready) if ready else guess
+        return min(when, 1.0) * to_first_step + max(when - 1.0, 0.0) * training
 
 
 def result_of(folder: Path, tracked: bool) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def _newest_time(folder: Path, otherwise: float) -> float:
 
 
 def plan(seed: int, run: int) -> Iterator[tuple[int, str, float]]:
-    """For one start of this run after the other: processes, victim, and when, as a part of what a start takes."""
+    """For one start of this run after the other: processes, victim, and when (see `Campaign.expected`)."""
     chance = random.Random(f"{seed}-{run}")
     while True:
         processes = chance.choice(PROCESSES)
@@ -178,10 +179,9 @@ def one_run(campaign: Campaign, number: int, given: argparse.Namespace, referenc
     shutil.rmtree(folder.parent, ignore_errors=True)  # of a campaign that was ended in it
     folder.parent.mkdir(parents=True)
     tracked = number % TRACKED_EVERY == 0
-    for processes, victim, part in plan(given.seed, number):
-        expected = campaign.expected(processes)
-        campaign.starts.append(start(folder, given, processes, tracked, victim, part * expected,
-                                     expected + END_SECONDS))
+    for processes, victim, when in plan(given.seed, number):
+        campaign.starts.append(start(folder, given, processes, tracked, victim, campaign.expected(processes, when),
+                                     campaign.expected(processes, 2.0) + END_SECONDS))
         if (folder / "result.json").exists():
             break
     campaign.runs += 1
@@ -210,6 +210,7 @@ def lines_of(campaign: Campaign) -> list[list[str]]:
         ready = [start.to_first_step for start in own if start.to_first_step is not None]
         lost = [start.lost_seconds for start in killed if start.lost_seconds is not None]
         lines.append([f"{processes}", f"{len(killed)}", f"{sum(start.victim == 'launcher' for start in killed)}",
+                      f"{len(lost)}",
                       f"{statistics.median(ready):.1f}" if ready else "-",
                       f"{statistics.median(lost):.2f}" if lost else "-"])
     return lines
@@ -241,8 +242,8 @@ def main() -> None:
         print(f"run {campaign.runs}: {campaign.kills} kills, {len(campaign.wrong)} wrong", file=sys.stderr, flush=True)
     print(f"{campaign.kills} kills over {campaign.runs} runs, each resumed until it was done: {len(campaign.wrong)} "
           "differ from the run that was left alone.\n")
-    print("\n".join(table(["processes", "kills", "of the launcher", "start to first step, s",
-                           "lost training at a kill, s"], lines_of(campaign))))
+    print("\n".join(table(["processes", "kills", "of the launcher", "after the first step",
+                           "start to first step, s", "lost training at a kill, s"], lines_of(campaign))))
     for wrong in campaign.wrong:
         print(f"- {wrong}")
     sys.exit(bool(campaign.wrong))
