@@ -43,6 +43,13 @@ def accelerate(number, processes, machines, address):
             machines * processes, "--machine_rank", number - 1, "--main_process_ip", address, TRAIN]
 
 
+def torchrun_elastic(number, processes, machines, address):
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", machines, "--nproc-per-node", processes,
+            "--max-restarts", 9, "--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"{address}:29500",
+            "--rdzv-conf", f"is_host={number == 1},last_call_timeout=2,keep_alive_interval=1", "--local-addr",
+            f"10.77.0.{number}", TRAIN]
+
+
 LAUNCHERS = [ours, script, torchrun, accelerate]
 
 
@@ -224,9 +231,14 @@ def test_machines_that_come_and_go_need_a_folder(tmp_path):
             run([*words, *rest], Launch())
 
 
-@pytest.mark.parametrize("attempt", [
-    pytest.param(n, marks=pytest.mark.faults if n else pytest.mark.long) for n in range(10)])
-def test_a_machine_goes_and_comes_back(attempt, small_dir, tmp_path):
+def ours_elastic(number, processes, machines, address):
+    return [*ours(number, processes, machines, address), "--max-restarts", 9]
+
+
+@pytest.mark.parametrize(("launcher", "attempt"), [
+    pytest.param(launcher, n, marks=pytest.mark.long if (launcher, n) == (ours_elastic, 0) else pytest.mark.faults)
+    for launcher in (ours_elastic, torchrun_elastic) for n in range(10)])
+def test_a_machine_goes_and_comes_back(launcher, attempt, small_dir, tmp_path):
     """The other goes on from the newest checkpoint, takes it in, and the run has the bits of the run left alone."""
     words = ["--data-dir", small_dir, "--epochs", 30, "--reproducible", "--checkpoint-every", "1epoch", "--resume",
              "--batch-size", 10]
@@ -244,11 +256,12 @@ def test_a_machine_goes_and_comes_back(attempt, small_dir, tmp_path):
             time.sleep(0.05)
 
     with Hosts(tmp_path, 2) as hosts:
-        first, second = (start(hosts, number, "--max-restarts", 9, *words, machines="1:2") for number in hosts.numbers)
+        how = {"launcher": launcher, "machines": "1:2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        first, second = (start(hosts, number, *words, **how) for number in hosts.numbers)
         wait_for(2)
         second.kill()
         wait_for(epochs() + 3)
-        second = start(hosts, 2, "--max-restarts", 9, *words, machines="1:2")
+        second = start(hosts, 2, *words, **how)
         found, _ = ended([first, second])
     assert [status for status, *_ in found] == [0, 0]
     assert found[0][2].count("2 machines, over the network interface") == 2, "at the start, and when it is back"
