@@ -25,12 +25,14 @@ WAYS = {
 }
 
 
-LONG = ("accelerate -n 2", "accelerate --cpu -n 1", "accelerate --cpu -n 3", "accelerate --multi_gpu -n 2", "config",
-        "config -n 2", "config -n 3", "torchrun 1", "torchrun 3")
+LONG = ("accelerate --multi_gpu -n 2", "config", "config -n 3", "torchrun 2")
+FAULTS = ("accelerate -n 2", "accelerate --cpu -n 1", "accelerate --cpu -n 3", "config -n 2", "torchrun 1",
+          "torchrun 3")
 
 
 @pytest.mark.parametrize("way", [
-    pytest.param(way, marks=pytest.mark.long) if way in LONG else way for way in WAYS
+    pytest.param(way, marks=[*[pytest.mark.long] * (way in LONG), *[pytest.mark.faults] * (way in FAULTS)])
+    for way in WAYS
 ])
 def test_the_asked_number_of_processes(way, no_hint, small_dir, tmp_path):
     command, size = WAYS[way]

@@ -132,6 +132,7 @@ def test_without_a_compiler_auto_goes_on_and_on_says_so(small_dir, tmp_path):
     assert result["environment"]["step"] == "plain" and len(result["epochs"]) == 1
 
 
+@pytest.mark.long
 def test_an_empty_batch_moves_nothing(small_dir, tmp_path):
     """What fills up a short batch weighs nothing: a step of it alone leaves weights, moments and losses as they are."""
     script = tmp_path / "empty.py"

@@ -23,7 +23,8 @@ def on_stand_in(data_dir, name, *words, cwd, size, **environment):
 
 
 @pytest.mark.parametrize(("size", "words"), [
-    (1, []), pytest.param(2, [], marks=pytest.mark.faults), pytest.param(3, [], marks=pytest.mark.long),
+    pytest.param(1, [], marks=pytest.mark.long), pytest.param(2, [], marks=pytest.mark.faults),
+    pytest.param(3, [], marks=pytest.mark.faults),
     pytest.param(2, ["--gradient-accumulation-steps", 3], marks=pytest.mark.long),
 ])
 def test_a_run_has_the_bits_of_the_compiled_step(size, words, small_dir, tmp_path):
