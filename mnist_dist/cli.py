@@ -23,7 +23,7 @@ from mnist_dist import __version__
 from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_passwords
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
-from mnist_dist.processes.spawn import PORT, local_number, read_machines, spawn
+from mnist_dist.processes.spawn import PORT, local_number, read_machines, runs_on_cpu, spawn
 from mnist_dist.record.config_file import merged, read_config
 from mnist_dist.study.grid import AXES
 from mnist_dist.worker import any_left
@@ -65,6 +65,9 @@ def build_parser() -> Parser:
 
     train = command("train", "train on one process, or on several")
     _add_launch(train)
+    train.add_argument("--launcher", choices=("torch", "ray"), default="torch", help="what starts the processes: torch "
+                       "or Ray, on the cluster that RAY_ADDRESS names, else on this machine; there --processes is of "
+                       "the whole cluster, N or LEAST:MOST (default torch)")
     train.add_argument("--max-restarts", metavar="N", help="if a process is lost, start all again, N times at most; "
                        "they continue from the newest checkpoint (default 0)")
     train.add_argument("--config", metavar="FILE", help="a run's config.yaml; flags on the command line win")
@@ -182,10 +185,14 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
     exit status, or None if this process is one of the run. Raises `UserError`.
     """
     asked, wanted_restarts = given.processes, getattr(given, "max_restarts", None)
-    if asked is not None and (not asked.isdecimal() or int(asked) < 1):
-        raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
     if wanted_restarts is not None and not wanted_restarts.isdecimal():
         raise UserError(f"--max-restarts must be a whole number at least 0, got {wanted_restarts!r}")
+    if getattr(given, "launcher", "torch") == "ray":
+        if not launch.is_launched:
+            return _on_ray(given, argv, launch, config)
+        asked = wanted_restarts = None  # this is a process that Ray has started
+    if asked is not None and (not asked.isdecimal() or int(asked) < 1):
+        raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
     restarts, machines = int(wanted_restarts or 0), read_machines(given.machines, given.machine_rank, given.address)
     if launch.is_launched:
         started = launch.size if machines.number == 1 else launch.local_size
@@ -209,6 +216,24 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
                         "checkpoint there")
     config.global_batch_size(number * machines.number)  # before any process is started
     return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout, options=config.common)
+
+
+def _on_ray(given: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int:
+    """Start the processes on a Ray cluster; the exit status. Raises `UserError`."""
+    from mnist_dist.processes import ray_launcher
+
+    least, _, most = (given.processes or "1").rpartition(":")
+    least = least or most
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise UserError(f"--processes must be a whole number at least 1, or LEAST:MOST, got {given.processes!r}")
+    if given.machines or given.machine_rank or given.address:
+        raise UserError("--launcher ray has the cluster's machines: remove --machines, --machine-rank and --address")
+    if config.output_dir is None:
+        raise UserError("--launcher ray needs --output-dir: a folder that all nodes of the cluster share")
+    for size in range(int(least), int(most) + 1):
+        config.global_batch_size(size)
+    group = ray_launcher.Group(int(least), int(most), on_gpus=not runs_on_cpu(launch))
+    return ray_launcher.launch(argv, group, Path(config.output_dir).resolve(), int(given.max_restarts or 0))
 
 
 def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:

@@ -173,6 +173,15 @@ def number_asked_of_accelerate(environment: Mapping[str, str] = os.environ) -> i
         return None
 
 
+def variables_of(*, rank: int, size: int, local_rank: int, local_size: int, address: str, port: int, restart: int,
+                 max_restarts: int, on_cpu: bool) -> dict[str, str]:
+    """What torchrun sets, for a process that another launcher starts. Its processes make a store of their own."""
+    values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size,
+              "MASTER_ADDR": address, "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": restart,
+              "TORCHELASTIC_MAX_RESTARTS": max_restarts, "ACCELERATE_USE_CPU": str(on_cpu).lower()}
+    return {name: str(value) for name, value in values.items()}
+
+
 def child_environment() -> dict[str, str]:
     """The environment for `python -m mnist_dist` in another process: it runs this code, installed or not."""
     parent = str(Path(__file__).resolve().parents[2])

@@ -1,0 +1,252 @@
+"""Starts the processes of a run on a Ray cluster: `mnist-dist train --launcher ray`.
+
+Ray decides which nodes the processes are on, notices a node or a process that is lost, and makes a new group, of
+another size if it must. Each of its workers starts `mnist-dist train` in a process of its own, as torchrun would, and
+waits for it: signals, the exit status and what is printed are then as under every launcher. A board, which is an actor
+on this machine, takes what the processes print and how they have ended, and tells them of signals.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.processes.launch import child_environment, num_cores, variables_of
+from mnist_dist.processes.signals import StopSignals
+
+POLL_SECONDS = 0.2  # between two looks at the board
+GROUP_SECONDS = 20  # that Ray waits for a group of the same size after a loss, before it makes a smaller one
+GROW_SECONDS = 20.0  # between two looks whether the cluster has room for a larger group
+GRACE_SECONDS = 30.0  # after a signal, for the processes to leave a checkpoint
+FINAL = (0, 2, 3)  # exit statuses that another start does not change: done, wrong use, diverged
+
+
+class Group(NamedTuple):
+    """How many processes Ray may start, and on what."""
+
+    least: int
+    most: int
+    on_gpus: bool
+
+
+class Board:
+    """What the driver and the workers tell each other. An actor on the driver's node."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, bool]] = []  # and whether on standard error
+        self.statuses: list[dict[int, int]] = []  # of each start: the exit status of each rank
+        self.signal = 0
+
+    def start(self) -> int:
+        """A new group begins: its number, from 0."""
+        self.statuses.append({})
+        return len(self.statuses) - 1
+
+    def say(self, line: str, is_error: bool) -> None:
+        """What a process has printed."""
+        self.lines.append((line, is_error))
+
+    def end(self, start: int, rank: int, status: int) -> None:
+        """How a process has ended."""
+        self.statuses[start][rank] = status
+
+    def wanted(self, signal_number: int = 0) -> int:
+        """The signal that the processes shall get, 0 if none; the driver sets it."""
+        self.signal = signal_number or self.signal
+        return self.signal
+
+    def news(self) -> tuple[list[tuple[str, bool]], list[dict[int, int]]]:
+        """The lines since the last call, and how the processes of all starts have ended."""
+        lines, self.lines = self.lines, []
+        return lines, self.statuses
+
+
+def work(job: dict[str, Any]) -> None:
+    """One worker: runs its process of the group. Raises `RuntimeError` if Ray shall start all of them again."""
+    import ray
+    from ray import train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    context, board = train.get_context(), job["board"]
+    rank, size = context.get_world_rank(), context.get_world_size()
+    place = (ray.util.get_node_ip_address(), _free_port(), ray.get(board.start.remote())) if rank == 0 else None
+    address, port, start = broadcast_from_rank_zero(place)
+    local_size = context.get_local_world_size()
+    environment = {**child_environment(), **variables_of(
+        rank=rank, size=size, local_rank=context.get_local_rank(), local_size=local_size, address=address, port=port,
+        restart=start, max_restarts=job["max_restarts"], on_cpu=not job["on_gpus"])}
+    environment["OMP_NUM_THREADS"] = str(job["threads"] or max(1, num_cores() // local_size))
+    process = subprocess.Popen([sys.executable, "-m", "mnist_dist", *job["arguments"]], cwd=job["folder"], text=True,
+                               env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    threading.Thread(target=_pass_signals, args=(process, board), daemon=True).start()
+    readers = [threading.Thread(target=_pass_lines, args=(pipe, board, pipe is process.stderr), daemon=True)
+               for pipe in (process.stdout, process.stderr)]
+    for reader in readers:
+        reader.start()
+    status = process.wait()
+    for reader in readers:
+        reader.join(POLL_SECONDS)  # a child that lives on may hold the pipe
+    ray.get(board.end.remote(start, rank, status))
+    if status not in FINAL and not ray.get(board.wanted.remote()):
+        raise RuntimeError(f"process {rank} ended with status {status}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def _pass_lines(pipe: Any, board: Any, is_error: bool) -> None:
+    for line in pipe:
+        board.say.remote(line, is_error)
+
+
+def _pass_signals(process: subprocess.Popen[str], board: Any) -> None:
+    import ray
+
+    while process.poll() is None:
+        if number := ray.get(board.wanted.remote()):
+            process.send_signal(number)
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: int) -> int:
+    """Run `mnist-dist ARGUMENTS` on the cluster that RAY_ADDRESS names, else on one of its own on this machine; the
+    exit status. `folder` is the run's, which all nodes share. Raises `UserError` if the cluster is not fit for it.
+    """
+    # Ray reads these when it is imported
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_SECONDS))
+    try:
+        import ray
+        from ray.train.v2.api import config as train
+        from ray.train.v2.api import data_parallel_trainer as trainers
+    except ImportError:
+        raise UserError("--launcher ray needs Ray: pip install 'mnist-dist[ray]'") from None
+    _connect(group)
+    try:
+        _check(group, folder)
+        board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_on_node(
+            ray.get_runtime_context().get_node_id())).remote()
+        threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+        job = {"board": board, "arguments": [*arguments], "folder": os.getcwd(), "max_restarts": max_restarts,
+               "on_gpus": group.on_gpus, "threads": threads}
+        size = group.most if group.least == group.most else (group.least, group.most)
+        kind: Any = trainers.DataParallelTrainer  # its annotations are those of an earlier Ray Train
+        trainer = kind(
+            work, train_loop_config=job, scaling_config=train.ScalingConfig(
+                num_workers=size, use_gpu=group.on_gpus, elastic_resize_monitor_interval_s=GROW_SECONDS),
+            run_config=train.RunConfig(name=uuid.uuid4().hex, storage_path=str(folder / "ray"),
+                                       failure_config=train.FailureConfig(max_failures=max_restarts),
+                                       logging_config=train.LoggingConfig(log_level="ERROR")))
+        return _follow(trainer, board)
+    finally:
+        ray.shutdown()
+
+
+def _connect(group: Group) -> None:
+    import ray
+
+    own: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {
+        "address": "local", "num_cpus": max(group.most, num_cores()), "include_dashboard": False}
+    try:
+        ray.init(**own, logging_level=logging.ERROR, log_to_driver=False,
+                 runtime_env={"env_vars": {"PYTHONPATH": child_environment()["PYTHONPATH"]}})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Ray's cluster at {os.environ.get('RAY_ADDRESS')} is not reached ({reason}): see `ray status` "
+                        "there, or unset RAY_ADDRESS to run on this machine") from None
+
+
+def _on_node(node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def _check(group: Group, folder: Path) -> None:
+    """Is the cluster large enough, and does each of its nodes see the folder? Raises `UserError`."""
+    import ray
+
+    what = "GPU" if group.on_gpus else "CPU"
+    there = int(ray.cluster_resources().get(what, 0))
+    if there < group.least:
+        raise UserError(f"{group.least} processes need {group.least} {what}s, and Ray's cluster has {there}: "
+                        "give fewer --processes, or add nodes")
+    (folder / "ray").mkdir(parents=True, exist_ok=True)
+    mark = folder / "ray" / f"seen-{uuid.uuid4().hex}"
+    mark.touch()
+    try:
+        look = ray.remote(num_cpus=0)(_sees)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        seen = ray.get([look.options(scheduling_strategy=_on_node(node["NodeID"])).remote(str(mark)) for node in nodes])
+    finally:
+        mark.unlink()
+    if blind := [node["NodeManagerHostname"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
+        raise UserError(f"{', '.join(blind)} does not see {folder}: give an --output-dir on a file system that all "
+                        "nodes of the cluster share, because the processes go on from its checkpoints on any of them"
+                        )
+
+
+def _sees(path: str) -> bool:
+    return Path(path).exists()
+
+
+def _follow(trainer: Any, board: Any) -> int:
+    """Print what the processes print, and pass signals on, until Ray has done; the exit status."""
+    import ray
+
+    failed: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failed.append(error)
+
+    fitting = threading.Thread(target=fit, daemon=True)
+    told, until = 0, float("inf")
+    with StopSignals() as signals:
+        fitting.start()
+        while True:
+            is_done = not fitting.is_alive()
+            lines, starts = ray.get(board.news.remote())
+            for line, is_error in lines:
+                print(line, end="", flush=True, file=sys.stderr if is_error else sys.stdout)
+            if signals.number and until == float("inf"):
+                ray.get(board.wanted.remote(signals.number))
+                until = time.monotonic() + GRACE_SECONDS
+            if is_done or time.monotonic() > until:
+                break
+            if any(status not in FINAL for status in starts[-1].values()) if starts[told:] else False:
+                told = len(starts)
+                print(f"mnist-dist: Ray looks for a new group: for {GROUP_SECONDS} s of the same size", file=sys.stderr)
+            time.sleep(POLL_SECONDS)
+    if signals.number:
+        return 128 + signals.number
+    found = {rank: status for rank, status in (starts[-1] if starts else {}).items() if status}
+    if not failed and not found:
+        return 0
+    if ended := [(rank, status) for rank, status in sorted(found.items()) if status > 0]:
+        return ended[0][1]
+    if found:
+        rank, status = next(iter(found.items()))
+        raise MnistDistError(f"process {rank} was ended by {signal.Signals(-status).name}")
+    reason = " ".join(str(failed[0]).split())[:300]
+    raise MnistDistError(f"Ray gave up after {len(starts)} starts ({reason}): see `ray status`, and Ray's logs on "
+                         f"{platform.node()}")

@@ -1,0 +1,177 @@
+"""A run on a Ray cluster: the same bits and lines, whatever is lost; what will not go away is not tried again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import psutil
+import pytest
+from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched, result_of, run_here
+
+from mnist_dist import runner
+from mnist_dist.record.checkpoint import load_newest
+
+OPTIONS = ["--reproducible", "--batch-size", 10, "--checkpoint-every", "20steps", "--resume", "--wandb", "disabled"]
+EPOCHS, MANY_EPOCHS = 12, 60  # many: until Ray has noticed that a node is back
+
+
+class Cluster:
+    """Two nodes of one core each, and what is started on them."""
+
+    def __init__(self):
+        pytest.importorskip("ray", reason="needs Ray: pip install 'mnist-dist[ray]'")
+        self.mark = uuid.uuid4().hex
+        self.environment = {**os.environ, runner.MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        self.process = self.popen(ROOT / "tests" / "ray_cluster.py")
+        self.address = self.process.stdout.readline().strip()
+
+    def popen(self, *words, **environment):
+        return subprocess.Popen([sys.executable, *map(str, words)], env={**self.environment, **environment}, text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                start_new_session=True)
+
+    def do(self, word):
+        """Carry out `remove` or `add`."""
+        print(word, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+    def train(self, folder, *words, processes=2):
+        """The driver of a run there."""
+        return self.popen("-m", "mnist_dist", "train", "--launcher", "ray", "--processes", processes, *OPTIONS, *words,
+                          "--output-dir", folder, RAY_ADDRESS=self.address)
+
+    def ranks(self):
+        """The processes of a run, by rank."""
+        found = {}
+        for process in runner.tree(self.mark):
+            try:
+                if "mnist_dist" in process.cmdline() and (rank := process.environ().get("RANK")):
+                    found[int(rank)] = process
+            except psutil.Error:
+                continue
+        return found
+
+    def end(self):
+        runner.end_tree(self.mark)
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    cluster = Cluster()
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture(scope="module")
+def alone(small_dir, tmp_path_factory):
+    """For a number of epochs: the model of a run on one process that nothing disturbs."""
+    @functools.cache
+    def model(epochs):
+        folder = tmp_path_factory.mktemp("alone")
+        done = mnist_dist("train", *OPTIONS, "--epochs", epochs, "--data-dir", small_dir, "--output-dir", "run",
+                          cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return (folder / "run" / "model.safetensors").read_bytes()
+
+    return model
+
+
+def lines(folder):
+    return len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
+
+
+def wait_for(driver, folder, number, deadline=90.0):
+    """Until so many epochs are done."""
+    until = time.monotonic() + deadline
+    while lines(folder) < number:
+        assert driver.poll() is None and time.monotonic() < until, driver.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--processes", "2"], "--launcher ray needs --output-dir"),
+    (["--processes", "2:1", "--output-dir", "run"], "--processes must be a whole number at least 1, or LEAST:MOST"),
+    (["--processes", "2", "--output-dir", "run", "--machines", "2"], "--launcher ray has the cluster's machines"),
+    (["--processes", "1:3", "--output-dir", "run", "--batch-size", "2"], "--batch-size 2 is smaller than"),
+    (["--max-restarts", "x", "--output-dir", "run"], "--max-restarts must be a whole number at least 0, got 'x'"),
+])
+def test_what_is_wrong_is_said_before_ray_starts(words, said, capsys):
+    assert run_here(["train", "--launcher=ray", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_ray(tmp_path):
+    """Here a module of Ray's name that does not import."""
+    (tmp_path / "ray.py").write_text("raise ImportError")
+    done = mnist_dist_launched("train", "--launcher", "ray", "--output-dir", "run", cwd=tmp_path,
+                               PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert_one_line_error(done, "--launcher ray needs Ray: pip install 'mnist-dist[ray]'")
+
+
+FAULTS = ["none", "process 0", "process 1", "worker", "node", "node and back"]
+
+
+@pytest.mark.parametrize("fault", [
+    pytest.param(fault, marks=pytest.mark.long if fault == "process 1" else pytest.mark.faults)
+    for fault in FAULTS])
+def test_a_run_on_two_nodes_has_the_same_bits(fault, cluster, alone, small_dir, tmp_path):
+    run, epochs = tmp_path / "run", MANY_EPOCHS if "back" in fault else EPOCHS
+    driver = cluster.train(run, "--epochs", epochs, "--max-restarts", 3, "--data-dir", small_dir,
+                           processes="1:2" if "node" in fault else 2)
+    wait_for(driver, run, 3)
+    assert sorted(cluster.ranks()) == [0, 1]
+    if fault.startswith("process"):
+        cluster.ranks()[int(fault[-1])].kill()
+    elif fault == "worker":
+        cluster.ranks()[1].parent().kill()
+    elif fault.startswith("node"):
+        cluster.do("remove")
+        wait_for(driver, run, lines(run) + 2)
+        cluster.do("add")
+    printed, errors = driver.communicate(timeout=180)
+    print(printed, errors)
+    assert driver.returncode == 0, errors
+    result_of(run)
+    assert (run / "model.safetensors").read_bytes() == alone(epochs) and lines(run) == epochs
+    assert printed.count("2 processes on") >= (1 if fault in ("none", "node") else 2)
+    assert "Traceback" not in errors and cluster.ranks() == {}
+
+
+@pytest.mark.long
+def test_what_will_not_go_away_is_tried_once(cluster, small_dir, tmp_path):
+    run = tmp_path / "run"
+    driver = cluster.train(run, "--epochs", 3, "--lr", "1e30", "--max-restarts", 3, "--data-dir", small_dir)
+    printed, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 3 and printed.count("2 processes on") == 1
+    assert [line for line in errors.splitlines() if "error" in line] == errors.splitlines()
+    assert errors.count("mnist-dist: error: ") == 1 and cluster.ranks() == {}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_leaves_a_checkpoint(number, cluster, small_dir, tmp_path):
+    run = tmp_path / "run"
+    driver = cluster.train(run, "--epochs", 10_000, "--data-dir", small_dir)
+    wait_for(driver, run, 2)
+    driver.send_signal(number)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 128 + number, errors
+    assert f"stopped by {number.name} after step" in errors and load_newest(run / "checkpoints", print) is not None
+    assert cluster.ranks() == {}
+
+
+@pytest.mark.faults
+def test_a_cluster_that_is_too_small_and_one_that_is_not_there(cluster, small_dir, tmp_path):
+    driver = cluster.train(tmp_path / "run", "--data-dir", small_dir, processes=3)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 2 and "3 processes need 3 CPUs, and Ray's cluster has 2" in errors
+    done = mnist_dist_launched("train", "--launcher", "ray", "--output-dir", "run", cwd=tmp_path,
+                               RAY_ADDRESS="127.0.0.1:9")
+    assert_one_line_error(done, "Ray's cluster at 127.0.0.1:9 is not reached")
