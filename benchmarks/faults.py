@@ -74,11 +74,10 @@ class Campaign:
         """Seconds from the start to `when`: 0 is the start, 1 the first step, 2 the end of a whole training."""
         ready = [start.to_first_step for start in self.starts
                  if start.processes == processes and start.to_first_step is not None]
-        alone = self.starts[0] if self.starts else None  # what is compared with: it is not killed
-        training = alone.seconds - alone.to_first_step if alone and alone.to_first_step else 0.0
-        guess = alone.to_first_step * (processes + 1) / 2 if alone and alone.to_first_step else 0.0  # on two cores
-        to_first_step = statistics.median(ready) if ready else guess
-        return min(when, 1.0) * to_first_step + max(when - 1.0, 0.0) * training
+        alone = self.starts[0]  # what is compared with: it is not killed
+        first_step_alone = alone.to_first_step or alone.seconds
+        to_first_step = statistics.median(ready or [first_step_alone * (processes + 1) / 2])  # a guess, for two cores
+        return min(when, 1.0) * to_first_step + max(when - 1.0, 0.0) * (alone.seconds - first_step_alone)
 
 
 def result_of(folder: Path, tracked: bool) -> dict[str, Any]:

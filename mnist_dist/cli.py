@@ -23,7 +23,7 @@ from mnist_dist import __version__
 from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_passwords
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
-from mnist_dist.processes.spawn import PORT, local_number, read_machines, runs_on_cpu, spawn
+from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
 from mnist_dist.record.config_file import merged, read_config
 from mnist_dist.study.grid import AXES
 from mnist_dist.worker import any_left
@@ -222,18 +222,20 @@ def _on_ray(given: argparse.Namespace, argv: Sequence[str], launch: Launch, conf
     """Start the processes on a Ray cluster; the exit status. Raises `UserError`."""
     from mnist_dist.processes import ray_launcher
 
-    least, _, most = (given.processes or "1").rpartition(":")
-    least = least or most
-    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+    if (several := least_and_most(given.processes or "1")) is None:
         raise UserError(f"--processes must be a whole number at least 1, or LEAST:MOST, got {given.processes!r}")
+    (least, most), restarts = several, int(given.max_restarts or 0)
     if given.machines or given.machine_rank or given.address:
         raise UserError("--launcher ray has the cluster's machines: remove --machines, --machine-rank and --address")
     if config.output_dir is None:
         raise UserError("--launcher ray needs --output-dir: a folder that all nodes of the cluster share")
-    for size in range(int(least), int(most) + 1):
+    if (restarts or least < most) and not config.resume:
+        raise UserError("--max-restarts and LEAST:MOST processes on Ray need --resume: each start goes on from the "
+                        "newest checkpoint")
+    for size in range(least, most + 1):
         config.global_batch_size(size)
-    group = ray_launcher.Group(int(least), int(most), on_gpus=not runs_on_cpu(launch))
-    return ray_launcher.launch(argv, group, Path(config.output_dir).resolve(), int(given.max_restarts or 0))
+    group = ray_launcher.Group(least, most, on_gpus=not runs_on_cpu(launch))
+    return ray_launcher.launch(argv, group, Path(config.output_dir).resolve(), restarts)
 
 
 def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:

@@ -73,6 +73,11 @@ def mnist_dist_launched(*words: object, cwd: Path, timeout: float = 120, **envir
                **{**child_environment(), **environment})
 
 
+def epochs_of(folder: Path) -> int:
+    """How many epochs the run there has recorded so far."""
+    return len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
+
+
 def run_here(words: Sequence[str]) -> int:
     """`mnist-dist WORDS` in this process; the exit status. `main` would end the process if a thread of W&B is left."""
     return cli._status(words)[0]

@@ -62,9 +62,12 @@ class Board:
         """How a process has ended."""
         self.statuses[start][rank] = status
 
-    def wanted(self, signal_number: int = 0) -> int:
-        """The signal that the processes shall get, 0 if none; the driver sets it."""
-        self.signal = signal_number or self.signal
+    def stop(self, signal_number: int) -> None:
+        """The processes shall get this signal."""
+        self.signal = signal_number
+
+    def wanted(self) -> int:
+        """The signal that the processes shall get, 0 if none."""
         return self.signal
 
     def news(self) -> tuple[list[tuple[str, bool]], list[dict[int, int]]]:
@@ -87,7 +90,7 @@ def work(job: dict[str, Any]) -> None:
     environment = {**child_environment(), **variables_of(
         rank=rank, size=size, local_rank=context.get_local_rank(), local_size=local_size, address=address, port=port,
         restart=start, max_restarts=job["max_restarts"], on_cpu=not job["on_gpus"])}
-    environment["OMP_NUM_THREADS"] = str(job["threads"] or max(1, num_cores() // local_size))
+    environment["OMP_NUM_THREADS"] = job["threads"] or str(max(1, num_cores() // local_size))
     process = subprocess.Popen([sys.executable, "-m", "mnist_dist", *job["arguments"]], cwd=job["folder"], text=True,
                                env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
@@ -143,9 +146,8 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
         _check(group, folder)
         board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_on_node(
             ray.get_runtime_context().get_node_id())).remote()
-        threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
         job = {"board": board, "arguments": [*arguments], "folder": os.getcwd(), "max_restarts": max_restarts,
-               "on_gpus": group.on_gpus, "threads": threads}
+               "on_gpus": group.on_gpus, "threads": os.environ.get("OMP_NUM_THREADS")}
         size = group.most if group.least == group.most else (group.least, group.most)
         kind: Any = trainers.DataParallelTrainer  # its annotations are those of an earlier Ray Train
         trainer = kind(
@@ -154,7 +156,7 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
             run_config=train.RunConfig(name=uuid.uuid4().hex, storage_path=str(folder / "ray"),
                                        failure_config=train.FailureConfig(max_failures=max_restarts),
                                        logging_config=train.LoggingConfig(log_level="ERROR")))
-        return _follow(trainer, board)
+        return _follow(trainer, board, max_restarts)
     finally:
         ray.shutdown()
 
@@ -162,15 +164,17 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
 def _connect(group: Group) -> None:
     import ray
 
-    own: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {
+    address = os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {} if address else {
         "address": "local", "num_cpus": max(group.most, num_cores()), "include_dashboard": False}
     try:
         ray.init(**own, logging_level=logging.ERROR, log_to_driver=False,
                  runtime_env={"env_vars": {"PYTHONPATH": child_environment()["PYTHONPATH"]}})
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Ray's cluster at {os.environ.get('RAY_ADDRESS')} is not reached ({reason}): see `ray status` "
-                        "there, or unset RAY_ADDRESS to run on this machine") from None
+        raise UserError(f"Ray's cluster at {address} is not reached ({reason}): see `ray status` there, or unset "
+                        "RAY_ADDRESS to run on this machine" if address else f"Ray does not start here ({reason})"
+                        ) from None
 
 
 def _on_node(node: str) -> Any:
@@ -199,15 +203,14 @@ def _check(group: Group, folder: Path) -> None:
         mark.unlink()
     if blind := [node["NodeManagerHostname"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
         raise UserError(f"{', '.join(blind)} does not see {folder}: give an --output-dir on a file system that all "
-                        "nodes of the cluster share, because the processes go on from its checkpoints on any of them"
-                        )
+                        "nodes of the cluster share, because the processes go on from its checkpoints on any of them")
 
 
 def _sees(path: str) -> bool:
     return Path(path).exists()
 
 
-def _follow(trainer: Any, board: Any) -> int:
+def _follow(trainer: Any, board: Any, max_restarts: int) -> int:
     """Print what the processes print, and pass signals on, until Ray has done; the exit status."""
     import ray
 
@@ -229,11 +232,11 @@ def _follow(trainer: Any, board: Any) -> int:
             for line, is_error in lines:
                 print(line, end="", flush=True, file=sys.stderr if is_error else sys.stdout)
             if signals.number and until == float("inf"):
-                ray.get(board.wanted.remote(signals.number))
+                ray.get(board.stop.remote(signals.number))
                 until = time.monotonic() + GRACE_SECONDS
             if is_done or time.monotonic() > until:
                 break
-            if any(status not in FINAL for status in starts[-1].values()) if starts[told:] else False:
+            if told < len(starts) <= max_restarts and not set(FINAL).issuperset(starts[-1].values()):
                 told = len(starts)
                 print(f"mnist-dist: Ray looks for a new group: for {GROUP_SECONDS} s of the same size", file=sys.stderr)
             time.sleep(POLL_SECONDS)

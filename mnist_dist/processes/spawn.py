@@ -36,17 +36,24 @@ class Machines(NamedTuple):
         return self.least < self.number and bool(self.port)
 
 
+def least_and_most(text: str) -> tuple[int, int] | None:
+    """`N` is (N, N), and `LEAST:MOST` what it says; None if it is neither, or less than 1."""
+    least, _, most = text.rpartition(":")
+    least = least or most
+    return (int(least), int(most)) if (
+        least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)) else None
+
+
 def read_machines(number: str | None, rank: str | None, address: str | None) -> Machines:
     """The values of --machines, M or LEAST:MOST, --machine-rank and --address, HOST[:PORT]. Raises `UserError`."""
     if number is None and rank is None and address is None:
         return Machines()
-    least, _, number = (number or "").rpartition(":")
-    least = least or number
-    if not (number.isdecimal() and least.isdecimal() and 1 <= int(least) <= int(number)):
-        raise UserError(f"--machines must be a whole number at least 1, or LEAST:MOST, got {least and number!r}: give "
+    if (several := least_and_most(number or "")) is None:
+        raise UserError(f"--machines must be a whole number at least 1, or LEAST:MOST, got {number or ''!r}: give "
                         "the same on each machine")
-    if rank is None or not rank.isdecimal() or int(rank) >= int(number):
-        raise UserError(f"--machine-rank must be a whole number from 0 to {int(number) - 1} with --machines {number}, "
+    least, most = several
+    if rank is None or not rank.isdecimal() or int(rank) >= most:
+        raise UserError(f"--machine-rank must be a whole number from 0 to {most - 1} with --machines {most}, "
                         f"got {rank!r}: give another one on each machine")
     if address is None:
         raise UserError("--machines needs --address HOST or HOST:PORT, which all machines reach machine 0 by: give the "
@@ -57,7 +64,7 @@ def read_machines(number: str | None, rank: str | None, address: str | None) -> 
     host = host.strip("[]")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--address must be HOST or HOST:PORT with a port from 1 to 65535, got {address!r}")
-    return Machines(int(number), int(rank), host, int(port), int(least))
+    return Machines(most, int(rank), host, int(port), least)
 
 
 def runs_on_cpu(launch: Launch) -> bool:

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 from hosts import Hosts
-from support import ROOT, TRAIN, mnist_dist, result_of, write_idx_folder
+from support import ROOT, TRAIN, epochs_of, mnist_dist, result_of, write_idx_folder
 
 from mnist_dist.cli import run
 from mnist_dist.errors import UserError
@@ -244,14 +244,11 @@ def test_a_machine_goes_and_comes_back(launcher, attempt, small_dir, tmp_path):
              "--batch-size", 10]
     alone = mnist_dist("train", *OPTIONS[:-1], "alone", *words, "--wandb", "disabled", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    metrics = tmp_path / "run" / "metrics.jsonl"
-
-    def epochs():
-        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    run = tmp_path / "run"
 
     def wait_for(number):
         until = time.monotonic() + 90
-        while epochs() < number:
+        while epochs_of(run) < number:
             assert time.monotonic() < until and first.poll() is None
             time.sleep(0.05)
 
@@ -260,7 +257,7 @@ def test_a_machine_goes_and_comes_back(launcher, attempt, small_dir, tmp_path):
         first, second = (start(hosts, number, *words, **how) for number in hosts.numbers)
         wait_for(2)
         second.kill()
-        wait_for(epochs() + 3)
+        wait_for(epochs_of(run) + 3)
         second = start(hosts, 2, *words, **how)
         found, _ = ended([first, second])
     assert [status for status, *_ in found] == [0, 0]
@@ -268,4 +265,4 @@ def test_a_machine_goes_and_comes_back(launcher, attempt, small_dir, tmp_path):
     for name in ("run", "alone"):
         result_of(tmp_path / name)
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "alone"))
-    assert ours == theirs and epochs() == 30
+    assert ours == theirs and epochs_of(run) == 30

@@ -12,7 +12,7 @@ import uuid
 
 import psutil
 import pytest
-from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched, result_of, run_here
+from support import ROOT, assert_one_line_error, epochs_of, mnist_dist, mnist_dist_launched, result_of, run_here
 
 from mnist_dist import runner
 from mnist_dist.record.checkpoint import load_newest
@@ -83,14 +83,10 @@ def alone(small_dir, tmp_path_factory):
     return model
 
 
-def lines(folder):
-    return len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
-
-
 def wait_for(driver, folder, number, deadline=90.0):
     """Until so many epochs are done."""
     until = time.monotonic() + deadline
-    while lines(folder) < number:
+    while epochs_of(folder) < number:
         assert driver.poll() is None and time.monotonic() < until, driver.communicate()
         time.sleep(0.05)
 
@@ -99,7 +95,9 @@ def wait_for(driver, folder, number, deadline=90.0):
     (["--processes", "2"], "--launcher ray needs --output-dir"),
     (["--processes", "2:1", "--output-dir", "run"], "--processes must be a whole number at least 1, or LEAST:MOST"),
     (["--processes", "2", "--output-dir", "run", "--machines", "2"], "--launcher ray has the cluster's machines"),
-    (["--processes", "1:3", "--output-dir", "run", "--batch-size", "2"], "--batch-size 2 is smaller than"),
+    (["--processes", "1:3", "--resume", "--output-dir", "run", "--batch-size", "2"], "--batch-size 2 is smaller than"),
+    (["--processes", "1:2", "--output-dir", "run"], "--max-restarts and LEAST:MOST processes on Ray need --resume"),
+    (["--max-restarts", "3", "--output-dir", "run"], "--max-restarts and LEAST:MOST processes on Ray need --resume"),
     (["--max-restarts", "x", "--output-dir", "run"], "--max-restarts must be a whole number at least 0, got 'x'"),
 ])
 def test_what_is_wrong_is_said_before_ray_starts(words, said, capsys):
@@ -133,13 +131,13 @@ def test_a_run_on_two_nodes_has_the_same_bits(fault, cluster, alone, small_dir, 
         cluster.ranks()[1].parent().kill()
     elif fault.startswith("node"):
         cluster.do("remove")
-        wait_for(driver, run, lines(run) + 2)
+        wait_for(driver, run, epochs_of(run) + 2)
         cluster.do("add")
     printed, errors = driver.communicate(timeout=180)
     print(printed, errors)
     assert driver.returncode == 0, errors
     result_of(run)
-    assert (run / "model.safetensors").read_bytes() == alone(epochs) and lines(run) == epochs
+    assert (run / "model.safetensors").read_bytes() == alone(epochs) and epochs_of(run) == epochs
     assert printed.count("2 processes on") >= (1 if fault in ("none", "node") else 2)
     assert "Traceback" not in errors and cluster.ranks() == {}
 

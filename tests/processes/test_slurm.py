@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Slurm, missing
-from support import ROOT, mnist_dist, result_of
+from support import ROOT, epochs_of, mnist_dist, result_of
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 EPOCHS = 30
@@ -31,10 +31,6 @@ def alone(small_dir, tmp_path_factory):
     return (folder / "run" / "model.safetensors").read_bytes()
 
 
-def lines(folder):
-    return len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
-
-
 def wait_until(what, deadline=180.0):
     until = time.monotonic() + deadline
     while not what():
@@ -50,7 +46,7 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
                        cwd=tmp_path)
     run = tmp_path / "runs" / f"slurm-{job}"
     if fault != "none":
-        wait_until(lambda: lines(run) >= 3 or not slurm.state(job))
+        wait_until(lambda: epochs_of(run) >= 3 or not slurm.state(job))
     if fault == "requeue":
         assert slurm.ask("scontrol", "requeue", job) == ""
     elif fault == "time limit":  # SLURM sends the signal that --signal asks for
@@ -62,6 +58,6 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
     printed = (tmp_path / "out.txt").read_text()
     print(printed)
     result_of(run)
-    assert (run / "model.safetensors").read_bytes() == alone and lines(run) == EPOCHS
+    assert (run / "model.safetensors").read_bytes() == alone and epochs_of(run) == EPOCHS
     assert printed.count("2 processes on") == (1 if fault == "none" else 2)
     assert ("continuing after step" in printed) == (fault != "none")
