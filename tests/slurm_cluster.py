@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -79,7 +80,7 @@ class Slurm:
         self.folder, self.mark, self.daemons = folder, uuid.uuid4().hex, []
         self.environment = {**os.environ, runner.MARK: self.mark, "SLURM_CONF": str(folder / "slurm.conf"),
                             "MASTER_ADDR": own_address(),  # the nodes' names have none here
-                            "PYTHONPATH": str(ROOT), "PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"}
+                            "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         for name in ("state", "n1", "n2"):
             (folder / name).mkdir(parents=True)
         folder.chmod(0o755)  # munge refuses another

@@ -27,6 +27,7 @@ from mnist_dist.processes.launch import child_environment, num_cores, variables_
 from mnist_dist.processes.signals import StopSignals
 
 POLL_SECONDS = 0.2  # between two looks at the board
+ANSWER_SECONDS = 10.0  # for a cluster's port to take a connection
 GROUP_SECONDS = 20  # that Ray waits for a group of the same size after a loss, before it makes a smaller one
 GROW_SECONDS = 20.0  # between two looks whether the cluster has room for a larger group
 GRACE_SECONDS = 30.0  # after a signal, for the processes to leave a checkpoint
@@ -91,9 +92,12 @@ def work(job: dict[str, Any]) -> None:
         rank=rank, size=size, local_rank=context.get_local_rank(), local_size=local_size, address=address, port=port,
         restart=start, max_restarts=job["max_restarts"], on_cpu=not job["on_gpus"])}
     environment["OMP_NUM_THREADS"] = job["threads"] or str(max(1, num_cores() // local_size))
+    # Ray blocks SIGINT in its workers, and a process inherits what is blocked
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     process = subprocess.Popen([sys.executable, "-m", "mnist_dist", *job["arguments"]], cwd=job["folder"], text=True,
                                env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     threading.Thread(target=_pass_signals, args=(process, board), daemon=True).start()
     readers = [threading.Thread(target=_pass_lines, args=(pipe, board, pipe is process.stderr), daemon=True)
                for pipe in (process.stdout, process.stderr)]
@@ -167,10 +171,13 @@ def _connect(group: Group) -> None:
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {} if address else {
         "address": "local", "num_cpus": max(group.most, num_cores()), "include_dashboard": False}
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
+        if port.isdecimal():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(**own, logging_level=logging.ERROR, log_to_driver=False,
                  runtime_env={"env_vars": {"PYTHONPATH": child_environment()["PYTHONPATH"]}})
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"Ray's cluster at {address} is not reached ({reason}): see `ray status` there, or unset "
                         "RAY_ADDRESS to run on this machine" if address else f"Ray does not start here ({reason})"
