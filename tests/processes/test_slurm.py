@@ -50,9 +50,10 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
     if fault == "requeue":
         assert slurm.ask("scontrol", "requeue", job) == ""
     elif fault == "time limit":  # SLURM sends the signal that --signal asks for
-        assert slurm.ask("scancel", "--signal=USR1", job) == ""
+        assert slurm.ask("scancel", "--batch", "--signal=USR1", job) == ""
     elif fault == "preemption":
-        other = slurm.submit("--partition=high", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 1", cwd=tmp_path)
+        other = slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1",
+                             cwd=tmp_path)
         wait_until(lambda: not slurm.state(other))
     wait_until(lambda: not slurm.state(job))
     printed = (tmp_path / "out.txt").read_text()
