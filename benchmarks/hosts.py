@@ -95,7 +95,8 @@ class Hosts:
 
     def limit(self, number: int, mbit: float) -> None:
         """What this host sends and receives is limited to so many Mbit/s."""
-        burst = max(8192, int(mbit * 1e6 / 8 / 100))  # bytes: what may pass within a tick of the kernel's clock
+        # Bytes that may pass at once after a pause: of 1 ms, or the exchanges of a gradient pass faster than the link.
+        burst = max(8192, int(mbit * 1e6 / 8 / 1000))
         for name, link in ((self.namespace(number), LINK), (self.switch, f"to{number}")):
             subprocess.run(["tc", "-n", name, "qdisc", "replace", "dev", link, "root", "tbf", "rate", f"{mbit}mbit",
                             "burst", str(burst), "latency", "400ms"], check=True, capture_output=True, timeout=20)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.links DATA_DIR OUTPUT.json [--mbit 10,100,1000] [--repeats 3]
 
-Two machines are network namespaces, whose links let through so many Mbit/s. On each link, in turns: the doctor measures
-the all-reduce; two trainings run at the same time that know nothing of each other; and both machines train together, at
-twice the batch. Predicted is a step alone, plus the doctor's time for an all-reduce of the gradient. Needs root.
+Two machines are network namespaces. In each turn, on links without a limit and then on links of so many Mbit/s, the
+doctor measures the all-reduce of the gradient, and both machines train together. Predicted for a link is the step on
+links without a limit, plus what the doctor's all-reduce takes longer on this link. Needs root.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mnist_dist.study.fabric import from_doctor
 from mnist_dist.tables import cell, spread, table
 
 ADDRESS, TIMEOUT_SECONDS = "10.77.0.1", 300.0
-BATCH, SECONDS = 200, 12.0  # of a process; of a training, about
+BATCH, SECONDS = 200, 12.0  # samples of a process in a step; of a training, about
 OPTIONS = ["--dataset", "mnist", "--compile", "off", "--wandb", "disabled", "--checkpoint-every", "never", "--epochs",
            "1000"]
 
@@ -52,11 +52,11 @@ def step_ms(folder: Path) -> float:
     return 1000 * summary["global_batch_size"] / summary["samples_per_second"]
 
 
-def measured(mbit: float, data_dir: str, scratch: Path) -> dict[str, float]:
-    """One turn on this link: milliseconds."""
-    data = ["--data-dir", data_dir]
-    with Hosts(scratch, 2) as hosts:
-        for number in hosts.numbers:
+def measured(mbit: float | None, data_dir: Path) -> dict[str, float]:
+    """On links of so many Mbit/s, or without a limit, milliseconds: all-reduce of 4 bytes, of the gradient, a step."""
+    data = ["--data-dir", data_dir.resolve()]
+    with tempfile.TemporaryDirectory() as scratch, Hosts(Path(scratch), 2) as hosts:
+        for number in hosts.numbers if mbit else ():
             hosts.limit(number, mbit)
         said = on_both(hosts, *(["doctor", "--json", "--wandb", "disabled", *data, *together(number)]
                                 for number in hosts.numbers))[0]
@@ -65,13 +65,10 @@ def measured(mbit: float, data_dir: str, scratch: Path) -> dict[str, float]:
             raise RuntimeError(said)
         exchange = 1000 * fabric.seconds(fabric.gradient_bytes)
         steps = int(max(30, min(1000, 1000 * SECONDS / (exchange + 3))))
-        on_both(hosts, *(["train", *OPTIONS, *data, "--batch-size", BATCH, "--max-steps", 1000, "--output-dir",
-                          scratch / f"alone{number}"] for number in hosts.numbers))
         on_both(hosts, *(["train", *OPTIONS, *data, "--batch-size", 2 * BATCH, "--max-steps", steps, "--output-dir",
-                          scratch / "both", *together(number)] for number in hosts.numbers))
-    alone = max(step_ms(scratch / f"alone{number}") for number in (1, 2))
-    return {"latency_ms": 1000 * fabric.points[0][1], "exchange_ms": exchange, "alone_ms": alone,
-            "predicted_ms": alone + exchange, "measured_ms": step_ms(scratch / "both")}
+                          Path(scratch, "both"), *together(number)] for number in hosts.numbers))
+        return {"latency_ms": 1000 * fabric.points[0][1], "exchange_ms": exchange,
+                "measured_ms": step_ms(Path(scratch, "both"))}
 
 
 def _rates(text: str) -> list[float]:
@@ -92,9 +89,12 @@ def main() -> int:
     found: dict[float, list[dict[str, float]]] = {rate: [] for rate in given.mbit}
     try:
         for turn in range(given.repeats):
+            free = measured(None, given.data_dir)
             for rate in found:
-                with tempfile.TemporaryDirectory() as scratch:
-                    found[rate].append(measured(rate, str(given.data_dir.resolve()), Path(scratch)))
+                link = measured(rate, given.data_dir)
+                longer = link["exchange_ms"] - free["exchange_ms"]
+                found[rate].append({**link, "free_exchange_ms": free["exchange_ms"], "free_ms": free["measured_ms"],
+                                    "predicted_ms": free["measured_ms"] + longer})
                 print(turn, rate, found[rate][-1], file=sys.stderr, flush=True)
                 replace_json(given.output, {"machine": describe(), "batch_per_process": BATCH,
                                             "links": [{"mbit": one, "turns": turns} for one, turns in found.items()]})
@@ -111,10 +111,10 @@ def markdown(found: dict[float, list[dict[str, Any]]]) -> list[str]:
     for rate, turns in found.items():
         off = [100 * (one["predicted_ms"] / one["measured_ms"] - 1) for one in turns]
         lines.append([f"{rate:,.0f} Mbit/s", *(cell(spread([one[name] for one in turns])) for name in (
-            "latency_ms", "exchange_ms", "alone_ms", "predicted_ms", "measured_ms")),
+            "latency_ms", "exchange_ms", "free_exchange_ms", "free_ms", "predicted_ms", "measured_ms")),
             "{:+.1f} ({:+.1f} to {:+.1f})".format(*spread(off))])
-    return table(["link", "doctor: 4 bytes, ms", "doctor: the gradient, ms", "a step alone, ms", "predicted, ms",
-                  "measured, ms", "predicted / measured - 1, %"], lines)
+    return table(["link", "doctor: 4 bytes, ms", "doctor: the gradient, ms", "the same without a limit, ms",
+                  "a step without a limit, ms", "predicted, ms", "measured, ms", "predicted / measured - 1, %"], lines)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
 from mnist_dist.record.config_file import merged, read_config
-from mnist_dist.study.grid import AXES
+from mnist_dist.study.grid import AXES, LAUNCHERS
 from mnist_dist.worker import any_left
 
 # options of training that a study sets for each run
@@ -112,6 +112,12 @@ def build_parser() -> Parser:
                        "--output-dir, and leaves a result.json (docs/studies.md); words after -- go to it")
     study.add_argument("--cell-timeout", metavar="SECONDS", default="3600", help="end a run that takes longer (default "
                        "3600)")
+    study.add_argument("--launcher", choices=(*LAUNCHERS,), default="torch", help="what starts a run: torch, on this "
+                       "machine; slurm, as tasks of job arrays, many at a time; ray, on its cluster (default torch)")
+    study.add_argument("--sbatch", metavar="OPTIONS", default="", help="with --launcher slurm: options of sbatch, as "
+                       "--sbatch='--partition=gpu --gpus-per-task=1'")
+    study.add_argument("--print", action="store_true", help="with --launcher slurm: print the scripts, and submit "
+                       "nothing")
     study.add_argument("--oversubscribe", action="store_true", help="also more processes than cores")
     study.add_argument("--order-seed", metavar="N", default="0", help="seed of the runs' random order (default 0)")
     study.add_argument("--hold-out", **HOLD_OUT)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,6 +164,7 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
         return _follow(trainer, board, max_restarts)
     finally:
         ray.shutdown()
+        shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray's own notes: a run continues from its checkpoints
 
 
 def _connect(group: Group) -> None:

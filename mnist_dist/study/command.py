@@ -15,9 +15,9 @@ from mnist_dist.config import TrainConfig, checked, flag_of
 from mnist_dist.errors import UserError, without_passwords
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid, HoldOut
-from mnist_dist.study.launches import look_at_machine
+from mnist_dist.study.launches import Machine, look_at_machine
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
-from mnist_dist.study.study import Request, run_study
+from mnist_dist.study.study import Request, print_scripts, run_study
 from mnist_dist.study.table import JSONL, hold_out_of, read_table
 
 T = TypeVar("T")
@@ -37,7 +37,10 @@ def study(given: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run, continue or print a study; returns the exit status. Raises `MnistDistError`."""
     request = request_from(given, argv)
     need_statistics()
-    machine = look_at_machine(read_launch().use_cpu)
+    machine = look_at_machine(read_launch().use_cpu) if given.launcher == "torch" else Machine(0, 0, given.launcher)
+    if given.print:
+        print_scripts(request, machine)
+        return 0
     return run_study(request, machine, dry_run=given.dry_run)
 
 
@@ -88,6 +91,11 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     if given.quick:
         _take_quick(given, training)
     script, rest = given.script, tuple(given.rest)
+    if given.launcher != "torch" and (given.quick or script is not None):
+        raise UserError(f"--launcher {given.launcher} is for grids of mnist-dist's own training, got "
+                        f"{'--quick' if given.quick else f'--script {script}'}: drop one of the two")
+    if given.launcher != "slurm" and (given.sbatch or given.print):
+        raise UserError(f"{'--sbatch' if given.sbatch else '--print'} is for --launcher slurm: add it, or drop this")
     if script is None and rest:
         raise UserError(f"words after -- are for a --script, got {shlex.join(rest)}: drop them, or name the script")
     if script is not None and not Path(script).is_file():
@@ -112,6 +120,8 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     tracking = {name: training.pop(name) for name in TRACKING if script is not None and name in training}
     fixed = {flag_of(name): without_passwords(value) if isinstance(value, str) else value
              for name, value in training.items() if name not in TRACKING}
+    if given.launcher != "torch":
+        fixed["--launcher"] = given.launcher
     words = [_word(name, value) for name, value in training.items()]
     if script is None:
         TrainConfig(**training)  # what is wrong for every cell is an error
@@ -124,7 +134,7 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         script=script, hold_out=hold_out(given.hold_out), command=without_passwords(shlex.join(["mnist-dist", *argv])),
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
-        quick=given.quick,
+        quick=given.quick, sbatch=tuple(shlex.split(given.sbatch)),
         tracking=TrainConfig(**{"wandb_group": group, **tracking}),
         check=_check(training) if script is None else lambda cell: None,
     )

@@ -21,6 +21,8 @@ ROLES = ("repeat", "first", "last")  # of a planned run
 # option of a study: of training
 AXES = {"lrs": "lr", "lr_rules": "lr_rule", "mixed_precisions": "mixed_precision", "compiles": "compile"}
 
+LAUNCHERS = {"torch": "this machine", "slurm": "SLURM's queue", "ray": "Ray's cluster"}  # what starts runs, and where
+
 Options = tuple[tuple[str, str], ...]  # option of training to its value, for the axes that are studied
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,26 +22,36 @@ from typing import Any
 
 from mnist_dist import runner
 from mnist_dist.config import flag_of
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, without_passwords
 from mnist_dist.processes.launch import child_environment, num_cores
-from mnist_dist.study.grid import PlannedRun
+from mnist_dist.record.files import replace_json
+from mnist_dist.study.grid import LAUNCHERS, PlannedRun
 from mnist_dist.study.table import read_contract
 
-OUTPUT = "output.txt"
+OUTPUT, OUTCOME = "output.txt", "outcome.json"
 DOCTOR_SECONDS = 180.0  # it takes less than 60
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a study may use: a process on each of its GPUs, or without GPUs on its cores."""
+    """What a study may use: a process on each of its GPUs, or without GPUs on its cores; or what a launcher gives it,
+    which only the launcher knows.
+    """
 
     gpus: int
     cores: int
+    launcher: str = "torch"
 
     @property
     def devices(self) -> tuple[int, str]:
         """How many of what: (8, "GPUs") or (2, "cores")."""
+        if self.launcher != "torch":
+            return sys.maxsize, "cores"
         return (self.gpus, "GPUs") if self.gpus else (self.cores, "cores")
+
+    def __str__(self) -> str:
+        count, kind = self.devices
+        return f"{count} {kind}" if self.launcher == "torch" else LAUNCHERS[self.launcher]
 
 
 def look_at_machine(use_cpu: bool) -> Machine:
@@ -58,8 +69,11 @@ def look_at_machine(use_cpu: bool) -> Machine:
     return Machine(count, num_cores())
 
 
-def command_of(run: PlannedRun, folder: Path, options: Sequence[str], script: str | None) -> list[str]:
-    """The command of a run. Repeats of our own training have seeds that follow on the study's."""
+def command_of(run: PlannedRun, folder: Path, options: Sequence[str], script: str | None, launcher: str = "torch"
+               ) -> list[str]:
+    """The command of a run; in a job of SLURM's, for `slurm`. Repeats of our own training have seeds that follow on the
+    study's.
+    """
     cell = run.cell
     words = [*options, *(f"{flag_of(name)}={value}" for name, value in cell.options),
              f"--batch-size={cell.global_batch_size}", f"--output-dir={folder}"]
@@ -67,8 +81,12 @@ def command_of(run: PlannedRun, folder: Path, options: Sequence[str], script: st
         if run.role == "repeat":
             seed = next((int(word.removeprefix("--seed=")) for word in options if word.startswith("--seed=")), 0)
             words.append(f"--seed={seed + run.number - 1}")
-        several = [f"--processes={cell.processes}"] if cell.processes > 1 else []
-        return [sys.executable, "-m", "mnist_dist", "train", *words, *several]
+        if launcher == "ray" or (launcher == "torch" and cell.processes > 1):
+            words.append(f"--processes={cell.processes}")
+        if launcher == "ray":
+            words.append("--launcher=ray")
+        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks={cell.processes}"] if launcher == "slurm" else []
+        return [*srun, sys.executable, "-m", "mnist_dist", "train", *words]
     if cell.processes == 1:
         return [sys.executable, script, *words]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.processes}",
@@ -90,7 +108,7 @@ def environment_of(run: PlannedRun, machine: Machine, mark: str, script: str | N
 def _environment(machine: Machine, mark: str) -> dict[str, str]:
     marks = [os.environ.get(runner.MARK), mark]  # the study may belong to a tree itself
     environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks))}
-    if not machine.gpus:
+    if not machine.gpus and machine.launcher == "torch":
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment
 
@@ -134,6 +152,12 @@ def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: di
             reason = str(error)
     return {"status": "failed" if reason else "completed", "reason": " ".join(reason.split())[:500],
             "started": begun.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}
+
+
+def write_outcome(folder: Path, outcome: dict[str, Any], command: Sequence[str]) -> None:
+    """Write down how a run ended, with its command: without paths of this machine, or a password."""
+    typed = shlex.join("python" if word == sys.executable else word for word in command)
+    replace_json(folder / OUTCOME, {**outcome, "command": without_passwords(typed)})
 
 
 def whole_result(run: PlannedRun, folder: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import re
 import secrets
-import shlex
+import shutil
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -24,16 +25,26 @@ from filelock import FileLock, Timeout
 
 from mnist_dist import runner
 from mnist_dist.config import TrainConfig
-from mnist_dist.errors import MnistDistError, UserError, without_passwords
+from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.files import read_json, replace_json
+from mnist_dist.study import slurm
 from mnist_dist.study.fabric import fabric_of, from_doctor
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible, run_of
-from mnist_dist.study.launches import Machine, command_of, environment_of, examine, start, whole_result
+from mnist_dist.study.launches import (
+    OUTCOME,
+    Machine,
+    command_of,
+    environment_of,
+    examine,
+    start,
+    whole_result,
+    write_outcome,
+)
 from mnist_dist.study.quick import SECONDS, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
 from mnist_dist.study.words import counted
 
-STUDY, LOG, RUNS, OUTCOME = "study.json", "study.log", "runs", "outcome.json"
+STUDY, LOG, RUNS = "study.json", "study.log", "runs"
 # For an estimate before any run: a start, and what a step and a sample cost on a CPU core pair, in seconds.
 START_SECONDS, STEP_SECONDS, SAMPLE_SECONDS, UNKNOWN_SAMPLES = 6.0, 1.5e-3, 5e-6, 60_000
 UNTIL_TARGET = 300_000  # samples of a run that ends at its target, roughly
@@ -57,6 +68,7 @@ class Request:
     seconds: float = math.inf  # no run is started that would end later, in seconds of runs
     tracking: TrainConfig  # its options of W&B are for the run there that holds the study's table and report
     check: Callable[[Cell], None]  # raises `UserError` for a cell that the training refuses
+    sbatch: tuple[str, ...] = ()  # options of sbatch, for a study in SLURM's queue
 
 
 @dataclass
@@ -72,6 +84,7 @@ class Study:
     grids: list[dict[str, Any]] = field(default_factory=list)  # each command, with its seed and date
     runs: list[PlannedRun] = field(default_factory=list)  # all of them, in their order
     impossible: dict[Cell, str] = field(default_factory=dict)
+    jobs: list[slurm.Job] = field(default_factory=list)  # whose runs are in SLURM's queue, or not looked at since
     _rows: dict[str, Row] = field(default_factory=dict)  # as read: a study of many runs reads each once
 
     def save(self) -> None:
@@ -80,6 +93,7 @@ class Study:
             "mark": self.mark, "script": self.script, "fixed": self.fixed, "grids": self.grids,
             "hold_out": self.hold_out.values, "fabric": self.fabric,
             "runs": [{**run.cell.as_row(), "role": run.role, "number": run.number} for run in self.runs],
+            "jobs": [{"number": job.number, "runs": job.runs} for job in self.jobs],
             "impossible": [{**cell.as_row(), "reason": reason} for cell, reason in self.impossible.items()],
         }
         replace_json(self.folder / STUDY, values)
@@ -139,6 +153,7 @@ def open_study(folder: Path) -> Study:
             HoldOut(values.get("hold_out", {})), values.get("fabric"), values["grids"],
             [run_of(run) for run in values["runs"]],
             {cell_of(cell): cell["reason"] for cell in values["impossible"]},
+            [slurm.job_of(job) for job in values.get("jobs", [])],
         )
     except FileNotFoundError:
         return Study(folder)
@@ -208,9 +223,8 @@ def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> lis
     rows = study.rows()
     done = {row["run"] for row in rows if row["status"] == "completed"}
     pending = [run for run in study.runs if run.name not in done]
-    count, kind = machine.devices
     cells = sorted({run.cell for run in study.runs}, key=lambda cell: cell.place)
-    say(f"{len(cells)} cells, {len(study.runs)} runs on {count} {kind}, of which {len(study.runs) - len(pending)} are "
+    say(f"{len(cells)} cells, {len(study.runs)} runs on {machine}, of which {len(study.runs) - len(pending)} are "
         f"done; the others take about {say_duration(estimate(pending, rows, study.fixed))}")
     for cell in cells:
         own = [run for run in study.runs if run.cell == cell]
@@ -233,6 +247,14 @@ def requests(request: Request, study: Study, machine: Machine) -> Iterator[Reque
         yield replace(request, grid=first_look(devices), cell_timeout=min(request.cell_timeout, SECONDS / 4))
     grid, hold_out = choose(study.rows(), devices)
     yield replace(request, grid=grid, hold_out=request.hold_out or hold_out, seconds=SECONDS)
+
+
+def print_scripts(request: Request, machine: Machine) -> None:
+    """Print what the study would give to SLURM's queue, if nothing of it were there yet."""
+    study = open_study(request.folder)
+    extend(study, request, machine)
+    for _, script in slurm.scripts(study.runs, study.folder, request.options, request.cell_timeout):
+        print(script)
 
 
 def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
@@ -258,7 +280,8 @@ def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
 
 def _run(request: Request, machine: Machine) -> int:
     study = open_study(request.folder)
-    runner.end_tree(study.mark)  # of a study that was killed, runs may be left
+    if machine.launcher != "slurm":
+        runner.end_tree(study.mark)  # of a study that was killed, runs may be left
     grids = requests(request, study, machine)
     grid = next(grids)
     extend(study, grid, machine)
@@ -278,7 +301,8 @@ def _run(request: Request, machine: Machine) -> int:
                 study.save()
                 _do_pending(study, further, machine, say)
         except KeyboardInterrupt as stop:
-            raise Interrupted(signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT) from None
+            raise Interrupted(signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT, study.jobs
+                              ) from None
         finally:
             signal.signal(signal.SIGTERM, before)
             rows = study.rows()
@@ -300,8 +324,10 @@ def _run(request: Request, machine: Machine) -> int:
 class Interrupted(MnistDistError):
     """Ctrl-C or SIGTERM ended the study."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}: the same command continues the study")
+    def __init__(self, number: int, jobs: Sequence[slurm.Job] = ()) -> None:
+        there = (f"; `scancel {' '.join(job.number for job in jobs)}` ends its runs, which stay in SLURM's queue"
+                 if jobs else "")
+        super().__init__(f"stopped by {signal.Signals(number).name}: the same command continues the study{there}")
         self.exit_status = 128 + number
 
 
@@ -316,6 +342,9 @@ def _terminate(number: int, frame: object) -> None:
 def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[[str], None]) -> None:
     """The runs that are planned and not done, as long as there is time for them."""
     pending = show_plan(study, machine, say)
+    if machine.launcher == "slurm":
+        _do_in_queue(study, pending, request, machine, say)
+        return
     _look_at_fabric(study, max((run.cell.processes for run in pending), default=1), machine, say)
     for done, run in enumerate(pending, 1):
         left = request.seconds
@@ -335,7 +364,7 @@ def _look_at_fabric(study: Study, processes: int, machine: Machine, say: Callabl
     own training only: the size of another one's gradient is not known.
     """
     known = fabric_of(study.fabric)
-    if study.script is not None or processes <= (known.processes if known else 1):
+    if study.script is not None or machine.launcher != "torch" or processes <= (known.processes if known else 1):
         return
     try:
         findings = examine(processes, study.folder, machine, study.mark)
@@ -355,9 +384,7 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
         left: Sequence[PlannedRun]) -> None:
     """One run: its outcome is written, its row added, and a line printed."""
     folder = study.run_folder(run)
-    command = command_of(run, folder, request.options, request.script)
-    # a table is shown to others: no paths of this machine, no password
-    typed = without_passwords(shlex.join(["python", *command[1:]]))
+    command = command_of(run, folder, request.options, request.script, machine.launcher)
     outcome: dict[str, Any] = {"status": "failed", "reason": "stopped by Ctrl-C or SIGTERM", "started": None,
                                "seconds": None}
     if sys.stdout.isatty():
@@ -366,14 +393,58 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
         outcome = start(run, folder, command, environment_of(run, machine, study.mark, request.script),
                         request.cell_timeout)
     finally:
-        replace_json(folder / OUTCOME, {**outcome, "command": typed})
+        write_outcome(folder, outcome, command)
         study.forget(run)
+    _add_row(study, run, say, place, left)
+
+
+def _add_row(study: Study, run: PlannedRun, say: Callable[[str], None], place: str, left: Sequence[PlannedRun] = ()
+             ) -> None:
+    """The run is over: write the table with it, and a line."""
     rows = study.rows()
     write_table(study.folder, rows)
-    if outcome["status"] == "completed":
-        rate = next(rate_of(row) for row in rows if row["run"] == run.name)
+    row = next(row for row in rows if row["run"] == run.name)
+    if row["status"] == "completed":
+        rate = rate_of(row)
         what = "nothing measured" if rate is None else f"{rate:,.0f} samples/s"
     else:
-        what = f"failed: {outcome['reason']}"
+        what = f"failed: {row['reason']}"
+    took = "" if row["seconds"] is None else f", {row['seconds']:.1f} s"
     rest = f"; about {say_duration(estimate(left, rows, study.fixed))} left" if left else ""
-    say(f"{place} {run.name}: {what}, {outcome['seconds']:.1f} s{rest}")
+    say(f"{place} {run.name}: {what}{took}{rest}")
+
+
+def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, machine: Machine,
+                 say: Callable[[str], None]) -> None:
+    """Submit the runs that are not in SLURM's queue, and wait for all. What has failed since another command of this
+    study submitted it gets its row; the next command submits it again.
+    """
+    submitted = {name for job in study.jobs for name in job.runs}
+    new = [run for run in pending if run.name not in submitted]
+    for names, script in slurm.scripts(new, study.folder, request.options, request.cell_timeout):
+        for name in names:
+            shutil.rmtree(study.folder / RUNS / name, ignore_errors=True)
+        study.jobs.append(slurm.submit(names, script, request.sbatch))
+        study.forget()
+        study.save()
+        say(f"SLURM's job {study.jobs[-1].number}: {counted(len(names), 'run')}")
+    by_name = {run.name: run for run in study.runs}
+    left = {job.task(name): by_name[name] for job in study.jobs for name in job.runs}
+    count, said = len(left), ""
+    while left:
+        try:
+            there = slurm.in_queue()
+        except UserError as error:
+            if str(error) != said:
+                say(f"{error}: the study waits")
+            said, there = str(error), set(left)
+        for task in [task for task in left if task not in there]:
+            run = left.pop(task)
+            folder = study.run_folder(run)
+            slurm.see_to_outcome(task, folder, command_of(run, folder, request.options, None, machine.launcher))
+            study.forget(run)
+            _add_row(study, run, say, f"[{count - len(left)}/{count}]")
+        if left:
+            time.sleep(slurm.POLL_SECONDS)
+    study.jobs.clear()
+    study.save()

@@ -75,7 +75,7 @@ FINDINGS = [  # of a doctor
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """`study --quick` in `tmp_path` with runs of the stand-in, on a machine with two cores."""
-    def command_of(run, folder, options, script):
+    def command_of(run, folder, options, script, launcher):
         alone = replace(run, cell=replace(run.cell, processes=1))  # a process says that it is several: much sooner
         words = launches.command_of(alone, folder, [], str(STAND_IN))
         return [*words, f"--processes={run.cell.processes}", *(["--trouble", trouble[0]] if trouble else [])]

@@ -1,0 +1,161 @@
+"""The runs of a study as job arrays of SLURM: `mnist-dist study --launcher slurm`.
+
+For each number of processes the study submits one script, an array with a task for each run. In a task, `python -m
+mnist_dist.study.slurm` starts the run with srun and writes how it ended, as a study on one machine does. So the queue
+needs nothing of the study's command, which only waits: it can end, and the same command waits again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.errors import UserError
+from mnist_dist.processes.launch import read_launch
+from mnist_dist.study.grid import PlannedRun
+from mnist_dist.study.launches import OUTCOME, command_of, environment_of, look_at_machine, start, write_outcome
+
+ANSWER_SECONDS = 60.0  # for a command of SLURM's
+POLL_SECONDS = 2.0  # between two looks at the queue
+SCRIPT = """#!/usr/bin/env bash
+#SBATCH --job-name=mnist-dist-study
+#SBATCH --array=0-{last}
+#SBATCH --ntasks={processes}
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --output={folder}/slurm-%A_%a.txt
+# Each task of the array is a run of the study in {folder}: a node to itself, as its rate is measured.
+# A task that is put back into the queue does its run from the beginning.
+export PYTHONPATH={path}
+# since SLURM 22.05 srun does not take it from the job
+if [[ ${{SLURM_CPUS_PER_TASK:-}} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+runs=({runs})
+{python} -m mnist_dist.study.slurm {folder} "${{runs[$SLURM_ARRAY_TASK_ID]}}" --job "$SLURM_JOB_ID" \\
+    --timeout {timeout:g} -- {options}
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An array in the queue: its number, and the run of each of its tasks."""
+
+    number: str
+    runs: tuple[str, ...]
+
+    def task(self, run: str) -> str:
+        """The task of this run, as SLURM's commands name it."""
+        return f"{self.number}_{self.runs.index(run)}"
+
+
+def job_of(values: Mapping[str, Any]) -> Job:
+    """The job of an entry of `study.json`. Its number is handed to commands: raises `ValueError` if it is none."""
+    if not re.fullmatch(r"\d+", values["number"], re.ASCII):
+        raise ValueError(f"{values['number']!r:.100} is not the number of a job")
+    return Job(values["number"], tuple(values["runs"]))
+
+
+def ask(*words: str, text: str | None = None) -> str:
+    """What a command of SLURM's prints. Raises `UserError`."""
+    try:
+        done = subprocess.run(words, input=text, text=True, capture_output=True, timeout=ANSWER_SECONDS)
+    except FileNotFoundError:
+        raise UserError(f"--launcher slurm needs SLURM's commands, and {words[0]} is not there: run the study on a "
+                        "machine from which you submit jobs") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{words[0]} has not answered for {ANSWER_SECONDS:g} s: see `sinfo`") from None
+    if done.returncode:
+        raise UserError(f"{words[0]}: {' '.join(done.stderr.split()) or f'exit status {done.returncode}'}")
+    return done.stdout
+
+
+def scripts(runs: Iterable[PlannedRun], folder: Path, options: Sequence[str], timeout: float
+            ) -> list[tuple[tuple[str, ...], str]]:
+    """For each number of processes: the names of its runs, and the script that does them."""
+    names: dict[int, list[str]] = {}
+    for run in runs:
+        names.setdefault(run.cell.processes, []).append(run.name)
+    root = Path(__file__).resolve().parents[2]
+    return [(tuple(of), SCRIPT.format(
+        last=len(of) - 1, processes=processes, folder=shlex.quote(str(folder.resolve())), timeout=timeout,
+        path=shlex.quote(str(root)) + "${PYTHONPATH:+:$PYTHONPATH}", runs=shlex.join(of),
+        python=shlex.quote(sys.executable), options=shlex.join(options))) for processes, of in sorted(names.items())]
+
+
+def submit(names: tuple[str, ...], script: str, options: Sequence[str]) -> Job:
+    """Give a script to the queue, with further options of sbatch. Raises `UserError`."""
+    said = ask("sbatch", "--parsable", *options, text=script)
+    return Job(said.strip().split(";")[0], names)
+
+
+def in_queue() -> set[str]:
+    """The tasks of arrays, as `12_3`, that this user has in the queue, or that run. Raises `UserError`."""
+    return set(ask("squeue", "--me", "--noheader", "--array", "--format=%F_%K").split())
+
+
+def facts(task: str) -> dict[str, str]:
+    """What SLURM knows of a job or a task: `JobState`, `PreemptTime` and more. Empty if it has forgotten it, as it does
+    some minutes after the end.
+    """
+    try:
+        return dict(re.findall(r"(\w+)=(\S*)", ask("scontrol", "--oneliner", "show", "job", task)))
+    except UserError:
+        return {}
+
+
+def ended_by_the_queue(known: Mapping[str, str]) -> str:
+    """Why a task that left no result ended, if SLURM ended it: `SLURM: CANCELLED`. Else ""."""
+    state = known.get("JobState", "")
+    return f"SLURM: {state}" if state not in ("", "RUNNING", "COMPLETING", "COMPLETED", "FAILED") else ""
+
+
+def see_to_outcome(task: str, folder: Path, command: Sequence[str]) -> None:
+    """The task has left the queue: if it could not write how its run ended, do that for it."""
+    if not (folder / OUTCOME).exists():
+        reason = ended_by_the_queue(facts(task)) or (
+            f"it left the queue without a result: see `sacct -j {task}`" if folder.exists() else
+            "it left the queue before it started, as after scancel")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_outcome(folder, {"status": "failed", "reason": reason, "started": None, "seconds": None}, command)
+
+
+def main(argv: Sequence[str]) -> int:
+    """A task of the array: does one run."""
+    from mnist_dist.study.study import open_study
+
+    parser = argparse.ArgumentParser(prog="python -m mnist_dist.study.slurm", description="A run of a study in a job.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("run")
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--timeout", type=float, required=True)
+    end = argv.index("--")
+    given, options = parser.parse_args(argv[:end]), argv[end + 1:]
+    study = open_study(given.folder)
+    run = next(run for run in study.runs if run.name == given.run)
+    folder = study.run_folder(run)
+    machine = look_at_machine(read_launch().use_cpu)
+    command = command_of(run, folder, options, None, "slurm")
+    # SLURM sends SIGTERM to all processes of a job that it ends: srun ends of it, and this process says why
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    outcome = start(run, folder, command, environment_of(run, machine, study.mark, None), given.timeout)
+    if outcome["status"] == "failed":
+        known = facts(given.job)
+        if known.get("PreemptTime", "None") != "None":  # SLURM forgets a preempted job that ends by itself
+            ask("scontrol", "requeue", given.job)
+            return 1
+        if known.get("JobState") == "PENDING":  # it is put back into the queue
+            return 1
+        outcome["reason"] = ended_by_the_queue(known) or outcome["reason"]
+    write_outcome(folder, outcome, command)
+    return 0 if outcome["status"] == "completed" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

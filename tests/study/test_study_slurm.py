@@ -1,0 +1,127 @@
+"""A study in SLURM's queue: the queue needs nothing of the command, and whatever ends a run is in its row."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Slurm, missing
+from support import run_here
+
+from mnist_dist.study.table import read_table
+
+GRID = ["--launcher", "slurm", "--batch-sizes", "10,20", "--processes", "1,2", "--wandb", "disabled"]
+
+
+def words(folder, *more):
+    return ["study", *GRID, "--output-dir", str(folder), *map(str, more)]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """SLURM's commands as scripts: makes one that is this bash."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def make(name, bash):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{bash}\n")
+        (tmp_path / name).chmod(0o755)
+
+    return make
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--quick"], "--launcher slurm is for grids of mnist-dist's own training, got --quick"),
+    (["--script", "train.py"], "--launcher slurm is for grids of mnist-dist's own training, got --script train.py"),
+    (["--launcher", "torch", "--print"], "--print is for --launcher slurm"),
+    (["--launcher", "ray", "--sbatch", "-p x"], "--sbatch is for --launcher slurm"),
+])
+def test_what_is_wrong_is_said(more, said, tmp_path, capsys):
+    drop = GRID[2:6] if "--quick" in more else []
+    assert run_here([word for word in words(tmp_path / "s", *more) if word not in drop]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_the_scripts_are_printed_and_nothing_is_submitted(tmp_path, capsys):
+    assert run_here(words(tmp_path / "s", "--repeats", 1, "--lr", "1e-3", "--print")) == 0
+    one, two = capsys.readouterr().out.split("#!/usr/bin/env bash\n")[1:]
+    assert "#SBATCH --array=0-3\n#SBATCH --ntasks=1\n" in one and "#SBATCH --array=0-1\n#SBATCH --ntasks=2\n" in two
+    assert "--lr=1e-3" in one and "b10-p2-repeat-1" in two and not (tmp_path / "s").exists()
+    for script in (one, two):
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_without_slurm_and_what_it_refuses(commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mnist_dist.study.slurm.POLL_SECONDS", 0.05)
+    commands("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
+    assert run_here(words(tmp_path / "s", "--sbatch=--partition=x")) == 2
+    assert "sbatch: sbatch: error: invalid partition specified: x" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert run_here(words(tmp_path / "s")) == 2
+    assert "--launcher slurm needs SLURM's commands, and sbatch is not there" in capsys.readouterr().err
+
+
+def test_what_left_the_queue_without_a_result_is_submitted_again_by_the_next_command(commands, tmp_path, monkeypatch,
+                                                                                     capsys):
+    """The controller does not answer at first; then it knows why one task ended, and has forgotten the others."""
+    monkeypatch.setattr("mnist_dist.study.slurm.POLL_SECONDS", 0.05)
+    commands("sbatch", f"cat > {tmp_path}/script; echo $* >> {tmp_path}/calls; wc -l < {tmp_path}/calls")
+    commands("squeue", f"[ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; echo 'no answer' >&2; exit 1; }}")
+    commands("scontrol", "[ $4 = 1_2 ] && echo 'JobId=7 JobState=OUT_OF_MEMORY Reason=None' || exit 1")
+    for _ in range(2):
+        assert run_here(words(tmp_path / "s", "--repeats", 1, "--sbatch=-p x")) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("squeue: no answer: the study waits") == 1
+    assert (tmp_path / "calls").read_text() == 4 * "--parsable -p x\n"
+    rows = read_table(tmp_path / "s")
+    assert len(rows) == 6 and {row["status"] for row in rows} == {"failed"}
+    assert all("it left the queue before it started" in row["reason"] for row in rows)
+    assert "SLURM: OUT_OF_MEMORY" in printed and json.loads((tmp_path / "s" / "study.json").read_text())["jobs"] == []
+
+
+@pytest.fixture
+def slurm():
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Slurm(Path(folder), 36827) as cluster:
+        yield cluster
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_a_study_whose_login_session_ends(slurm, small_dir, tmp_path):
+    """One run is cancelled while it runs, and one before it does; one is put back into the queue."""
+    folder = tmp_path / "s"
+    command = [sys.executable, "-m", "mnist_dist", *words(folder, "--repeats", 3, "--epochs", 2, "--data-dir",
+                                                          small_dir)]
+
+    def start():
+        return subprocess.Popen(command, env=slurm.environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+    def states():
+        lines = slurm.ask("squeue", "--noheader", "--array", "--format=%F_%K %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    login, until = start(), time.monotonic() + 60
+    while list(states().values()).count("RUNNING") < 2:
+        assert time.monotonic() < until, login.communicate()
+        time.sleep(0.2)
+    os.killpg(login.pid, signal.SIGKILL)
+    login.communicate()
+    running = [task for task, state in states().items() if state == "RUNNING"]
+    waiting = [task for task, state in states().items() if state == "PENDING"]
+    assert slurm.ask("scancel", running[0], waiting[-1]) == "" and slurm.ask("scontrol", "requeue", running[1]) == ""
+    printed, _ = start().communicate(timeout=400)
+    print(printed)
+    rows = read_table(folder)
+    assert len(rows) == 14 and [row["reason"] for row in rows if row["status"] == "failed"] == [
+        "SLURM: CANCELLED", "it left the queue before it started, as after scancel"]
+    assert all(row["summary"]["global_batch_size"] for row in rows if row["status"] == "completed")
+    assert (folder / "report.html").exists() and states() == {}
+    printed, _ = start().communicate(timeout=100)
+    assert "[2/2] " in printed and {row["status"] for row in read_table(folder)} == {"completed"}, printed
