@@ -321,7 +321,8 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
             print(f"mnist-dist: error: {' '.join(without_passwords(str(error)).split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(1.0)  # a launcher ends rank 0 when this one ends, and rank 0 has a line to print
-        return error.exit_status, at_once
+        is_final = error.exit_status == MnistDistError.exit_status and not isinstance(error, OfThisProcess)
+        return launch.final_status if is_final else error.exit_status, at_once
     except KeyboardInterrupt:
         return 130, at_once
     except BrokenPipeError:

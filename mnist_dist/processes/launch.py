@@ -23,6 +23,9 @@ MPI = (
 )
 
 
+FINAL_STATUS = "MNIST_DIST_FINAL_STATUS"  # of our own launchers
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """This process among those that its launcher started; without a launcher, the only one."""
@@ -36,6 +39,7 @@ class Launch:
     has_store: bool = False  # the launcher keeps the store in which they do
     max_restarts: int = 0  # how often the launcher starts all processes again if one is lost
     restart: int = 0  # how often it has done so
+    final_status: int = 1  # exit status for an error that stays the same in another start, if the launcher asks for one
     is_launched: bool = False  # by a launcher that starts the processes of a run (perhaps one)
     use_cpu: bool = False  # although there may be a GPU
     mixed_precision: str = "no"  # as the launcher says it, not checked: an option may replace it
@@ -77,7 +81,8 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
                     master_port=_number(environment, "MASTER_PORT") or 29500,
                     has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
                     max_restarts=_number(environment, "TORCHELASTIC_MAX_RESTARTS") or 0,
-                    restart=_number(environment, "TORCHELASTIC_RESTART_COUNT") or 0, is_launched=True, **common)
+                    restart=_number(environment, "TORCHELASTIC_RESTART_COUNT") or 0,
+                    final_status=_number(environment, FINAL_STATUS) or 1, is_launched=True, **common)
     for name, value in zip(TORCH, (launch.rank, launch.size, launch.local_rank, launch.local_size), strict=True):
         environment.setdefault(name, str(value))
     return launch
@@ -174,11 +179,12 @@ def number_asked_of_accelerate(environment: Mapping[str, str] = os.environ) -> i
 
 
 def variables_of(*, rank: int, size: int, local_rank: int, local_size: int, address: str, port: int, restart: int,
-                 max_restarts: int, on_cpu: bool) -> dict[str, str]:
+                 max_restarts: int, on_cpu: bool, final_status: int) -> dict[str, str]:
     """What torchrun sets, for a process that another launcher starts. Its processes make a store of their own."""
     values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size,
               "MASTER_ADDR": address, "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": restart,
-              "TORCHELASTIC_MAX_RESTARTS": max_restarts, "ACCELERATE_USE_CPU": str(on_cpu).lower()}
+              "TORCHELASTIC_MAX_RESTARTS": max_restarts, FINAL_STATUS: final_status,
+              "ACCELERATE_USE_CPU": str(on_cpu).lower()}
     return {name: str(value) for name, value in values.items()}
 
 

@@ -32,7 +32,8 @@ ANSWER_SECONDS = 10.0  # for a cluster's port to take a connection
 GROUP_SECONDS = 20  # that Ray waits for a group of the same size after a loss, before it makes a smaller one
 GROW_SECONDS = 20.0  # between two looks whether the cluster has room for a larger group
 GRACE_SECONDS = 30.0  # after a signal, for the processes to leave a checkpoint
-FINAL = (0, 2, 3)  # exit statuses that another start does not change: done, wrong use, diverged
+OTHER = 4  # what a process ends with instead of 1, if not because another process is lost: a full disk
+FINAL = (0, 2, 3, OTHER)  # exit statuses that another start does not change: done, wrong use, diverged
 
 
 class Group(NamedTuple):
@@ -91,7 +92,7 @@ def work(job: dict[str, Any]) -> None:
     local_size = context.get_local_world_size()
     environment = {**child_environment(), **variables_of(
         rank=rank, size=size, local_rank=context.get_local_rank(), local_size=local_size, address=address, port=port,
-        restart=start, max_restarts=job["max_restarts"], on_cpu=not job["on_gpus"])}
+        restart=start, max_restarts=job["max_restarts"], on_cpu=not job["on_gpus"], final_status=OTHER)}
     environment["OMP_NUM_THREADS"] = job["threads"] or str(max(1, num_cores() // local_size))
     # Ray blocks SIGINT in its workers, and a process inherits what is blocked
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -254,8 +255,8 @@ def _follow(trainer: Any, board: Any, max_restarts: int) -> int:
     found = {rank: status for rank, status in (starts[-1] if starts else {}).items() if status}
     if not failed and not found:
         return 0
-    if ended := [(rank, status) for rank, status in sorted(found.items()) if status > 0]:
-        return ended[0][1]
+    if ended := [status for _, status in sorted(found.items()) if status > 0]:
+        return MnistDistError.exit_status if ended[0] == OTHER else ended[0]
     if found:
         rank, status = next(iter(found.items()))
         raise MnistDistError(f"process {rank} was ended by {signal.Signals(-status).name}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import psutil
 import pytest
@@ -113,17 +115,20 @@ def test_without_ray(tmp_path):
     assert_one_line_error(done, "--launcher ray needs Ray: pip install 'mnist-dist[ray]'")
 
 
-FAULTS = ["none", "process 0", "process 1", "worker", "node", "node and back"]
+FAULTS = {"none": 1, "process 0": 1, "process 1": 1, "worker": 10, "node": 10, "node and back": 1}  # and how often
 
 
-@pytest.mark.parametrize("fault", [
-    pytest.param(fault, marks=pytest.mark.long if fault == "process 1" else pytest.mark.faults)
-    for fault in FAULTS])
-def test_a_run_on_two_nodes_has_the_same_bits(fault, cluster, alone, small_dir, tmp_path):
+@pytest.mark.parametrize(("fault", "attempt"), [
+    pytest.param(fault, attempt, marks=pytest.mark.long if fault == "process 1" else pytest.mark.faults)
+    for fault, times in FAULTS.items() for attempt in range(times)])
+def test_a_run_on_two_nodes_has_the_same_bits(fault, attempt, cluster, alone, small_dir, tmp_path):
+    """At a random moment of the run. Seconds that each takes: ./launch/test.sh -m faults -n 0 -s -k two_nodes"""
     run, epochs = tmp_path / "run", MANY_EPOCHS if "back" in fault else EPOCHS
+    moment, begin = random.Random(f"{fault} {attempt}"), time.monotonic()
     driver = cluster.train(run, "--epochs", epochs, "--max-restarts", 3, "--data-dir", small_dir,
                            processes="1:2" if "node" in fault else 2)
-    wait_for(driver, run, 3)
+    wait_for(driver, run, moment.randint(1, EPOCHS - 3))
+    time.sleep(moment.uniform(0, 0.3))
     assert sorted(cluster.ranks()) == [0, 1]
     if fault.startswith("process"):
         cluster.ranks()[int(fault[-1])].kill()
@@ -131,10 +136,13 @@ def test_a_run_on_two_nodes_has_the_same_bits(fault, cluster, alone, small_dir, 
         cluster.ranks()[1].parent().kill()
     elif fault.startswith("node"):
         cluster.do("remove")
-        wait_for(driver, run, epochs_of(run) + 2)
-        cluster.do("add")
+        if "back" in fault:
+            wait_for(driver, run, epochs_of(run) + 2)
+            cluster.do("add")
     printed, errors = driver.communicate(timeout=180)
-    print(printed, errors)
+    print(f"{printed}{errors}{fault}: {time.monotonic() - begin:.1f} s in all")
+    if fault == "node":
+        cluster.do("add")
     assert driver.returncode == 0, errors
     result_of(run)
     assert (run / "model.safetensors").read_bytes() == alone(epochs) and epochs_of(run) == epochs
@@ -142,14 +150,38 @@ def test_a_run_on_two_nodes_has_the_same_bits(fault, cluster, alone, small_dir, 
     assert "Traceback" not in errors and cluster.ranks() == {}
 
 
-@pytest.mark.long
-def test_what_will_not_go_away_is_tried_once(cluster, small_dir, tmp_path):
-    run = tmp_path / "run"
-    driver = cluster.train(run, "--epochs", 3, "--lr", "1e30", "--max-restarts", 3, "--data-dir", small_dir)
+@pytest.mark.parametrize(("what", "words", "status", "said"), [
+    pytest.param("diverged", ["--lr", "1e30"], 3, "training diverged: the loss is nan", marks=pytest.mark.long),
+    pytest.param("full disk", ["--checkpoint-every", "1epoch", "--dtype", "float64"], 1, "No space left on device",
+                 marks=pytest.mark.faults),
+    pytest.param("no data", ["--data-dir", "nowhere", "--dataset", "mnist", "--mirror", "http://127.0.0.1:9/"], 2,
+                 "127.0.0.1:9", marks=pytest.mark.faults)])
+def test_what_will_not_go_away_is_tried_once(what, words, status, said, cluster, small_disk, small_dir, tmp_path):
+    run = (small_disk if what == "full disk" else tmp_path) / "run"
+    driver = cluster.train(run, "--epochs", 9, "--max-restarts", 3, "--data-dir", small_dir, *words)
     printed, errors = driver.communicate(timeout=120)
-    assert driver.returncode == 3 and printed.count("2 processes on") == 1
-    assert [line for line in errors.splitlines() if "error" in line] == errors.splitlines()
-    assert errors.count("mnist-dist: error: ") == 1 and cluster.ranks() == {}
+    assert driver.returncode == status and printed.count("2 processes on") == (what != "no data"), errors
+    assert [line for line in errors.splitlines() if "error: " in line] == errors.splitlines()
+    assert errors.count("mnist-dist: error: ") == 1 and said in errors and cluster.ranks() == {}
+
+
+@pytest.mark.faults
+def test_a_node_that_does_not_see_the_folder_is_named(cluster, small_dir, tmp_path):
+    """Its own file system is mounted over it."""
+    hidden = tmp_path / "shared"
+    hidden.mkdir()
+    inside = 'mount -t tmpfs none "$1" && exec ray start --address="$2" --num-cpus=0 --block'
+    code = "import os, sys; os.execvp('unshare', ['unshare', '--mount', 'sh', '-c', *sys.argv[1:]])"
+    blind = cluster.popen("-c", code, inside, "sh", hidden, cluster.address,
+                          PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    until = time.monotonic() + 60
+    while "Ray runtime started" not in blind.stdout.readline():
+        assert blind.poll() is None and time.monotonic() < until, blind.communicate()
+    driver = cluster.train(hidden / "run", "--epochs", 1, "--data-dir", small_dir)
+    _, errors = driver.communicate(timeout=60)
+    blind.terminate()
+    blind.communicate(timeout=30)
+    assert driver.returncode == 2 and f"does not see {hidden / 'run'}: give an --output-dir on a file system" in errors
 
 
 @pytest.mark.faults

@@ -10,9 +10,13 @@ import pytest
 from slurm_cluster import Slurm, missing
 from support import ROOT, epochs_of, mnist_dist, result_of
 
+from mnist_dist import runner
+
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
-EPOCHS = 30
+EPOCHS = 60
 OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled", "--epochs", EPOCHS]
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+SOON = ["--time=1", "--signal=B:USR1@50"]  # the signal comes some ten seconds after the start
 BATCH = ["--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt"]
 
 
@@ -42,15 +46,13 @@ def wait_until(what, deadline=180.0):
     pytest.param(fault, marks=pytest.mark.long if fault == "requeue" else pytest.mark.faults)
     for fault in ("none", "requeue", "time limit", "preemption")])
 def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tmp_path):
-    job = slurm.submit("--nodes=2", *BATCH, ROOT / "launch" / "slurm.sbatch", *OPTIONS, "--data-dir", small_dir,
-                       cwd=tmp_path)
+    limits = SOON if fault == "time limit" else []
+    job = slurm.submit("--nodes=2", *BATCH, *limits, SCRIPT, *OPTIONS, "--data-dir", small_dir, cwd=tmp_path)
     run = tmp_path / "runs" / f"slurm-{job}"
     if fault != "none":
         wait_until(lambda: epochs_of(run) >= 3 or not slurm.state(job))
     if fault == "requeue":
         assert slurm.ask("scontrol", "requeue", job) == ""
-    elif fault == "time limit":  # SLURM sends the signal that --signal asks for
-        assert slurm.ask("scancel", "--batch", "--signal=USR1", job) == ""
     elif fault == "preemption":
         other = slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1",
                              cwd=tmp_path)
@@ -60,5 +62,24 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
     print(printed)
     result_of(run)
     assert (run / "model.safetensors").read_bytes() == alone and epochs_of(run) == EPOCHS
-    assert printed.count("2 processes on") == (1 if fault == "none" else 2)
+    starts = printed.count("2 processes on")
+    assert starts >= 2 if fault == "time limit" else starts == (1 if fault == "none" else 2)
     assert ("continuing after step" in printed) == (fault != "none")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("what", "words", "said"), [
+    ("a wrong option", ["--lr", "x"], "--lr must be a number"),
+    ("diverged", ["--lr", "1e30"], "training diverged: the loss is nan"),
+    ("full disk", ["--checkpoint-every", "1epoch", "--dtype", "float64"], "No space left on device")])
+def test_what_will_not_go_away_is_tried_once(what, words, said, slurm, small_disk, small_dir, tmp_path):
+    words = [*words, *(["--output-dir", small_disk / "run"] if what == "full disk" else [])]
+    job = slurm.submit("--nodes=2", *BATCH, SCRIPT, *OPTIONS, "--data-dir", small_dir, *words, cwd=tmp_path)
+    wait_until(lambda: not slurm.state(job))
+    printed = (tmp_path / "out.txt").read_text()
+    print(printed)
+    assert printed.count("mnist-dist: error: ") == 1 and said in printed
+    assert printed.count("2 processes on") == (what != "a wrong option") and "Traceback" not in printed
+    facts = slurm.ask("scontrol", "show", "job", job)
+    assert "JobState=FAILED" in facts and "Restarts=0" in facts
+    assert not [process for process in runner.tree(slurm.mark) if "mnist_dist" in process.cmdline()]

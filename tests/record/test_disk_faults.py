@@ -154,18 +154,6 @@ def test_calls_are_those_of_one_checkpoint(worker, tmp_path):
     assert ("fsync", 5) in found and ("fsync", 6) not in found, "three files and two folders"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for a run's two checkpoints, and not for the third, written before one goes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_full_disk_ends_the_run_with_a_line_and_it_goes_on(size, small_disk, small_dir, tmp_path):
     words = ["train", "--data-dir", small_dir, "--batch-size", 100, "--epochs", 5, "--wandb", "disabled",
