@@ -6,6 +6,7 @@ loop waits for the device: sums stay there until an epoch ends or a checkpoint i
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,6 +28,18 @@ from mnist_dist.training.steps import StepParts, exact, make_step, wants_compili
 
 WARMUP_STEPS = 5  # the first steps of a process allocate and tune: timed apart
 EVALUATION_BATCH = 1000  # images per rank: bounds memory, changes no result
+
+
+class Adam(torch.optim.Adam):
+    """PyTorch's Adam: the same functions, without the decorators that make each start import PyTorch's compiler, which
+    takes a second. They keep the compiler out of these functions, and ours does not come to them (see compiled.py).
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 class Trainer:
@@ -54,7 +67,7 @@ class Trainer:
         self.noise = NOT_KNOWN  # as of the last `train_loss`
         # fused also if the step is compiled: it decides on which device Adam's step counts are
         self.optimizer = accelerator.prepare_optimizer(
-            torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
+            Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
         self._start_adam()
         self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.sums, self.dtype,
