@@ -15,6 +15,7 @@ from support import ROOT, write_idx_folder
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mnist-dist-tests-")  # holds no Accelerate config
 os.environ["NETRC"] = os.devnull
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "mnist-dist-tests-compiled")))
 for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "MNIST_DIST_MIRROR", "ACCELERATE_USE_CPU"):
     os.environ.pop(name, None)
 

@@ -17,6 +17,7 @@ def main() -> None:
             cluster.remove_node(second, allow_graceful=False)
         else:
             second = cluster.add_node(num_cpus=1)
+            cluster.wait_for_nodes()
         print("done", flush=True)
 
 

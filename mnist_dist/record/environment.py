@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -34,6 +35,17 @@ def processor_name() -> str:
         lines = []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def processor_kind() -> str:
+    """A short name for processors that run the same code: two that only have the same name may not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    words = [platform.machine(), processor_name(), *sorted(features.split())]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 def git_commit() -> str | None:

@@ -25,9 +25,14 @@ class Gain:
         return steps * self.saved_seconds_per_step > self.compile_seconds
 
 
+def user_cache() -> Path:
+    """Our folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mnist_dist")
+
+
 def gains_file() -> Path:
     """In the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mnist_dist", "gpus.json")
+    return user_cache() / "gpus.json"
 
 
 def read_gain(device_name: str) -> Gain | None:

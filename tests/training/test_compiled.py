@@ -6,6 +6,7 @@ That it agrees with plain PyTorch to 1e-10 on 1, 2 and 3 processes is in test_ex
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +131,24 @@ def test_without_a_compiler_auto_goes_on_and_on_says_so(small_dir, tmp_path):
     assert "continuing with the plain step" in done.stderr
     result = result_of(tmp_path / "auto")
     assert result["environment"]["step"] == "plain" and len(result["epochs"]) == 1
+
+
+@pytest.mark.long
+def test_a_compiler_older_than_the_processor_and_code_in_the_users_cache(small_dir, tmp_path):
+    """The compiler refuses the widest vectors: then inductor tries what it knows."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in *avx512*|*amx*) echo "$*" >> {tmp_path}/refused; exit 1;; esac
+exec g++ "$@"
+""")
+    compiler.chmod(0o755)
+    trained(tmp_path, small_dir, "on", "--compile", "on", CXX=str(compiler), TORCHINDUCTOR_CACHE_DIR="",
+            XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert result_of(tmp_path / "on")["environment"]["step"] == "compiled"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert (tmp_path / "refused").exists() == ("avx512f" in flags)
+    (kind,) = (tmp_path / "cache" / "mnist_dist" / "compiled").iterdir()
+    assert list(kind.rglob("*.so")) and not (tmp_path / "torchinductor_root").exists()
 
 
 @pytest.mark.long

@@ -7,7 +7,9 @@ passes it is two functions, with one flat gradient between them. docs/performanc
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +20,8 @@ from torch.func import functional_call, grad_and_value
 from torch.optim.adam import adam
 
 from mnist_dist.errors import UserError
+from mnist_dist.record.environment import processor_kind
+from mnist_dist.record.gains import user_cache
 from mnist_dist.training.noise import squared_norms
 from mnist_dist.training.sampling import NO_INDEX
 from mnist_dist.training.steps import StepParts
@@ -27,6 +31,8 @@ from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 # makes it keep them, and halves a step at batch 1 (its default is 30).
 INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
 
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # environment variable: inductor's cache
 
 # Exceptions of torch: there is no compiler, or it fails. By name, because they differ between versions.
 NO_COMPILER = {"CppCompileError", "InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton"}
@@ -43,6 +49,35 @@ def compiler_failure(error: BaseException) -> str | None:
     return None
 
 
+def keep_compiled_code() -> None:
+    """Have inductor keep its code in the user's cache: its own folder for temporary files is lost when a machine starts
+    again. One folder for each kind of processor, for which the code is made: machines may share the user's files.
+    """
+    if not os.environ.get(CACHE):
+        folder = user_cache() / "compiled" / processor_kind()
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ[CACHE] = str(folder)
+
+
+def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
+    """Inductor's code for a graph. It is trusted that the C++ compiler knows the vector instructions of the processor:
+    inductor compiles a program for each of them to see that, which takes a third of a first start.
+    """
+    try:
+        return torch._inductor.compile(graph, examples, options={**INDUCTOR_OPTIONS, "cpp.vec_isa_ok": True})
+    except Exception as error:
+        if compiler_failure(error) is None:
+            raise
+        from torch._inductor import cpu_vec_isa
+
+        with contextlib.suppress(AttributeError):  # what inductor remembers of them, as torch 2.6 to 2.15 have it
+            cpu_vec_isa.valid_vec_isa_list.cache_clear()
+            for kind in {kind for isa in cpu_vec_isa.supported_vec_isa_list for kind in type(isa).__mro__}:
+                getattr(vars(kind).get("__bool__"), "cache_clear", bool)()
+        return torch._inductor.compile(graph, examples, options=INDUCTOR_OPTIONS)
+
+
 def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Callable[..., Sequence[Tensor]]:
     """`function`, which returns a tensor or nothing, compiled for arguments like `varying`, without being run.
 
@@ -56,7 +91,7 @@ def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Ca
     torch.compiler.reset()  # otherwise it counts as a recompilation of a function compiled earlier in this process
 
     def backend(graph: Any, examples: Any) -> Callable[..., list[Tensor]]:
-        captured["graph"] = torch._inductor.compile(graph, examples, options=INDUCTOR_OPTIONS)
+        captured["graph"] = compile_graph(graph, examples)
 
         def remember(*inputs: Tensor) -> list[Tensor]:
             captured["inputs"] = inputs
@@ -108,6 +143,7 @@ class CompiledStep:
                                     device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         begin = time.perf_counter()
+        keep_compiled_code()
         try:
             self._compile()
         except Exception as error:
