@@ -18,28 +18,25 @@ def campaign(output, data_dir, *words):
     return done.returncode, json.loads((output / "faults.json").read_text())
 
 
-def test_a_short_plan(small_dir, tmp_path):
-    status, found = campaign(tmp_path / "out", small_dir, "--kills", 1, "--seed", 17299, "--batch-size", 10)
+@pytest.mark.long
+def test_a_short_plan_and_one_whose_reference_is_changed(small_dir, tmp_path):
+    words = ["--kills", 1, "--seed", 17299, "--batch-size", 10]
+    status, found = campaign(tmp_path / "out", small_dir, *words)
     assert status == 0 and found["wrong"] == [] and found["runs"] >= 1 <= found["kills"]
     assert len(found["reference"]["lines"]) == EPOCHS
-    if not found["reference"]["history"]:
+    history = found["reference"]["history"]
+    before = {"runs": 0, "starts": found["starts"][:1], "reference": {**found["reference"], "model": "0" * 64}}
+    (tmp_path / "out" / "faults.json").write_text(json.dumps({**found, **before}))
+    status, found = campaign(tmp_path / "out", small_dir, *words)
+    assert status == 1 and len(found["wrong"]) == found["runs"] and "another model" in found["wrong"][0]
+    if not history:
         pytest.skip("all is right but W&B's history: this version of wandb cannot read its own files back, 0.31 can")
-    assert len(found["reference"]["history"]) == EPOCHS
+    assert len(history) == EPOCHS
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_a_longer_plan(mnist_dir, tmp_path):
     """The same command goes on where it was ended: here at its end."""
     status, found = campaign(tmp_path / "out", mnist_dir, "--kills", 5, "--seed", 1)
     assert status == 0 and found["wrong"] == [] and found["kills"] >= 5
     assert campaign(tmp_path / "out", mnist_dir, "--kills", 5, "--seed", 1) == (0, found)
-
-
-@pytest.mark.long
-def test_a_run_that_has_come_to_something_else_is_found(small_dir, tmp_path):
-    words = ["--kills", 1, "--seed", 17299, "--batch-size", 10]
-    _, found = campaign(tmp_path / "out", small_dir, *words)
-    before = {"runs": 0, "starts": found["starts"][:1], "reference": {**found["reference"], "model": "0" * 64}}
-    (tmp_path / "out" / "faults.json").write_text(json.dumps({**found, **before}))
-    status, found = campaign(tmp_path / "out", small_dir, *words)
-    assert status == 1 and len(found["wrong"]) == found["runs"] and "another model" in found["wrong"][0]

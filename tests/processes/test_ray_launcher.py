@@ -151,7 +151,7 @@ def test_a_run_on_two_nodes_has_the_same_bits(fault, attempt, cluster, alone, sm
 
 
 @pytest.mark.parametrize(("what", "words", "status", "said"), [
-    pytest.param("diverged", ["--lr", "1e30"], 3, "training diverged: the loss is nan", marks=pytest.mark.long),
+    pytest.param("diverged", ["--lr", "1e30"], 3, "training diverged: the loss is nan", marks=pytest.mark.faults),
     pytest.param("full disk", ["--checkpoint-every", "1epoch", "--dtype", "float64"], 1, "No space left on device",
                  marks=pytest.mark.faults),
     pytest.param("no data", ["--data-dir", "nowhere", "--dataset", "mnist", "--mirror", "http://127.0.0.1:9/"], 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -13,8 +14,8 @@ from support import ROOT, epochs_of, mnist_dist, result_of
 from mnist_dist import runner
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
-EPOCHS = 60
-OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled", "--epochs", EPOCHS]
+EPOCHS, MANY_EPOCHS = 20, 60  # many: until the signal has come
+OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled"]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 SOON = ["--time=1", "--signal=B:USR1@50"]  # the signal comes some ten seconds after the start
 BATCH = ["--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt"]
@@ -28,11 +29,16 @@ def slurm():
 
 @pytest.fixture(scope="module")
 def alone(small_dir, tmp_path_factory):
-    """The model of a run on one process that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("alone")
-    done = mnist_dist("train", *OPTIONS, "--data-dir", small_dir, "--output-dir", "run", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return (folder / "run" / "model.safetensors").read_bytes()
+    """For a number of epochs: the model of a run on one process that nothing disturbs."""
+    @functools.cache
+    def model(epochs):
+        folder = tmp_path_factory.mktemp("alone")
+        done = mnist_dist("train", *OPTIONS, "--epochs", epochs, "--data-dir", small_dir, "--output-dir", "run",
+                          cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return (folder / "run" / "model.safetensors").read_bytes()
+
+    return model
 
 
 def wait_until(what, deadline=180.0):
@@ -46,8 +52,9 @@ def wait_until(what, deadline=180.0):
     pytest.param(fault, marks=pytest.mark.long if fault == "requeue" else pytest.mark.faults)
     for fault in ("none", "requeue", "time limit", "preemption")])
 def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tmp_path):
-    limits = SOON if fault == "time limit" else []
-    job = slurm.submit("--nodes=2", *BATCH, *limits, SCRIPT, *OPTIONS, "--data-dir", small_dir, cwd=tmp_path)
+    limits, epochs = (SOON, MANY_EPOCHS) if fault == "time limit" else ([], EPOCHS)
+    job = slurm.submit("--nodes=2", *BATCH, *limits, SCRIPT, *OPTIONS, "--epochs", epochs, "--data-dir", small_dir,
+                       cwd=tmp_path)
     run = tmp_path / "runs" / f"slurm-{job}"
     if fault != "none":
         wait_until(lambda: epochs_of(run) >= 3 or not slurm.state(job))
@@ -61,7 +68,7 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
     printed = (tmp_path / "out.txt").read_text()
     print(printed)
     result_of(run)
-    assert (run / "model.safetensors").read_bytes() == alone and epochs_of(run) == EPOCHS
+    assert (run / "model.safetensors").read_bytes() == alone(epochs) and epochs_of(run) == epochs
     starts = printed.count("2 processes on")
     assert starts >= 2 if fault == "time limit" else starts == (1 if fault == "none" else 2)
     assert ("continuing after step" in printed) == (fault != "none")
@@ -74,7 +81,8 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
     ("full disk", ["--checkpoint-every", "1epoch", "--dtype", "float64"], "No space left on device")])
 def test_what_will_not_go_away_is_tried_once(what, words, said, slurm, small_disk, small_dir, tmp_path):
     words = [*words, *(["--output-dir", small_disk / "run"] if what == "full disk" else [])]
-    job = slurm.submit("--nodes=2", *BATCH, SCRIPT, *OPTIONS, "--data-dir", small_dir, *words, cwd=tmp_path)
+    job = slurm.submit("--nodes=2", *BATCH, SCRIPT, *OPTIONS, "--epochs", EPOCHS, "--data-dir", small_dir, *words,
+                       cwd=tmp_path)
     wait_until(lambda: not slurm.state(job))
     printed = (tmp_path / "out.txt").read_text()
     print(printed)
