@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 
+import ray
 from ray.cluster_utils import Cluster
 
 
 def main() -> None:
-    """Obeys until standard input ends. `remove` kills the second node, as a machine that is lost."""
+    """Obeys until standard input ends. `remove` kills the second node, as a machine that is lost; `add` waits until the
+    cluster knows that one is lost and another is there.
+    """
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     print(cluster.address, flush=True)
     for line in sys.stdin:
         if line.strip() == "remove":
             cluster.remove_node(second, allow_graceful=False)
         else:
             second = cluster.add_node(num_cpus=1)
-            cluster.wait_for_nodes()
+            while sum(node["Alive"] for node in ray.nodes()) != 2 or ray.cluster_resources().get("CPU") != 2:
+                time.sleep(0.1)
         print("done", flush=True)
 
 
