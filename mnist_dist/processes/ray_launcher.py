@@ -8,6 +8,7 @@ on this machine, takes what the processes print and how they have ended, and tel
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -29,6 +30,7 @@ from mnist_dist.processes.signals import StopSignals
 
 POLL_SECONDS = 0.2  # between two looks at the board
 ANSWER_SECONDS = 10.0  # for a cluster's port to take a connection
+LOOK_SECONDS = 30.0  # for a node to say whether it sees the run's folder
 GROUP_SECONDS = 20  # that Ray waits for a group of the same size after a loss, before it makes a smaller one
 GROW_SECONDS = 20.0  # between two looks whether the cluster has room for a larger group
 GRACE_SECONDS = 30.0  # after a signal, for the processes to leave a checkpoint
@@ -205,13 +207,18 @@ def _check(group: Group, folder: Path) -> None:
     (folder / "ray").mkdir(parents=True, exist_ok=True)
     mark = folder / "ray" / f"seen-{uuid.uuid4().hex}"
     mark.touch()
+    look = ray.remote(num_cpus=0)(_sees)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    asked = [look.options(scheduling_strategy=_on_node(node["NodeID"])).remote(str(mark)) for node in nodes]
+    blind = []
     try:
-        look = ray.remote(num_cpus=0)(_sees)
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        seen = ray.get([look.options(scheduling_strategy=_on_node(node["NodeID"])).remote(str(mark)) for node in nodes])
+        for node, answer in zip(nodes, asked, strict=True):
+            with contextlib.suppress(ray.exceptions.RayError):  # the node is lost, and Ray is about to notice it
+                if not ray.get(answer, timeout=LOOK_SECONDS):
+                    blind.append(node["NodeManagerHostname"])
     finally:
         mark.unlink()
-    if blind := [node["NodeManagerHostname"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
+    if blind:
         raise UserError(f"{', '.join(blind)} does not see {folder}: give an --output-dir on a file system that all "
                         "nodes of the cluster share, because the processes go on from its checkpoints on any of them")
 
