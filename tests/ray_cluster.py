@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine, for tests: prints its address, then obeys `remove` and `add`."""
+"""A Ray cluster of two nodes on this machine, for tests: prints its address, then obeys `remove`, `add` and `wait`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 def main() -> None:
     """Obeys until standard input ends. `remove` kills the second node, as a machine that is lost; `add` waits until the
-    cluster knows that one is lost and another is there.
+    cluster knows that one is lost and another is there; `wait` until what an earlier run had is free again.
     """
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
@@ -21,9 +21,12 @@ def main() -> None:
     for line in sys.stdin:
         if line.strip() == "remove":
             cluster.remove_node(second, allow_graceful=False)
-        else:
+        elif line.strip() == "add":
             second = cluster.add_node(num_cpus=1)
             while sum(node["Alive"] for node in ray.nodes()) != 2 or ray.cluster_resources().get("CPU") != 2:
+                time.sleep(0.1)
+        else:
+            while ray.available_resources().get("CPU") != 2:
                 time.sleep(0.1)
         print("done", flush=True)
 
