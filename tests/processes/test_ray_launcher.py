@@ -20,7 +20,7 @@ from mnist_dist import runner
 from mnist_dist.record.checkpoint import load_newest
 
 OPTIONS = ["--reproducible", "--batch-size", 10, "--checkpoint-every", "20steps", "--resume", "--wandb", "disabled"]
-EPOCHS, MANY_EPOCHS = 40, 150  # many: until Ray has noticed that a node is back
+EPOCHS, MANY_EPOCHS = 40, 100  # many: until Ray has noticed that a node is back
 
 
 class Cluster:
