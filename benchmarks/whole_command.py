@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.machine import describe
 from mnist_dist.processes.launch import child_environment
-from mnist_dist.record.files import read_json, replace_json
+from mnist_dist.record.files import replace_json
 from mnist_dist.tables import cell, spread, table
 
 SCRIPT = Path(__file__).parent / "peers" / "script.py"
@@ -31,7 +31,7 @@ OPTIONS = {"`train.py`, cold": [], "`train.py`, warm": [], "`train.py --compile 
 
 
 def timed(command: Sequence[object], folder: Path, cache: Path) -> dict[str, float]:
-    """Seconds until the first line and until the end, and of compiling. Raises `CalledProcessError`."""
+    """Seconds until the first line and until the end. Raises `CalledProcessError`."""
     begin = time.perf_counter()
     environment = {**child_environment(), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     with subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, text=True, env=environment,
@@ -42,10 +42,7 @@ def timed(command: Sequence[object], folder: Path, cache: Path) -> dict[str, flo
         process.stdout.read()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
-    seconds = time.perf_counter() - begin
-    result = folder / "run" / "result.json"
-    compiling = read_json(result)["summary"]["compile_seconds"] if result.exists() else None
-    return {"first_line_seconds": first, "seconds": seconds, "compile_seconds": compiling or 0.0}
+    return {"first_line_seconds": first, "seconds": time.perf_counter() - begin}
 
 
 def command_of(row: str, given: argparse.Namespace, output_dir: Path) -> list[object]:
@@ -63,9 +60,9 @@ def markdown(found: dict[str, list[dict[str, float]]]) -> list[str]:
     lines = []
     for row, turns in found.items():
         ratios = [turn["seconds"] / other for turn, other in zip(turns, base, strict=True)]
-        columns = [[turn[name] for turn in turns] for name in ("first_line_seconds", "compile_seconds", "seconds")]
-        lines.append([row, *(cell(spread(values)) for values in (*columns, ratios))])
-    return table(["", "first line, s", "compiling, s", "all, s", "times the hand-written script"], lines)
+        lines.append([row, *(cell(spread(values)) for values in (
+            [turn["first_line_seconds"] for turn in turns], [turn["seconds"] for turn in turns], ratios))])
+    return table(["", "first line, s", "all, s", "times the hand-written script"], lines)
 
 
 def main() -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import ROOT, write_idx_folder
+from support import ROOT, mnist_dist, write_idx_folder
 
 # before torch is imported anywhere; the command lines under test inherit it
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -80,3 +81,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def alone(small_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], bytes]:
+    """For a number of epochs: the model of a reproducible run of batch 10 on one process that nothing disturbs."""
+    @functools.cache
+    def model(epochs: int) -> bytes:
+        folder = tmp_path_factory.mktemp("alone")
+        done = mnist_dist("train", "--reproducible", "--batch-size", 10, "--epochs", epochs, "--wandb", "disabled",
+                          "--data-dir", small_dir, "--output-dir", "run", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return (folder / "run" / "model.safetensors").read_bytes()
+
+    return model

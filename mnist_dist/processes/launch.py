@@ -22,8 +22,7 @@ MPI = (
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
 )
 
-
-FINAL_STATUS = "MNIST_DIST_FINAL_STATUS"  # of our own launchers
+FINAL_STATUS = "MNIST_DIST_FINAL_STATUS"  # environment variable, set by our own launchers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,7 +224,7 @@ def _check(group: Group, folder: Path) -> None:
 
 
 def _sees(path: str) -> bool:
-    return Path(path).exists()
+    return os.path.exists(path)  # where Path.exists raises, as without permission: it does not see it
 
 
 def _follow(trainer: Any, board: Any, max_restarts: int) -> int:

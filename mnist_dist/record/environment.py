@@ -27,23 +27,23 @@ class Environment:
     git_commit: str | None
 
 
-def processor_name() -> str:
-    """The processor's name, or its architecture if the system does not tell."""
+def _of_processor(*names: str) -> str | None:
+    """What the system says of the first processor under one of these names; None if it does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(names)), None)
+
+
+def processor_name() -> str:
+    """The processor's name, or its architecture if the system does not tell."""
+    return _of_processor("model name") or platform.processor() or platform.machine()
 
 
 def processor_kind() -> str:
     """A short name for processors that run the same code: two that only have the same name may not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    features = _of_processor("flags", "Features") or ""  # as x86 and ARM have it
     words = [platform.machine(), processor_name(), *sorted(features.split())]
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 

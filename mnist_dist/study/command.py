@@ -134,7 +134,7 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         script=script, hold_out=hold_out(given.hold_out), command=without_passwords(shlex.join(["mnist-dist", *argv])),
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
-        quick=given.quick, sbatch=tuple(shlex.split(given.sbatch)),
+        quick=given.quick, sbatch=_one("--sbatch", given.sbatch, _shell_words),
         tracking=TrainConfig(**{"wandb_group": group, **tracking}),
         check=_check(training) if script is None else lambda cell: None,
     )
@@ -183,6 +183,13 @@ def _whole(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def _shell_words(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError:  # a quotation mark without its twin
+        raise ValueError("options of sbatch as a shell reads them, with every quotation closed") from None
 
 
 def _scaling(text: str) -> str:

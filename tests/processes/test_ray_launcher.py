@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import ROOT, assert_one_line_error, epochs_of, mnist_dist, mnist_dist_launched, result_of, run_here
+from support import ROOT, assert_one_line_error, epochs_of, mnist_dist_launched, result_of, run_here
 
 from mnist_dist import runner
 from mnist_dist.record.checkpoint import load_newest
@@ -69,20 +68,6 @@ def cluster():
     cluster = Cluster()
     yield cluster
     cluster.end()
-
-
-@pytest.fixture(scope="module")
-def alone(small_dir, tmp_path_factory):
-    """For a number of epochs: the model of a run on one process that nothing disturbs."""
-    @functools.cache
-    def model(epochs):
-        folder = tmp_path_factory.mktemp("alone")
-        done = mnist_dist("train", *OPTIONS, "--epochs", epochs, "--data-dir", small_dir, "--output-dir", "run",
-                          cwd=folder)
-        assert done.returncode == 0, done.stderr
-        return (folder / "run" / "model.safetensors").read_bytes()
-
-    return model
 
 
 def wait_for(driver, folder, number, deadline=90.0):
@@ -161,6 +146,7 @@ def test_a_run_on_two_nodes_has_the_same_bits(fault, attempt, cluster, alone, sm
                  "127.0.0.1:9", marks=pytest.mark.faults)])
 def test_what_will_not_go_away_is_tried_once(what, words, status, said, cluster, small_disk, small_dir, tmp_path):
     run = (small_disk if what == "full disk" else tmp_path) / "run"
+    words = [tmp_path / word if word == "nowhere" else word for word in words]
     driver = cluster.train(run, "--epochs", 9, "--max-restarts", 3, "--data-dir", small_dir, *words)
     printed, errors = driver.communicate(timeout=120)
     assert driver.returncode == status and printed.count("2 processes on") == (what != "no data"), errors

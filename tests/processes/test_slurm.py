@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Slurm, missing
-from support import ROOT, epochs_of, mnist_dist, result_of
+from support import ROOT, epochs_of, result_of
 
 from mnist_dist import runner
 
@@ -25,20 +24,6 @@ BATCH = ["--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt"]
 def slurm():
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Slurm(Path(folder)) as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def alone(small_dir, tmp_path_factory):
-    """For a number of epochs: the model of a run on one process that nothing disturbs."""
-    @functools.cache
-    def model(epochs):
-        folder = tmp_path_factory.mktemp("alone")
-        done = mnist_dist("train", *OPTIONS, "--epochs", epochs, "--data-dir", small_dir, "--output-dir", "run",
-                          cwd=folder)
-        assert done.returncode == 0, done.stderr
-        return (folder / "run" / "model.safetensors").read_bytes()
-
-    return model
 
 
 def wait_until(what, deadline=180.0):

@@ -41,6 +41,7 @@ def commands(tmp_path, monkeypatch):
     (["--script", "train.py"], "--launcher slurm is for grids of mnist-dist's own training, got --script train.py"),
     (["--launcher", "torch", "--print"], "--print is for --launcher slurm"),
     (["--launcher", "ray", "--sbatch", "-p x"], "--sbatch is for --launcher slurm"),
+    (["--sbatch", "-p 'x"], "--sbatch must be options of sbatch as a shell reads them"),
 ])
 def test_what_is_wrong_is_said(more, said, tmp_path, capsys):
     drop = GRID[2:6] if "--quick" in more else []

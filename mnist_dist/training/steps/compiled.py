@@ -31,7 +31,6 @@ from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 # makes it keep them, and halves a step at batch 1 (its default is 30).
 INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
 
-
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # environment variable: inductor's cache
 
 # Exceptions of torch: there is no compiler, or it fails. By name, because they differ between versions.
