@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Slurm, missing
-from support import run_here
+from support import assert_one_line_error, run_here
 
 from mnist_dist.study.table import read_table
 
@@ -56,6 +56,9 @@ def test_the_scripts_are_printed_and_nothing_is_submitted(tmp_path, capsys):
     assert "--lr=1e-3" in one and "b10-p2-repeat-1" in two and not (tmp_path / "s").exists()
     for script in (one, two):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    done = subprocess.run(["bash"], input=one, text=True, capture_output=True,
+                          env={**os.environ, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7"})
+    assert_one_line_error(done, "has no run b10-p1-first-1: this script is submitted by `mnist-dist study")
 
 
 def test_without_slurm_and_what_it_refuses(commands, tmp_path, monkeypatch, capsys):
