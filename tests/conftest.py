@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Slurm, missing
 from support import ROOT, mnist_dist, write_idx_folder
 
 # before torch is imported anywhere; the command lines under test inherit it
@@ -81,6 +82,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    """A SLURM with two nodes."""
+    if missing():
+        pytest.skip(missing())
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Slurm(Path(folder)) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +68,15 @@ def missing() -> str:
     return ""
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing uses at this moment."""
+    sockets = [socket.create_server(("", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
 def own_address() -> str:
     """An address of this machine that is no loopback one, which two machines would not have in common."""
     found = [one for several in psutil.net_if_addrs().values() for one in several if one.family.name == "AF_INET"]
@@ -76,7 +86,7 @@ def own_address() -> str:
 class Slurm:
     """The daemons, from `with` on. `folder` must have a short path: munge's socket is in it."""
 
-    def __init__(self, folder: Path, port: int = 36817) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.mark, self.daemons = folder, uuid.uuid4().hex, []
         self.environment = {**os.environ, runner.MARK: self.mark, "SLURM_CONF": str(folder / "slurm.conf"),
                             "MASTER_ADDR": own_address(),  # the nodes' names have none here
@@ -86,8 +96,9 @@ class Slurm:
         folder.chmod(0o755)  # munge refuses another
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
-        (folder / "slurm.conf").write_text(CONFIG.format(host=platform.node(), folder=folder, port=port,
-                                                         first=port + 1, second=port + 2))
+        port, first, second = free_ports(3)
+        (folder / "slurm.conf").write_text(CONFIG.format(host=platform.node(), folder=folder, port=port, first=first,
+                                                         second=second))
 
     def __enter__(self) -> Slurm:
         self._daemon("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",

@@ -140,8 +140,8 @@ def main(argv: Sequence[str]) -> int:
     study = open_study(given.folder)
     run = next((run for run in study.runs if run.name == given.run), None)
     if run is None:
-        parser.exit(2, f"mnist-dist: error: the study in {given.folder} has no run {given.run}: this script is submitted "
-                       "by `mnist-dist study --launcher slurm`, or by hand after that command has begun the study\n")
+        parser.exit(2, f"mnist-dist: error: the study in {given.folder} has no run {given.run}: this script is "
+                       "submitted by `mnist-dist study --launcher slurm`, or by hand after it has begun the study\n")
     folder = study.run_folder(run)
     machine = look_at_machine(read_launch().use_cpu)
     command = command_of(run, folder, options, None, "slurm")

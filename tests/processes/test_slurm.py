@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
-from slurm_cluster import Slurm, missing
 from support import ROOT, epochs_of, result_of
 
 from mnist_dist import runner
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 EPOCHS, MANY_EPOCHS = 20, 60  # many: until the signal has come
 OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled"]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 SOON = ["--time=1", "--signal=B:USR1@50"]  # the signal comes some ten seconds after the start
 BATCH = ["--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt"]
-
-
-@pytest.fixture(scope="module")
-def slurm():
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Slurm(Path(folder)) as cluster:
-        yield cluster
 
 
 def wait_until(what, deadline=180.0):

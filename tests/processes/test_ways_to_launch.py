@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
-from slurm_cluster import Slurm, missing
 from support import ROOT, TORCHRUN, TRAIN, check_one_run, mnist_dist, result_of, run
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -79,14 +76,6 @@ SEVEN = {
     "torchrun": by_command(*TORCHRUN, "--nproc-per-node=2", TRAIN), "srun": by_srun, "submitit": by_submitit,
     "ray": by_ray,
 }
-
-
-@pytest.fixture(scope="module")
-def slurm():
-    if missing():
-        pytest.skip(missing())
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Slurm(Path(folder), 36837) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
-from slurm_cluster import Slurm, missing
 from support import assert_one_line_error, run_here
 
 from mnist_dist.study.table import read_table
@@ -89,14 +86,7 @@ def test_what_left_the_queue_without_a_result_is_submitted_again_by_the_next_com
     assert "SLURM: OUT_OF_MEMORY" in printed and json.loads((tmp_path / "s" / "study.json").read_text())["jobs"] == []
 
 
-@pytest.fixture
-def slurm():
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Slurm(Path(folder), 36827) as cluster:
-        yield cluster
-
-
 @pytest.mark.faults
-@pytest.mark.skipif(bool(missing()), reason=missing())
 def test_a_study_whose_login_session_ends(slurm, small_dir, tmp_path):
     """One run is cancelled while it runs, and one before it does; one is put back into the queue."""
     folder = tmp_path / "s"

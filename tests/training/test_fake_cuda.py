@@ -95,9 +95,9 @@ def accelerator_on(device, holder):
 
     return SimpleNamespace(
         device=device, num_processes=1, process_index=0, is_main_process=True, is_local_main_process=True,
-        mixed_precision="no", distributed_type=DistributedType.NO, prepare_optimizer=prepare, backward=backward,
-        sync_gradients=True, accumulate=lambda model: nullcontext(), no_sync=lambda model: nullcontext(),
-        prepare_model=lambda model, evaluation_mode: model)
+        mixed_precision="no", scaler=None, distributed_type=DistributedType.NO, prepare_optimizer=prepare,
+        backward=backward, sync_gradients=True, accumulate=lambda model: nullcontext(),
+        no_sync=lambda model: nullcontext(), prepare_model=lambda model, evaluation_mode: model)
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ class PlainStep:
 
     def __init__(self, parts: StepParts, local_steps: int = 1) -> None:
         self.team, self.batches, self.sums, self.dtype = parts.team, parts.batches, parts.sums, parts.dtype
-        self.accelerator, self.optimizer = parts.team.accelerator, parts.optimizer
+        self.accelerator = parts.team.accelerator
+        # Accelerate's wrapper scales losses for fp16, and has nothing to do else; it looks for a package at each step,
+        # which takes as long as Adam
+        self.optimizer = parts.optimizer if self.accelerator.scaler else parts.optimizer.optimizer
         self.model = self.accelerator.prepare_model(parts.module, evaluation_mode=not self.exchanges_gradients)
         self.parameters = list(parts.module.parameters())
         self.gradients_ready = 0.0  # when this rank's gradients were complete, before they are exchanged
@@ -81,8 +84,9 @@ class PlainStep:
                     if self.norms and step % EVERY == 0 and self.team.is_main and accelerator.sync_gradients:
                         self.sums[2, step] = gradient_norm([gradient for parameter in self.parameters
                                                             if (gradient := parameter.grad) is not None])
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
+                    if accelerator.sync_gradients:
+                        self.optimizer.step()
+                        self.optimizer.zero_grad()
                 self.sums[0, step] += loss.detach()
         self.apart += 1
         if self.apart == self.local_steps:
