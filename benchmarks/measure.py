@@ -72,7 +72,8 @@ def ours(row: Row, data_dir: str, batch_size: int, num_samples: int, compile: st
     shutil.rmtree(folder, ignore_errors=True)
     length = ["--epochs", 1, "--max-steps", num_samples] if batch_size == 1 else ["--epochs", 2]
     outcome = runner.train(["--dataset", "mnist", "--data-dir", data_dir, "--batch-size", batch_size, *length,
-                            "--compile", compile, "--wandb", "disabled", "--checkpoint-every", "never"], folder,
+                            "--compile", compile, "--wandb", "disabled", "--checkpoint-every", "never",
+                            *row.arguments], folder,
                            processes=row.processes, timeout=TIMEOUT_SECONDS, environment=environment)
     result = outcome.result
     if result is None or outcome.note:

@@ -16,7 +16,9 @@ QUICK_BATCH_SIZES = {1: (1, 200), 2: (200,)}
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its name, what a table says of it, and the module that runs it, None for `mnist-dist train`."""
+    """A row: its name, what a table says of it, and the module that runs it, None for `mnist-dist train`. `arguments`
+    are further words of its command.
+    """
 
     name: str
     title: str
@@ -34,6 +36,7 @@ class Row:
 
 ROWS = (
     Row("mnist_dist", "**mnist-dist train**", None),
+    Row("mnist_dist_plain", "mnist-dist train --compile off", None, ("--compile", "off")),
     Row("tutorial", "the 2019 tutorial's loop", "peers.tutorial"),
     Row("lightning", "Lightning", "peers.lightning"),
     Row("plain_accelerate", "plain Accelerate loop", "peers.plain_accelerate"),
