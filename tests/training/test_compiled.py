@@ -11,14 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched, result_of, run
 
 from mnist_dist.config import TrainConfig
+from mnist_dist.data import load
 from mnist_dist.errors import UserError
+from mnist_dist.processes.team import Team
 from mnist_dist.record.gains import Gain, keep_gain
-from mnist_dist.training.steps import WORTH_COMPILING_STEPS, wants_compiling
+from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, wants_compiling
 from mnist_dist.training.steps.compiled import compiler_failure
+from mnist_dist.training.trainer import Trainer
 
 LINEAR = "layers.1.weight"
 
@@ -94,6 +98,26 @@ def test_a_bug_is_not_taken_for_a_missing_compiler():
     assert "cache can be written" in compiler_failure(wrapped(PermissionError("no")))
     for bug in (TypeError("ours"), wrapped(AttributeError("ours")), RuntimeError("shapes do not fit")):
         assert compiler_failure(bug) is None
+
+
+@pytest.mark.parametrize(("batch_size", "passes", "parts"), [(401, 2, 10), (1, 1, 1)])
+def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir, monkeypatch):
+    """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; and one sample."""
+    monkeypatch.setattr(compiled, "PART", 40)
+    found = []
+    for kind in ("on", "off"):
+        config = TrainConfig(batch_size=batch_size, dtype="float64", compile=kind, gradient_accumulation_steps=passes,
+                             noise_scale=True)
+        trainer = Trainer(config, Team(Accelerator(cpu=True), 60), load("mnist", str(small_dir)))
+        trainer.make_step()
+        trainer.step.begin(0, range(3))
+        for step in range(3):
+            trainer.step.take(step)
+        trainer.step.flush(3)
+        found.append([trainer.sums[0], trainer.sums[:, 0], *trainer.module.parameters()])
+        assert kind == "off" or trainer.step.parts == parts
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
 
 
 def test_cut_and_continued_it_has_the_same_bits(small_dir, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
+from torch.nn.functional import pad
 from torch.optim.adam import adam
 
 from mnist_dist.errors import UserError
@@ -28,8 +29,13 @@ from mnist_dist.training.steps import StepParts
 from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 
 # Adam's bias corrections are scalars, which inductor would otherwise compute again for every vector of 16 weights: this
-# makes it keep them, and halves a step at batch 1 (its default is 30).
-INDUCTOR_OPTIONS = {"realize_opcount_threshold": 4}
+# makes it keep them, and halves a step at batch 1 (its default is 30). With less than 6, scaling the images takes two
+# passes over them.
+INDUCTOR_OPTIONS = {"realize_opcount_threshold": 7}
+
+# On the CPU a larger batch is taken in parts of about so many samples, so that the last batch of an epoch is padded by
+# a part at most, and not to a whole batch.
+PART = 1024
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # environment variable: inductor's cache
 
@@ -59,12 +65,31 @@ def keep_compiled_code() -> None:
             os.environ[CACHE] = str(folder)
 
 
+def outer_products_fused() -> Any:
+    """A pass of inductor's: a matrix product that adds nothing up, as that for one sample's gradient, becomes an
+    elementwise one. Then Adam's loop computes it, and the gradient does not go through memory.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+                if node.args[0].meta["val"].shape[1] == 1:
+                    node.target = torch.ops.aten.mul.Tensor
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return Pass()
+
+
 def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
     """Inductor's code for a graph. It is trusted that the C++ compiler knows the vector instructions of the processor:
     inductor compiles a program for each of them to see that, which takes a third of a first start.
     """
+    options = {**INDUCTOR_OPTIONS, "post_grad_custom_pre_pass": outer_products_fused()}
     try:
-        return torch._inductor.compile(graph, examples, options={**INDUCTOR_OPTIONS, "cpp.vec_isa_ok": True})
+        return torch._inductor.compile(graph, examples, options={**options, "cpp.vec_isa_ok": True})
     except Exception as error:
         if compiler_failure(error) is None:
             raise
@@ -74,7 +99,7 @@ def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
             cpu_vec_isa.valid_vec_isa_list.cache_clear()
             for kind in {kind for isa in cpu_vec_isa.supported_vec_isa_list for kind in type(isa).__mro__}:
                 getattr(vars(kind).get("__bool__"), "cache_clear", bool)()
-        return torch._inductor.compile(graph, examples, options=INDUCTOR_OPTIONS)
+        return torch._inductor.compile(graph, examples, options=options)
 
 
 def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Callable[..., Sequence[Tensor]]:
@@ -136,8 +161,11 @@ class CompiledStep:
                         if isinstance(layer, torch.nn.Linear) and parts.measures_noise]
         numbers = (self.batches.count(0), self.batches.count(self.batches.num_batches - 1))  # of a global batch
         self.full, self.last = (torch.tensor(float(n), dtype=self.dtype, device=self.device) for n in numbers)
-        self.flat: Any = None  # the gradient, a tensor, if several ranks or passes make it
-        if self.team.size > 1 or self.batches.passes > 1:
+        self.parts = self.batches.passes  # of a rank's share of a batch
+        if self.device.type == "cpu":
+            self.parts *= max(1, self.batches.rows().shape[1] // PART)
+        self.flat: Any = None  # the gradient, a tensor, if several ranks or parts make it
+        if self.team.size > 1 or self.parts > 1:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
                                     device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -154,12 +182,19 @@ class CompiledStep:
         self.compile_seconds = time.perf_counter() - begin
 
     def _compile(self) -> None:
-        rows = self.batches.rows()[0].to(self.device)
+        rows = self._rows()[0].to(self.device)
         if self.flat is None:
             self._whole = compile_once(self._whole_step, rows, self.full)
         else:
             self._accumulate = compile_once(self._accumulate_gradient, rows, self.full)
             self._apply = compile_once(self._apply_gradient)
+
+    def _rows(self) -> Tensor:
+        """The samples of the epoch's steps as int64 [steps * parts, longest], padded with `NO_INDEX`, on the host."""
+        rows = self.batches.rows()
+        in_row = self.parts // self.batches.passes
+        length = -(-rows.shape[1] // in_row)
+        return pad(rows, (0, in_row * length - rows.shape[1]), value=NO_INDEX).reshape(-1, length)
 
     def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gradients of sum(loss of these samples) / `count`; and the sum of losses [1], or with the noise scale also
@@ -233,8 +268,8 @@ class CompiledStep:
         The graph finds its batch by a cursor in the GPU's memory, and adds its loss to the losses there. CUDA
         loads code at the first run and must not do so while recording; an empty batch changes only Adam's step counts.
         """
-        passes, steps = self.batches.passes, self.batches.num_batches
-        self.order = self.batches.rows().view(steps, passes, -1).to(self.device).fill_(NO_INDEX)
+        steps = self.batches.num_batches
+        self.order = self._rows().view(steps, self.parts, -1).to(self.device).fill_(NO_INDEX)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.count_of = self.full.repeat(steps)
         self.count_of[-1] = self.last
@@ -261,7 +296,7 @@ class CompiledStep:
         self.cursor.add_(1)
 
     def _one(self, rows: Sequence[Tensor], count: Tensor) -> list[Tensor]:
-        """A step on the passes' `rows`; its sums, in parts. Collective."""
+        """A step on the parts' `rows`; its sums, in parts. Collective."""
         if self.flat is None:
             return [self._whole(rows[0], count)[0]]
         totals = [self._accumulate(own, count)[0] for own in rows]
@@ -272,7 +307,7 @@ class CompiledStep:
         """Go to these steps of the epoch: its order is copied to the device."""
         begin = time.perf_counter()
         self.batches.go_to(epoch, steps)
-        rows = self.batches.rows()
+        rows = self._rows()
         if self.graph:
             self.order.copy_(rows.view_as(self.order), non_blocking=True)
             self.cursor.fill_(steps.start)
@@ -286,16 +321,19 @@ class CompiledStep:
         if self.graph:
             self.graph.replay()
         else:
-            count = self.full if step < self.batches.num_batches - 1 else self.last
-            passes = self.batches.passes
-            self.recorded += self._one(self.rows[step * passes : (step + 1) * passes], count)
+            is_last = step == self.batches.num_batches - 1
+            rows: Sequence[Tensor] = self.rows[step * self.parts : (step + 1) * self.parts]
+            if is_last and self.flat is not None:
+                rows = [row for row in rows if row[0] != NO_INDEX]
+                self.recorded += [torch.zeros(3 if self.outputs else 1, dtype=self.dtype)] * (self.parts - len(rows))
+            self.recorded += self._one(rows, self.last if is_last else self.full)
         waited, self.waited = self.waited, 0.0
         return waited
 
     def flush(self, step: int) -> None:
         """The sums recorded before step `step` go to their place."""
         if self.recorded:
-            parts = self.batches.passes + bool(self.outputs and self.flat is not None)
+            parts = self.parts + bool(self.outputs and self.flat is not None)
             recorded = torch.stack(self.recorded)
             sums = recorded.view(-1, parts, recorded.shape[1]).sum(dim=1, dtype=torch.float64)
             self.sums[: sums.shape[1], step - len(sums) : step] += sums.T
