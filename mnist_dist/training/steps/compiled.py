@@ -163,7 +163,7 @@ class CompiledStep:
         self.full, self.last = (torch.tensor(float(n), dtype=self.dtype, device=self.device) for n in numbers)
         self.parts = self.batches.passes  # of a rank's share of a batch
         if self.device.type == "cpu":
-            self.parts *= max(1, self.batches.rows().shape[1] // PART)
+            self.parts *= max(1, -(-self.batches.count(0) // (self.team.size * self.parts)) // PART)
         self.flat: Any = None  # the gradient, a tensor, if several ranks or parts make it
         if self.team.size > 1 or self.parts > 1:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
