@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +21,12 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from benchmarks.limit import adam, products
-from mnist_dist.config import TrainConfig
-from mnist_dist.data import ImageSets, load
+from mnist_dist.config import Every, TrainConfig
+from mnist_dist.data import Images, ImageSets, load
 from mnist_dist.processes.team import Team
 from mnist_dist.tables import cell, spread, table
+from mnist_dist.training.metrics import Stopwatch
+from mnist_dist.training.pacer import Pacer
 from mnist_dist.training.steps import compiled
 from mnist_dist.training.steps.compiled import CompiledStep, compile_once
 from mnist_dist.training.steps.plain import loss_sum
@@ -55,6 +58,15 @@ def plain(made: Trainer) -> Way:
         made.step.begin(0, range(len(rows)))
         for index in range(len(rows)):
             made.step.take(index)
+    return run
+
+
+def in_loop(made: Trainer) -> Way:
+    """The trainer's own loop, with its clock and sums."""
+    pacer = Pacer(Every(0, "steps"), made.batches.num_batches, made.team)
+
+    def run(rows: list[Tensor]) -> None:
+        list(made.steps(0, range(len(rows)), Stopwatch(lambda: None), pacer))
     return run
 
 
@@ -116,16 +128,19 @@ def several_per_call(step: CompiledStep, number: int) -> Way:
     return run
 
 
-def ways(sets: ImageSets, batch_size: int) -> Iterator[tuple[str, Way]]:
+def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str, Way]]:
     """Every way of taking a step, compiled."""
     def fresh() -> CompiledStep:
         step = trainer(sets, batch_size, "on").step
         step.begin(0, range(step.batches.num_batches))
         return step
 
+    count = num_steps * batch_size
+    epoch = sets._replace(train=Images(sets.train.images[:count], sets.train.labels[:count]))  # of so many steps
     step = fresh()
     yield "the whole step compiled, called directly: `--compile on`", one_by_one(step._whole, step.full)
-    yield "plain: `--compile off`", plain(trainer(sets, batch_size, "off"))
+    yield "plain: `--compile off`", plain(trainer(epoch, batch_size, "off"))
+    yield "this step in the trainer's loop", in_loop(trainer(epoch, batch_size, "on"))
     step = fresh()
     through = torch.compile(step._whole_step, dynamic=False, fullgraph=True, options=compiled.INDUCTOR_OPTIONS)
     yield "called through torch.compile's own entry", one_by_one(torch.no_grad()(through), step.full)
@@ -133,11 +148,14 @@ def ways(sets: ImageSets, batch_size: int) -> Iterator[tuple[str, Way]]:
     yield "all weights in one flat buffer", flat_weights(fresh())
     for number in (4, 8):
         yield f"{number} steps per call", several_per_call(fresh(), number)
-    kept = dict(compiled.INDUCTOR_OPTIONS)
-    compiled.INDUCTOR_OPTIONS.clear()
-    step = fresh()
-    yield "bias corrections computed for every vector (inductor's default)", one_by_one(step._whole, step.full)
-    compiled.INDUCTOR_OPTIONS.update(kept)
+    for what, without in (
+            ("bias corrections computed for every vector (inductor's default)", {"realize_opcount_threshold": 30}),
+            ("images scaled in two passes", {"realize_opcount_threshold": 4}),
+            ("shapes checked at each call (inductor's default)", {"size_asserts": True}),
+            ("a single sample's gradient through memory", {"post_grad_custom_pre_pass": None})):
+        with patch.dict(compiled.INDUCTOR_OPTIONS, without):
+            step = fresh()
+        yield what, one_by_one(step._whole, step.full)
 
 
 def microseconds(run: Callable[[], Any], calls: int) -> float:
@@ -154,7 +172,7 @@ def main(data_dir: str, batch_size: int, num_steps: int = 0) -> None:
     num_steps = num_steps or max(24, min(2000, 60_000 // batch_size) // 8 * 8)
     order = torch.randperm(len(sets.train), generator=torch.Generator().manual_seed(0))
     rows = list(order[: num_steps * batch_size].view(num_steps, batch_size).unbind())
-    device, found = torch.device("cpu"), dict(ways(sets, batch_size))
+    device, found = torch.device("cpu"), dict(ways(sets, batch_size, num_steps))
     parts = {"matrix products of the step's shapes": products(batch_size, device),
              "Adam's fused kernel, over warm caches": adam(device)}
     taken: dict[str, list[float]] = {name: [] for name in (*found, *parts)}

@@ -30,8 +30,8 @@ from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 
 # Adam's bias corrections are scalars, which inductor would otherwise compute again for every vector of 16 weights: this
 # makes it keep them, and halves a step at batch 1 (its default is 30). With less than 6, scaling the images takes two
-# passes over them.
-INDUCTOR_OPTIONS = {"realize_opcount_threshold": 7}
+# passes over them. And each call need not see whether all tensors have their shapes: they are the same tensors.
+INDUCTOR_OPTIONS = {"realize_opcount_threshold": 7, "size_asserts": False}
 
 # On the CPU a larger batch is taken in parts of about so many samples, so that the last batch of an epoch is padded by
 # a part at most, and not to a whole batch.
@@ -87,7 +87,7 @@ def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
     """Inductor's code for a graph. It is trusted that the C++ compiler knows the vector instructions of the processor:
     inductor compiles a program for each of them to see that, which takes a third of a first start.
     """
-    options = {**INDUCTOR_OPTIONS, "post_grad_custom_pre_pass": outer_products_fused()}
+    options = {"post_grad_custom_pre_pass": outer_products_fused(), **INDUCTOR_OPTIONS}
     try:
         return torch._inductor.compile(graph, examples, options={**options, "cpp.vec_isa_ok": True})
     except Exception as error:
