@@ -234,3 +234,21 @@ def test_compiled_steps_are_adams(data_dir: str, monkeypatch: pytest.MonkeyPatch
     for other in others:
         for a, b in zip(wanted.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
+
+
+def test_beside_a_neighbour_the_ratio_is_of_the_same_repeat():
+    found = [{**measurement("pytorch", 200, repeat, seconds), "condition": condition}
+             for repeat, both in enumerate([(1.0, 2.0), (2.0, 8.0), (1.0, 3.0)])
+             for condition, seconds in zip(module("neighbour").CONDITIONS, both, strict=True)]
+    *_, line = [line for line in module("neighbour").markdown(found) if line]
+    assert line.endswith("| 200 | 1.00 (1.00 to 2.00) | 3.00 (2.00 to 8.00) | 3.00 (2.00 to 4.00) |")
+
+
+def test_precisions_are_compared_seed_by_seed():
+    precision = module("precision")
+    found = [{"precision": name, "seed": seed, "test_nll_sums": dict.fromkeys(precision.REFERENCE, value),
+              "samples_per_second": rate}
+             for seed in (0, 1) for name, value, rate in (("no", 10.0 + seed, 100), ("bf16", 20.0, 300 + 100 * seed))]
+    lines = precision.markdown(found)
+    assert "| 16 | float32 | 10.0, 11.0 | 10.5 | 1440 ± 29 |" in lines
+    assert "| bf16 | 350 (300 to 400) | 3.50 (3.00 to 4.00) |" in lines
