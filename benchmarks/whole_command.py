@@ -3,8 +3,9 @@
     python -m benchmarks.whole_command DATA_DIR OUTPUT.json [--repeats 5] [--epochs 20] [--batch-size 200]
 
 Each is a fresh process; they take turns, in a random order. Seconds until the first line is there, and until the end.
-"Cold" is without compiled code, as the first time on a machine; files of libraries are in the memory of the operating
-system, in all rows. DATA_DIR holds MNIST/raw, as torchvision has it. Prints Markdown.
+The script in JAX takes part if JAX is installed. "Cold" is without compiled code, as the first time on a machine;
+files of libraries are in the memory of the operating system, in all rows. DATA_DIR holds MNIST/raw, as torchvision has
+it. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from mnist_dist.processes.launch import child_environment
 from mnist_dist.record.files import replace_json
 from mnist_dist.tables import cell, spread, table
 
-SCRIPT = Path(__file__).parent / "peers" / "script.py"
-HAND_WRITTEN = "hand-written script"
+HAND_WRITTEN, JAX = "hand-written script", "the same in JAX"
+SCRIPTS = {HAND_WRITTEN: "script.py", JAX: "jax_script.py"}  # in peers/
 OPTIONS = {"`train.py`, cold": [], "`train.py`, warm": [], "`train.py --compile off`": ["--compile", "off"]}
 
 
@@ -47,8 +49,9 @@ def timed(command: Sequence[object], folder: Path, cache: Path) -> dict[str, flo
 
 def command_of(row: str, given: argparse.Namespace, output_dir: Path) -> list[object]:
     """The words of a row, after `python`."""
-    if row == HAND_WRITTEN:
-        return [SCRIPT, given.data_dir.resolve(), given.epochs, given.batch_size]
+    if row in SCRIPTS:
+        script = Path(__file__).parent / "peers" / SCRIPTS[row]
+        return [script, given.data_dir.resolve(), given.epochs, given.batch_size]
     root = Path(__file__).resolve().parents[1]
     return [root / "train.py", *OPTIONS[row], "--data-dir", given.data_dir.resolve(), "--epochs", given.epochs,
             "--batch-size", given.batch_size, "--wandb", "disabled", "--output-dir", output_dir]
@@ -73,7 +76,7 @@ def main() -> int:
     for name, default in (("repeats", 5), ("epochs", 20), ("batch-size", 200)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    rows = [HAND_WRITTEN, *OPTIONS]
+    rows = [HAND_WRITTEN, *([JAX] if find_spec("jax") else []), *OPTIONS]
     found: dict[str, list[dict[str, float]]] = {row: [] for row in rows}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
