@@ -67,7 +67,7 @@ class TrainConfig:
                       "the rounding, amplified by Adam, grows to 1e-4 in three epochs",
                       choices=("float32", "float64"), fixed=True)
     compile: str = knob("auto", str, "compile the whole step; auto = if the run has steps enough to save more time "
-                        "than compiling takes: 5,000 on the CPU, on a GPU what launch/qualify.sh has measured",
+                        "than compiling takes: 12,000 on the CPU, on a GPU what launch/qualify.sh has measured",
                         choices=("auto", "on", "off"))
     gradient_compression: str = knob("none", str, "send gradients between processes as fp16 or bf16, or as PowerSGD's "
                                      "rank-1 factors: approximate, so the number of processes changes the result",

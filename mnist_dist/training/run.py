@@ -282,7 +282,7 @@ class Run:
     def _make_step(self, *, was_compiled: bool) -> None:
         trainer, say = self.trainer, self.console.say
         if trainer.compiles:
-            say("compiling the step: some 3 s, and up to 20 s the first time on a machine")
+            say("compiling the step: some 3 s, and some 10 s the first time on a machine")
         trainer.make_step(self.console.warn, was_compiled=was_compiled)
         if trainer.step.compile_seconds:
             say(f"compiled in {trainer.step.compile_seconds:.1f} s")

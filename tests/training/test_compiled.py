@@ -151,7 +151,7 @@ def test_without_a_compiler_auto_goes_on_and_on_says_so(small_dir, tmp_path):
     done = trained(tmp_path, small_dir, "on", "--compile", "on", status=2, **broken)
     assert_one_line_error(done, "could not be compiled", "--compile off")
     # steps enough for auto, and a target that ends the run after its first epoch
-    done = trained(tmp_path, small_dir, "auto", "--epochs", 1000, "--target-nll", 20, **broken)
+    done = trained(tmp_path, small_dir, "auto", "--epochs", 2000, "--target-nll", 20, **broken)
     assert "continuing with the plain step" in done.stderr
     result = result_of(tmp_path / "auto")
     assert result["environment"]["step"] == "plain" and len(result["epochs"]) == 1

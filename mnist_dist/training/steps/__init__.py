@@ -20,9 +20,9 @@ from mnist_dist.record.gains import read_gain
 from mnist_dist.training.model import MLP
 from mnist_dist.training.sampling import GlobalBatchSampler
 
-# On the CPU: on two cores a step saves 0.7 to 0.9 ms at any batch size, and compiling costs 2 s with a warm cache, 6 s
-# without, 12 s on a machine's first time: 2,000 to 17,000 steps pay for it (docs/performance.md).
-WORTH_COMPILING_STEPS = 5000
+# On the CPU: on two cores a step saves 0.5 to 0.7 ms, and compiling costs 3 s if the code is in the user's cache, and
+# 9 s the first time: 5,000 to 15,000 steps pay for it (docs/performance.md).
+WORTH_COMPILING_STEPS = 12_000
 
 
 @dataclass(frozen=True)
