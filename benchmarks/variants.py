@@ -19,8 +19,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
+from torch.nn.functional import cross_entropy
 
 from benchmarks.limit import adam, products
+from benchmarks.peers.common import network
 from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import Images, ImageSets, load
 from mnist_dist.processes.team import Team
@@ -52,13 +54,33 @@ def one_by_one(step: Callable[..., Any], *more: Any) -> Way:
     return run
 
 
-def plain(made: Trainer) -> Way:
+def plain(made: Trainer, fetch: Callable[[Images, Tensor], Any] = Images.__getitems__) -> Way:
     """The reference, with its DataLoader."""
     def run(rows: list[Tensor]) -> None:
-        made.step.begin(0, range(len(rows)))
-        for index in range(len(rows)):
-            made.step.take(index)
+        with patch.object(Images, "__getitems__", fetch):
+            made.step.begin(0, range(len(rows)))
+            for index in range(len(rows)):
+                made.step.take(index)
     return run
+
+
+def plain_through_accelerate(made: Trainer) -> Way:
+    """The reference, with Accelerate's wrapper of the optimizer."""
+    made.step.optimizer = made.optimizer
+    return plain(made)
+
+
+def by_hand(sets: ImageSets) -> Way:
+    """As in peers/pytorch.py."""
+    images, model = sets.train.images.flatten(1).float().div_(127.5).sub_(1.0), network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+
+    def step(rows_B: Tensor) -> None:
+        cross_entropy(model(images[rows_B]), sets.train.labels[rows_B]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return one_by_one(step)
 
 
 def in_loop(made: Trainer) -> Way:
@@ -140,6 +162,10 @@ def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str
     step = fresh()
     yield "the whole step compiled, called directly: `--compile on`", one_by_one(step._whole, step.full)
     yield "plain: `--compile off`", plain(trainer(epoch, batch_size, "off"))
+    yield "plain, with Accelerate's wrapper of Adam", plain_through_accelerate(trainer(epoch, batch_size, "off"))
+    yield "plain, with `images[rows]` for a batch", plain(
+        trainer(epoch, batch_size, "off"), lambda self, rows: (self.images[rows], self.labels[rows]))
+    yield "hand-written PyTorch", by_hand(sets)
     yield "this step in the trainer's loop", in_loop(trainer(epoch, batch_size, "on"))
     step = fresh()
     through = torch.compile(step._whole_step, dynamic=False, fullgraph=True, options=compiled.INDUCTOR_OPTIONS)
