@@ -71,7 +71,7 @@ def cluster():
     cluster.end()
 
 
-def wait_for(driver, folder, number, deadline=90.0):
+def wait_for(driver, folder, number, deadline=200.0):
     """Until so many epochs are done."""
     until = time.monotonic() + deadline
     while epochs_of(folder) < number:
@@ -128,7 +128,7 @@ def test_a_run_on_two_nodes_has_the_same_bits(fault, attempt, cluster, alone, sm
         if "back" in fault:
             wait_for(driver, run, epochs_of(run) + 2)
             cluster.do("add")
-    printed, errors = driver.communicate(timeout=180)
+    printed, errors = driver.communicate(timeout=400)
     print(f"{printed}{errors}{fault}: {time.monotonic() - begin:.1f} s in all")
     if fault == "node":
         cluster.do("add")
