@@ -73,8 +73,9 @@ class GlobalBatchSampler:
             for i in range(self.passes):
                 yield order[cut + length * i // self.passes : cut + length * (i + 1) // self.passes]
 
-    def rows(self) -> Tensor:
-        """All of the epoch's as rows of int64 [steps * passes, longest], padded with `NO_INDEX`, on the host.
+    def rows(self, parts: int = 1) -> Tensor:
+        """All of the epoch's as rows of int64 [steps * passes * parts, longest], padded with `NO_INDEX`, on the host.
+        Each pass is cut into so many parts, of which those at its end may be empty.
 
         The same as `__iter__`, computed on arrays: at batch 1 a Python loop over the steps takes as long as training.
         By numpy, which has no threads: torch shares so little work out to 16 threads, which takes longer than an epoch
@@ -88,8 +89,10 @@ class GlobalBatchSampler:
         length = np.maximum((stop - first + size - 1) // size, 0)[:, None]
         cuts = (first // size)[:, None] + length * np.arange(self.passes + 1) // self.passes
         begin, end = cuts[:, :-1].reshape(-1, 1), cuts[:, 1:].reshape(-1, 1)
-        places = begin + np.arange((end - begin).max())
-        return torch.from_numpy(np.where(places < end, order[np.minimum(places, len(order) - 1)], NO_INDEX))
+        longest = -(-(end - begin).max() // parts)
+        places = begin + np.arange(parts * longest)
+        rows = np.where(places < end, order[np.minimum(places, len(order) - 1)], NO_INDEX)
+        return torch.from_numpy(rows.reshape(parts * len(begin), longest))
 
     def __len__(self) -> int:
         return (self.end_step - self.first_step) * self.passes

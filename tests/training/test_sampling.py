@@ -53,14 +53,17 @@ def test_passes_cut_a_batch_and_lose_nothing(passes, size):
         assert batches_of(61, 7, rank, size, passes) == batches_of(61, 7, rank, size)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize(("num_samples", "batch"), SIZES)
-def test_rows_are_the_lists_filled_up(num_samples, batch, size, passes):
+def test_rows_are_the_lists_filled_up(num_samples, batch, size, passes, parts):
     for rank in range(size):
         sampler = batch_sampler(num_samples, batch, rank, size, passes)
-        rows = [[index for index in row if index != NO_INDEX] for row in sampler.rows().tolist()]
-        assert rows == lists_of(sampler)
+        rows = sampler.rows(parts)
+        assert len(rows) == parts * len(sampler)
+        together = rows.view(len(sampler), -1).tolist()
+        assert [[index for index in row if index != NO_INDEX] for row in together] == lists_of(sampler)
 
 
 def test_order_depends_on_seed_and_epoch_and_nothing_else():

@@ -20,8 +20,8 @@ from mnist_dist.record.gains import read_gain
 from mnist_dist.training.model import MLP
 from mnist_dist.training.sampling import GlobalBatchSampler
 
-# On the CPU: on two cores a step saves 0.5 to 0.7 ms, and compiling costs 3 s if the code is in the user's cache, and
-# 9 s the first time: 5,000 to 15,000 steps pay for it (docs/performance.md).
+# On the CPU: on two cores a step saves some 0.5 ms, and compiling costs 3 s if the code is in the user's cache, and 8 s
+# the first time: 6,000 to 16,000 steps pay for it (docs/performance.md).
 WORTH_COMPILING_STEPS = 12_000
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
-from torch.nn.functional import pad
 from torch.optim.adam import adam
 
 from mnist_dist.errors import UserError
@@ -29,8 +28,8 @@ from mnist_dist.training.steps import StepParts
 from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 
 # Adam's bias corrections are scalars, which inductor would otherwise compute again for every vector of 16 weights: this
-# makes it keep them, and halves a step at batch 1 (its default is 30). With less than 6, scaling the images takes two
-# passes over them. And each call need not see whether all tensors have their shapes: they are the same tensors.
+# makes it keep them, and halves a step at batch 1 (its default is 30). With 4, scaling the images takes two passes
+# over them. And each call need not see whether all tensors have their shapes: they are the same tensors.
 INDUCTOR_OPTIONS = {"realize_opcount_threshold": 7, "size_asserts": False}
 
 # On the CPU a larger batch is taken in parts of about so many samples, so that the last batch of an epoch is padded by
@@ -161,9 +160,9 @@ class CompiledStep:
                         if isinstance(layer, torch.nn.Linear) and parts.measures_noise]
         numbers = (self.batches.count(0), self.batches.count(self.batches.num_batches - 1))  # of a global batch
         self.full, self.last = (torch.tensor(float(n), dtype=self.dtype, device=self.device) for n in numbers)
-        self.parts = self.batches.passes  # of a rank's share of a batch
-        if self.device.type == "cpu":
-            self.parts *= max(1, -(-self.batches.count(0) // (self.team.size * self.parts)) // PART)
+        longest = -(-self.batches.count(0) // (self.team.size * self.batches.passes))  # samples of a pass, on a rank
+        self.in_pass = max(1, longest // PART) if self.device.type == "cpu" else 1  # parts
+        self.parts = self.batches.passes * self.in_pass  # of a rank's share of a batch
         self.flat: Any = None  # the gradient, a tensor, if several ranks or parts make it
         if self.team.size > 1 or self.parts > 1:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
@@ -182,19 +181,12 @@ class CompiledStep:
         self.compile_seconds = time.perf_counter() - begin
 
     def _compile(self) -> None:
-        rows = self._rows()[0].to(self.device)
+        rows = self.batches.rows(self.in_pass)[0].to(self.device)
         if self.flat is None:
             self._whole = compile_once(self._whole_step, rows, self.full)
         else:
             self._accumulate = compile_once(self._accumulate_gradient, rows, self.full)
             self._apply = compile_once(self._apply_gradient)
-
-    def _rows(self) -> Tensor:
-        """The samples of the epoch's steps as int64 [steps * parts, longest], padded with `NO_INDEX`, on the host."""
-        rows = self.batches.rows()
-        in_row = self.parts // self.batches.passes
-        length = -(-rows.shape[1] // in_row)
-        return pad(rows, (0, in_row * length - rows.shape[1]), value=NO_INDEX).reshape(-1, length)
 
     def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gradients of sum(loss of these samples) / `count`; and the sum of losses [1], or with the noise scale also
@@ -269,7 +261,7 @@ class CompiledStep:
         loads code at the first run and must not do so while recording; an empty batch changes only Adam's step counts.
         """
         steps = self.batches.num_batches
-        self.order = self._rows().view(steps, self.parts, -1).to(self.device).fill_(NO_INDEX)
+        self.order = self.batches.rows().view(steps, self.parts, -1).to(self.device).fill_(NO_INDEX)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.count_of = self.full.repeat(steps)
         self.count_of[-1] = self.last
@@ -307,7 +299,7 @@ class CompiledStep:
         """Go to these steps of the epoch: its order is copied to the device."""
         begin = time.perf_counter()
         self.batches.go_to(epoch, steps)
-        rows = self._rows()
+        rows = self.batches.rows(self.in_pass)
         if self.graph:
             self.order.copy_(rows.view_as(self.order), non_blocking=True)
             self.cursor.fill_(steps.start)

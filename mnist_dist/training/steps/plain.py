@@ -37,8 +37,8 @@ class PlainStep:
     def __init__(self, parts: StepParts, local_steps: int = 1) -> None:
         self.team, self.batches, self.sums, self.dtype = parts.team, parts.batches, parts.sums, parts.dtype
         self.accelerator = parts.team.accelerator
-        # Accelerate's wrapper scales losses for fp16, and has nothing to do else; it looks for a package at each step,
-        # which takes as long as Adam
+        # Accelerate's wrapper is needed for fp16, whose losses it scales. It looks for a package on the disk at each
+        # step, which takes longer than Adam (docs/performance.md)
         self.optimizer = parts.optimizer if self.accelerator.scaler else parts.optimizer.optimizer
         self.model = self.accelerator.prepare_model(parts.module, evaluation_mode=not self.exchanges_gradients)
         self.parameters = list(parts.module.parameters())
