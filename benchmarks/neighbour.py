@@ -1,7 +1,6 @@
 """How much slower a run becomes when another process keeps one core busy: ours, hand-written PyTorch, and JAX.
 
-    python -m benchmarks.neighbour DATA_DIR OUTPUT.json [--rows mnist_dist,pytorch,jax_scan] [--batch-sizes 1,32,200]
-                                                        [--repeats 5]
+    python -m benchmarks.neighbour DATA_DIR OUTPUT.json [--rows A,B,…] [--batch-sizes 1,32,200] [--repeats 5]
 
 On two cores a fair share of the machine is half of it if a run keeps both busy, so a ratio of 2 is what a run cannot
 avoid. A measurement is a fresh process, as in `python -m benchmarks`; the rows take turns, in a random order, and each
@@ -17,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
 from benchmarks.measure import measure, torchvision_root
-from benchmarks.rows import BY_NAME, EPOCH_IMAGES, num_samples
+from benchmarks.report import values
+from benchmarks.rows import BY_NAME, num_samples
 from mnist_dist.record.files import replace_json
 from mnist_dist.tables import cell, spread, table
 
@@ -32,11 +32,8 @@ CONDITIONS = ("alone", "beside a neighbour")
 
 
 @contextmanager
-def neighbour(is_there: bool) -> Iterator[None]:
+def neighbour() -> Iterator[None]:
     """A process that does nothing but keep a core busy."""
-    if not is_there:
-        yield
-        return
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:
             yield
@@ -47,16 +44,13 @@ def neighbour(is_there: bool) -> Iterator[None]:
 def markdown(found: list[dict[str, Any]]) -> list[str]:
     """A line for each row and batch size: seconds per epoch alone and beside the neighbour, and their ratio."""
     lines = []
-    for row, size in dict.fromkeys((one["row"], one["batch_size"]) for one in found):
-        taken: dict[str, dict[int, float]] = {condition: {} for condition in CONDITIONS}
-        for one in found:
-            if (one["row"], one["batch_size"]) == (row, size) and one["status"] == "ok":
-                taken[one["condition"]][one["repeat"]] = one["seconds"] * EPOCH_IMAGES / one["samples"]
-        alone, beside = taken.values()
+    for size, row in sorted({(one["batch_size"], one["row"]) for one in found}):
+        alone, beside = (values({"measurements": [one for one in found if one["condition"] == condition]}, row, size)
+                         for condition in CONDITIONS)
         ratios = [beside[repeat] / alone[repeat] for repeat in alone.keys() & beside.keys()]
-        lines.append([BY_NAME[row].title, f"{size:,}", *(cell(spread(values) if values else None) for values in (
+        lines.append([BY_NAME[row].title, f"{size:,}", *(cell(spread(taken) if taken else None) for taken in (
             [*alone.values()], [*beside.values()], ratios))])
-    return table(["", "batch", *CONDITIONS, "times"], sorted(lines, key=lambda line: int(line[1].replace(",", ""))))
+    return table(["", "batch", *CONDITIONS, "times"], lines)
 
 
 def main() -> int:
@@ -70,20 +64,20 @@ def main() -> int:
     given = parser.parse_args()
     cells = [(BY_NAME[row], int(size)) for row in given.rows.split(",") for size in given.batch_sizes.split(",")]
     found: list[dict[str, Any]] = []
-    values = {"machine": describe(), "threads": os.environ.get("OMP_NUM_THREADS"), "measurements": found}
+    record = {"machine": describe(), "threads": os.environ.get("OMP_NUM_THREADS"), "measurements": found}
     with tempfile.TemporaryDirectory(prefix="mnist-dist-benchmark-") as name:
         scratch = Path(name)
         root = torchvision_root(given.data_dir, scratch / "data")
         for repeat in range(given.repeats):
             for row, size in random.Random(repeat).sample(cells, len(cells)):
                 for condition in random.Random(repeat).sample(CONDITIONS, 2):
-                    with neighbour(condition != CONDITIONS[0]):
+                    with nullcontext() if condition == CONDITIONS[0] else neighbour():
                         outcome = measure(row, root, size, num_samples(size, quick=False), "on", scratch)
                     found.append({"row": row.name, "batch_size": size, "repeat": repeat, "condition": condition,
                                   **outcome})
                     print(f"{repeat + 1}/{given.repeats} {row.name}, batch {size}, {condition}: "
                           f"{outcome.get('seconds', outcome.get('note'))}", file=sys.stderr, flush=True)
-                    replace_json(given.output, values)
+                    replace_json(given.output, record)
     print("\n".join(markdown(found)))
     return 0
 

@@ -19,12 +19,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
-from torch.nn.functional import cross_entropy
 
 from benchmarks.limit import adam, products
-from benchmarks.peers.common import network
+from benchmarks.peers.pytorch import step_on
 from mnist_dist.config import Every, TrainConfig
-from mnist_dist.data import Images, ImageSets, load
+from mnist_dist.data import Images, ImageSets, load, scale
 from mnist_dist.processes.team import Team
 from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.metrics import Stopwatch
@@ -68,19 +67,6 @@ def plain_through_accelerate(made: Trainer) -> Way:
     """The reference, with Accelerate's wrapper of the optimizer."""
     made.step.optimizer = made.optimizer
     return plain(made)
-
-
-def by_hand(sets: ImageSets) -> Way:
-    """As in peers/pytorch.py."""
-    images, model = sets.train.images.flatten(1).float().div_(127.5).sub_(1.0), network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-
-    def step(rows_B: Tensor) -> None:
-        cross_entropy(model(images[rows_B]), sets.train.labels[rows_B]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return one_by_one(step)
 
 
 def in_loop(made: Trainer) -> Way:
@@ -165,7 +151,7 @@ def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str
     yield "plain, with Accelerate's wrapper of Adam", plain_through_accelerate(trainer(epoch, batch_size, "off"))
     yield "plain, with `images[rows]` for a batch", plain(
         trainer(epoch, batch_size, "off"), lambda self, rows: (self.images[rows], self.labels[rows]))
-    yield "hand-written PyTorch", by_hand(sets)
+    yield "hand-written PyTorch", one_by_one(step_on(scale(sets.train.images.flatten(1)), sets.train.labels))
     yield "this step in the trainer's loop", in_loop(trainer(epoch, batch_size, "on"))
     step = fresh()
     through = torch.compile(step._whole_step, dynamic=False, fullgraph=True, options=compiled.INDUCTOR_OPTIONS)

@@ -33,7 +33,7 @@ def main() -> None:
             while ray.available_resources().get("CPU") != 2:
                 time.sleep(0.1)
             time.sleep(max(0.0, added + TRAIN_LOOKS_SECONDS - time.monotonic()))
-        print("done", flush=True)
+        print("\ndone", flush=True)  # Ray writes there too, also lines without an end
 
 
 if __name__ == "__main__":

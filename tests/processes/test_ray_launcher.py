@@ -40,8 +40,7 @@ class Cluster:
     def do(self, word):
         """Carry out `remove`, `add` or `wait`."""
         print(word, file=self.process.stdin, flush=True)
-        # Ray writes there too, whole lines and others
-        assert any("done" in line for line in iter(self.process.stdout.readline, ""))
+        assert "done\n" in iter(self.process.stdout.readline, ""), "Ray itself writes lines there too"
 
     def train(self, folder, *words, processes=2):
         """The driver of a run there."""
