@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -120,6 +122,22 @@ def test_the_report_sets_our_numbers_beside_the_tutorials(tmp_path, capsys):
     assert "| 0 (cut at step 300) | 1234.5 | - | - |" in report, "what is not an epoch is not compared with one"
     assert "200 times as fast" in report and "in the tutorial 21 times" in report
     assert "not MNIST" not in report and "--quick" not in report
+
+
+@pytest.mark.parametrize(("step", "given", "wanted"), [
+    ("compiled", {}, "on"), ("plain", {}, "off"), ("exact", {}, "off"), ("compiled", {"compile": "off"}, "off")])
+def test_both_protocols_have_one_kind_of_step(step, given, wanted, tmp_path, monkeypatch):
+    asked = []
+
+    def run(protocol, folder, options, quick):
+        asked.append(options.get("compile"))
+        fake_result(folder, protocol.folder)
+        result = read_result(folder)
+        return replace(result, environment=replace(result.environment, step=step))
+
+    monkeypatch.setattr(reproduce, "run_protocol", run)
+    reproduce.reproduce(given, quick=False, output_dir=str(tmp_path))
+    assert asked == [given.get("compile"), wanted]
 
 
 def test_a_report_on_other_data_says_so(tmp_path):
