@@ -1,0 +1,97 @@
+"""A run beside other busy processes: OpenMP's threads then stop spinning while they wait for each other.
+
+A thread that has done its part of a loop waits for the others, and GNU OpenMP lets it spin for some milliseconds before
+it sleeps. On a quiet machine this is right: the next loop begins within microseconds. But Linux counts spinning as use
+of the core. If another process wants that core, the thread has used up its share when the next loop begins, and waits
+for the core for milliseconds, at each of the many loops of a step: with one busy process beside it on two cores, a run
+takes some 50 times as long (docs/performance.md). A thread that sleeps instead gets the core at once.
+
+libgomp has both ways to wait, and takes the short one while there are more OpenMP threads than cores
+(`gomp_throttled_spin_count_var` in GCC's libgomp/config/linux/wait.h). So a second pool of threads, which does nothing,
+is all that is needed. It changes neither the work of a step nor which thread does it, so no bit of a result.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+LOOK_SECONDS = 0.1
+TOO_LONG = 0.2  # of a look: this process's threads together waited for a core for more than this part of it
+# While spins are short, threads hardly wait for a core, so that nothing is seen. Spins are short for so many seconds, and
+# twice as many each time that others are still there, up to the second number.
+SHORT_SPINS_SECONDS = (2.0, 16.0)
+
+PROCESS = Path("/proc/self")
+
+
+def spins(on_cpu: bool) -> bool:
+    """Whether this process's threads wait by spinning, and it is left to us for how long."""
+    if not on_cpu or torch.get_num_threads() == 1 or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        return False
+    try:
+        return (PROCESS / "schedstat").exists() and "libgomp" in (PROCESS / "maps").read_text()
+    except OSError:  # not Linux
+        return False
+
+
+def seconds_waited() -> float:
+    """Seconds for which threads of this process could run but had no core, in all, since they began
+    (Documentation/scheduler/sched-stats.rst of Linux).
+    """
+    total = 0
+    for task in (PROCESS / "task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            total += int((task / "schedstat").read_text().split()[1])
+    return total / 1e9
+
+
+class Neighbours:
+    """Within the context, a thread looks whether others want the cores that this process runs on, and if so makes
+    OpenMP's spins short for some seconds. `seconds` is how long they were short.
+    """
+
+    def __init__(self, *, on_cpu: bool) -> None:
+        self.seconds = 0.0
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="neighbours", daemon=True) if spins(on_cpu) else None
+
+    def __enter__(self) -> Neighbours:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ends.set()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        shortest, longest = SHORT_SPINS_SECONDS
+        seconds = shortest
+        before, at = seconds_waited(), time.monotonic()
+        while not self._ends.wait(LOOK_SECONDS):
+            waited, now = seconds_waited(), time.monotonic()
+            if waited - before > TOO_LONG * (now - at):
+                holder = threading.Thread(target=self._hold_threads, args=(seconds,), name="idle pool")
+                holder.start()
+                holder.join()
+                self.seconds += time.monotonic() - now
+                seconds = min(2 * seconds, longest)
+                waited, now = seconds_waited(), time.monotonic()
+            else:
+                seconds = shortest
+            before, at = waited, now
+
+    def _hold_threads(self, seconds: float) -> None:
+        """Have as many OpenMP threads as there are cores, beside the others; libgomp ends them with this thread."""
+        number, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+        torch.set_num_threads(cores)  # of this thread
+        torch.zeros(cores * 40_000, dtype=torch.uint8).add_(1)  # PyTorch gives a thread 32,768 elements at least
+        torch.set_num_threads(number)
+        self._ends.wait(seconds)

@@ -1,0 +1,121 @@
+"""Beside a busy process: it is seen, OpenMP's spins become short and long again, and no bit of a result changes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import ROOT
+
+from mnist_dist.processes import neighbours
+from mnist_dist.processes.neighbours import Neighbours, seconds_waited, spins
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux counts this, and not all do")
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    number = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(neighbours, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(neighbours, "SHORT_SPINS_SECONDS", (0.2, 0.4))
+    yield
+    torch.set_num_threads(number)
+
+
+def num_tasks():
+    return len(os.listdir("/proc/self/task"))
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_it_is_for_openmp_threads_on_the_cpu_whose_spins_the_user_has_not_chosen(two_threads, monkeypatch, tmp_path):
+    assert spins(on_cpu=True) and not spins(on_cpu=False)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        with monkeypatch.context() as only_here:
+            only_here.setenv(name, "active")
+            assert not spins(on_cpu=True)
+    torch.set_num_threads(1)
+    assert not spins(on_cpu=True)
+    torch.set_num_threads(2)
+    monkeypatch.setattr(neighbours, "PROCESS", tmp_path)  # another system, or a Linux that does not count
+    assert not spins(on_cpu=True)
+
+
+def test_threads_that_share_a_core_wait():
+    """Two busy processes on one core: each waits half of the time."""
+    script = ("import os, subprocess, sys, time; from mnist_dist.processes.neighbours import seconds_waited\n"
+              "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+              "with subprocess.Popen([sys.executable, '-c', 'while True: pass']) as other:\n"
+              "    end = time.monotonic() + 1.0\n"
+              "    while time.monotonic() < end: pass\n"
+              "    other.kill()\n"
+              "print(seconds_waited())")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert float(done.stdout) > 0.2, done
+
+
+def test_a_pool_is_held_while_others_are_seen_and_let_go_after(two_threads, monkeypatch):
+    torch.ones(200_000).add_(1)  # this thread's own pool
+    waited = seconds_waited()
+    monkeypatch.setattr(neighbours, "seconds_waited", lambda: waited)
+    with Neighbours(on_cpu=True) as watch:
+        before, cores = num_tasks(), len(os.sched_getaffinity(0))
+        waited += 1000
+        assert until(lambda: num_tasks() == before + cores)  # who holds it is one of the pool
+        assert until(lambda: num_tasks() == before)
+        assert torch.get_num_threads() == 2
+        assert 0.2 <= watch.seconds < 0.4
+
+
+def test_it_is_held_twice_as_long_each_time_that_others_are_still_there(two_threads, monkeypatch):
+    held = []
+    monkeypatch.setattr(Neighbours, "_hold_threads", lambda self, seconds: held.append(seconds))
+    monkeypatch.setattr(neighbours, "seconds_waited", lambda: time.monotonic())  # one thread waits all of the time
+    with Neighbours(on_cpu=True):
+        assert until(lambda: len(held) >= 4)
+    assert held[:4] == [0.2, 0.4, 0.4, 0.4]
+
+
+def test_the_end_of_the_run_does_not_wait_for_the_pool(two_threads, monkeypatch):
+    monkeypatch.setattr(neighbours, "SHORT_SPINS_SECONDS", (60.0, 60.0))
+    monkeypatch.setattr(neighbours, "seconds_waited", lambda: time.monotonic())
+    with Neighbours(on_cpu=True):
+        time.sleep(0.1)
+    assert not [name for name in map(lambda task: Path(task, "comm").read_text(), Path("/proc/self/task").iterdir())
+                if "idle pool" in name]
+
+
+def test_a_run_beside_a_busy_process_says_so_and_has_the_same_bits(small_dir, tmp_path):
+    """On two cores of this machine's, with a busy process on each, so that OpenMP's threads do wait."""
+    def trained(name, busy):
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        try:
+            done = subprocess.run(
+                [sys.executable, "train.py", "--data-dir", str(small_dir), "--epochs", "100", "--compile", "off",
+                 "--wandb", "disabled", "--checkpoint-every", "never", "--output-dir", str(tmp_path / name)],
+                cwd=ROOT, capture_output=True, text=True, timeout=120,
+                env={**os.environ, "OMP_NUM_THREADS": "2"})
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+        assert done.returncode == 0, done.stderr
+        return re.search(r"for \d+ s other processes wanted this machine's cores", done.stdout), load_file(
+            tmp_path / name / "model.safetensors")
+
+    (_, alone), (line, beside) = trained("alone", 0), trained("beside", os.cpu_count())
+    assert line
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
