@@ -23,8 +23,8 @@ import torch
 
 LOOK_SECONDS = 0.1
 TOO_LONG = 0.2  # of a look: this process's threads together waited for a core for more than this part of it
-# While spins are short, threads hardly wait for a core, so that nothing is seen. They are short for so many seconds, and
-# for twice as many each time that others are still there, up to the second number.
+# While spins are short, threads hardly wait for a core, so that nothing is seen. They are short for so many seconds,
+# and for twice as many each time that others are still there, up to the second number.
 SHORT_SPINS_SECONDS = (2.0, 16.0)
 
 PROCESS = Path("/proc/self")
