@@ -168,6 +168,7 @@ class CompiledStep:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
                                     device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.epoch, self.ahead = 0, dict[int, Tensor]()  # the order of a later epoch, made beforehand
         begin = time.perf_counter()
         keep_compiled_code()
         try:
@@ -224,7 +225,9 @@ class CompiledStep:
     def _adam(self, gradients: list[Tensor]) -> None:
         options = self.options
         beta1, beta2 = options["betas"]
-        counts = [count.double() for count in self.state["step"]]  # so that beta ** count is not rounded to float32
+        # Double, so that beta ** count is not rounded to float32. All weights have one count, so that the compiler
+        # computes once what follows from it.
+        counts = [self.state["step"][0].double() for _ in self.state["step"]]
         adam(list(self.weights.values()), gradients, self.state["exp_avg"], self.state["exp_avg_sq"], [], counts,
              foreach=False, fused=False, capturable=self.device.type == "cuda",
              amsgrad=options["amsgrad"], beta1=beta1, beta2=beta2, lr=options["lr"], eps=options["eps"],
@@ -298,8 +301,11 @@ class CompiledStep:
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch: its order is copied to the device."""
         begin = time.perf_counter()
+        rows = self.ahead.pop(epoch, None)
+        if rows is None:
+            rows = self._order_of(epoch)
+        self.epoch = epoch
         self.batches.go_to(epoch, steps)
-        rows = self.batches.rows(self.in_pass)
         if self.graph:
             self.order.copy_(rows.view_as(self.order), non_blocking=True)
             self.cursor.fill_(steps.start)
@@ -307,11 +313,18 @@ class CompiledStep:
             self.rows = rows.unbind()
         self.waited = time.perf_counter() - begin
 
+    def _order_of(self, epoch: int) -> Tensor:
+        self.batches.go_to(epoch, range(self.batches.num_batches))
+        return self.batches.rows(self.in_pass)
+
     @torch.no_grad()
     def take(self, step: int) -> float:
         """One optimizer step; returns the seconds waited for data: those of the order, at the first step."""
         if self.graph:
             self.graph.replay()
+            if step == self.batches.num_batches - 1:
+                # the host has time while the GPU takes the steps
+                self.ahead = {self.epoch + 1: self._order_of(self.epoch + 1)}
         else:
             is_last = step == self.batches.num_batches - 1
             rows: Sequence[Tensor] = self.rows[step * self.parts : (step + 1) * self.parts]
