@@ -31,8 +31,9 @@ from mnist_dist.data import ImageSets, load
 from mnist_dist.processes.team import Team
 from mnist_dist.record.files import replace_json
 from mnist_dist.tables import cell, spread, table
+from mnist_dist.training.sampling import NO_INDEX
 from mnist_dist.training.steps.compiled import CompiledStep
-from mnist_dist.training.steps.plain import loss_sum
+from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 from mnist_dist.training.trainer import Trainer
 
 TURNS = 7
@@ -75,8 +76,9 @@ class StackedStep(CompiledStep):
 
     def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
         def mean_loss(weights: dict[str, Tensor], rows_B: Tensor) -> tuple[Tensor, Tensor]:
+            labels_B = self.images.labels[rows_B].masked_fill(rows_B == NO_INDEX, NO_SAMPLE)
             total = loss_sum(lambda x: functional_call(self.module, weights, (x,)), self.images.images[rows_B],
-                             self.images.labels[rows_B], self.dtype)
+                             labels_B, self.dtype)
             return total / count, total
 
         step = vmap(grad_and_value(mean_loss, has_aux=True))

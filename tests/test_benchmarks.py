@@ -19,6 +19,8 @@ import pytest
 import torch
 from support import ROOT, write_idx_folder
 
+from mnist_dist.data import load
+
 sys.path.insert(0, str(ROOT))  # benchmarks is run from a checkout and is not installed
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a peer that is called here takes a GPU if there is one
 
@@ -236,6 +238,16 @@ def test_compiled_steps_are_adams(data_dir: str, monkeypatch: pytest.MonkeyPatch
     for other in others:
         for a, b in zip(wanted.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.long
+def test_each_member_of_a_stacked_training_is_its_own_run(small_dir):
+    """Also in the epoch's last batch, which is padded."""
+    sets = load("mnist", str(small_dir))
+    batch_size = 97
+    num_steps = -(-len(sets.train) // batch_size)
+    assert len(sets.train) % batch_size
+    assert module("many_runs").largest_difference(sets, 2, batch_size, "cpu", num_steps) < 1e-10
 
 
 def test_beside_a_neighbour_the_ratio_is_of_the_same_repeat():

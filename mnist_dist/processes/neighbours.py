@@ -72,6 +72,10 @@ class Neighbours:
             self._thread.join()
 
     def _run(self) -> None:
+        with suppress(OSError):  # what the system shows of itself can be forbidden to read
+            self._look_on()
+
+    def _look_on(self) -> None:
         shortest, longest = SHORT_SPINS_SECONDS
         seconds = shortest
         before, at = seconds_waited(), time.monotonic()
