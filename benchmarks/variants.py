@@ -164,7 +164,7 @@ def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str
             ("bias corrections computed for every vector (inductor's default)", {"realize_opcount_threshold": 30}),
             ("images scaled in two passes", {"realize_opcount_threshold": 4}),
             ("shapes checked at each call (inductor's default)", {"size_asserts": True}),
-            ("a single sample's gradient through memory", {"post_grad_custom_pre_pass": None})):
+            ("products as MKL shares them out to the threads", {"post_grad_custom_pre_pass": None})):
         with patch.dict(compiled.INDUCTOR_OPTIONS, without):
             step = fresh()
         yield what, one_by_one(step._whole, step.full)

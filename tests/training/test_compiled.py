@@ -22,6 +22,7 @@ from mnist_dist.processes.team import Team
 from mnist_dist.record.gains import Gain, keep_gain
 from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, wants_compiling
 from mnist_dist.training.steps.compiled import compiler_failure
+from mnist_dist.training.steps.products import ProductsWhereAdamIs
 from mnist_dist.training.trainer import Trainer
 
 LINEAR = "layers.1.weight"
@@ -100,9 +101,11 @@ def test_a_bug_is_not_taken_for_a_missing_compiler():
         assert compiler_failure(bug) is None
 
 
-@pytest.mark.parametrize(("batch_size", "passes", "parts"), [(401, 2, 10), (1, 1, 1)])
+@pytest.mark.parametrize(("batch_size", "passes", "parts"), [(401, 2, 10), (1, 1, 1), (2, 2, 2)])
 def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir, monkeypatch):
-    """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; and one sample."""
+    """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; and one sample in each
+    pass.
+    """
     monkeypatch.setattr(compiled, "PART", 40)
     found = []
     for kind in ("on", "off"):
@@ -116,6 +119,40 @@ def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir,
         trainer.step.flush(3)
         found.append([trainer.sums[0], trainer.sums[:, 0], *trainer.module.parameters()])
         assert kind == "off" or trainer.step.parts == parts
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("batch_size", "threads", "products"), [
+    (97, 2, {"bmm": 2, "mm": 2, "addmm": 1}),  # the first weight's, in two blocks; the second weight is small
+    (97, 3, {"bmm": 0, "mm": 3, "addmm": 2}),  # 256 rows are not 3 blocks
+    (1, 2, {"bmm": 0, "mm": 1, "addmm": 0}),  # loops of inductor's own
+])
+def test_products_are_shared_out_as_adams_loop_is(batch_size, threads, products, small_dir, monkeypatch):
+    counts = {}
+
+    def count(self, graph):
+        whole(self, graph)
+        counts.update({name: len(graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, name).default))
+                       for name in products})
+
+    whole = ProductsWhereAdamIs.__call__
+    monkeypatch.setattr(ProductsWhereAdamIs, "__call__", count)
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for kind in ("on", "off"):
+            config = TrainConfig(batch_size=batch_size, dtype="float64", compile=kind)
+            trainer = Trainer(config, Team(Accelerator(cpu=True), 60), load("mnist", str(small_dir)))
+            trainer.make_step()
+            trainer.step.begin(0, range(3))
+            for step in range(3):
+                trainer.step.take(step)
+            found.append(list(trainer.module.parameters()))
+    finally:
+        torch.set_num_threads(before)
+    assert counts == products
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
 

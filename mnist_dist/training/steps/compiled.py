@@ -64,29 +64,13 @@ def keep_compiled_code() -> None:
             os.environ[CACHE] = str(folder)
 
 
-def outer_products_fused() -> Any:
-    """A pass of inductor's: a matrix product that adds nothing up, as that for one sample's gradient, becomes an
-    elementwise one. Then Adam's loop computes it, and the gradient does not go through memory.
-    """
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class Pass(CustomGraphPass):
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-                if node.args[0].meta["val"].shape[1] == 1:
-                    node.target = torch.ops.aten.mul.Tensor
-
-        def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,))
-
-    return Pass()
-
-
 def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
     """Inductor's code for a graph. It is trusted that the C++ compiler knows the vector instructions of the processor:
     inductor compiles a program for each of them to see that, which takes a third of a first start.
     """
-    options = {"post_grad_custom_pre_pass": outer_products_fused(), **INDUCTOR_OPTIONS}
+    from mnist_dist.training.steps.products import ProductsWhereAdamIs  # which imports inductor
+
+    options = {"post_grad_custom_pre_pass": ProductsWhereAdamIs(), **INDUCTOR_OPTIONS}
     try:
         return torch._inductor.compile(graph, examples, options={**options, "cpp.vec_isa_ok": True})
     except Exception as error:
