@@ -5,6 +5,7 @@ That it agrees with plain PyTorch to 1e-10 on 1, 2 and 3 processes is in test_ex
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,9 +104,7 @@ def test_a_bug_is_not_taken_for_a_missing_compiler():
 
 @pytest.mark.parametrize(("batch_size", "passes", "parts"), [(401, 2, 10), (1, 1, 1), (2, 2, 2)])
 def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir, monkeypatch):
-    """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; and one sample in each
-    pass.
-    """
+    """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; and single samples."""
     monkeypatch.setattr(compiled, "PART", 40)
     found = []
     for kind in ("on", "off"):
@@ -138,7 +137,7 @@ def test_products_are_shared_out_as_adams_loop_is(batch_size, threads, products,
 
     whole = ProductsWhereAdamIs.__call__
     monkeypatch.setattr(ProductsWhereAdamIs, "__call__", count)
-    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    monkeypatch.setattr(ProductsWhereAdamIs, "uuid", lambda self: os.urandom(32))  # nothing is found in the cache
     before, found = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
