@@ -104,7 +104,7 @@ def test_a_bug_is_not_taken_for_a_missing_compiler():
 
 @pytest.mark.parametrize(("batch_size", "passes", "parts"), [(401, 2, 10), (1, 1, 1), (2, 2, 2)])
 def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir, monkeypatch):
-    """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; and single samples."""
+    """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; or single samples."""
     monkeypatch.setattr(compiled, "PART", 40)
     found = []
     for kind in ("on", "off"):
