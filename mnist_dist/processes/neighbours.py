@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 LOOK_SECONDS = 0.1
-TOO_LONG = 0.2  # of a look: this process's threads together waited for a core for more than this part of it
+TOO_LONG = 0.2  # of a look: threads waited for a core for more than this part of it, and others had one for as long
 # While spins are short, threads hardly wait for a core, so that nothing is seen. They are short for so many seconds,
 # and for twice as many each time that others are still there, up to the second number.
 SHORT_SPINS_SECONDS = (2.0, 16.0)
@@ -40,15 +40,16 @@ def spins(on_cpu: bool) -> bool:
         return False
 
 
-def seconds_waited() -> float:
-    """Seconds for which threads of this process could run but had no core, in all, since they began
-    (Documentation/scheduler/sched-stats.rst of Linux).
+def seconds_used() -> tuple[float, float]:
+    """Seconds for which threads of this process ran on a core, and for which they could run but had no core, in all,
+    since they began (Documentation/scheduler/sched-stats.rst of Linux).
     """
-    total = 0
+    ran = waited = 0
     for task in (PROCESS / "task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
-            total += int((task / "schedstat").read_text().split()[1])
-    return total / 1e9
+            of_task = (task / "schedstat").read_text().split()
+            ran, waited = ran + int(of_task[0]), waited + int(of_task[1])
+    return ran / 1e9, waited / 1e9
 
 
 class Neighbours:
@@ -77,20 +78,23 @@ class Neighbours:
 
     def _look_on(self) -> None:
         shortest, longest = SHORT_SPINS_SECONDS
-        seconds = shortest
-        before, at = seconds_waited(), time.monotonic()
+        seconds, cores = shortest, len(os.sched_getaffinity(0))
+        before, at = seconds_used(), time.monotonic()
         while not self._ends.wait(LOOK_SECONDS):
-            waited, now = seconds_waited(), time.monotonic()
-            if waited - before > TOO_LONG * (now - at):
+            used, now = seconds_used(), time.monotonic()
+            ran, waited = (after - first for after, first in zip(used, before, strict=True))
+            enough = TOO_LONG * (now - at)
+            # threads wait for each other too, as for the one that writes a checkpoint; but then all cores are ours
+            if waited > enough and ran < cores * (now - at) - enough:
                 holder = threading.Thread(target=self._hold_threads, args=(seconds,), name="idle pool")
                 holder.start()
                 holder.join()
                 self.seconds += time.monotonic() - now
                 seconds = min(2 * seconds, longest)
-                waited, now = seconds_waited(), time.monotonic()
+                used, now = seconds_used(), time.monotonic()
             else:
                 seconds = shortest
-            before, at = waited, now
+            before, at = used, now
 
     def _hold_threads(self, seconds: float) -> None:
         """Have as many OpenMP threads as there are cores, beside the others; libgomp ends them with this thread."""

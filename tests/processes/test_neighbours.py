@@ -15,9 +15,14 @@ from safetensors.torch import load_file
 from support import ROOT
 
 from mnist_dist.processes import neighbours
-from mnist_dist.processes.neighbours import Neighbours, seconds_waited, spins
+from mnist_dist.processes.neighbours import Neighbours, spins
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux counts this, and not all do")
+
+
+def all_waiting():
+    """A thread waits all of the time."""
+    return 0.0, time.monotonic()
 
 
 @pytest.fixture
@@ -56,21 +61,22 @@ def test_it_is_for_openmp_threads_on_the_cpu_whose_spins_the_user_has_not_chosen
 
 def test_threads_that_share_a_core_wait():
     """Two busy processes on one core: each waits half of the time."""
-    script = ("import os, subprocess, sys, time; from mnist_dist.processes.neighbours import seconds_waited\n"
+    script = ("import os, subprocess, sys, time; from mnist_dist.processes.neighbours import seconds_used\n"
               "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
               "with subprocess.Popen([sys.executable, '-c', 'while True: pass']) as other:\n"
               "    end = time.monotonic() + 1.0\n"
               "    while time.monotonic() < end: pass\n"
               "    other.kill()\n"
-              "print(seconds_waited())")
+              "print(*seconds_used())")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert float(done.stdout) > 0.2, done
+    ran, waited = map(float, done.stdout.split())
+    assert ran > 0.2 < waited, done
 
 
 def test_a_pool_is_held_while_others_are_seen_and_let_go_after(two_threads, monkeypatch):
     torch.ones(200_000).add_(1)  # this thread's own pool
-    waited = seconds_waited()
-    monkeypatch.setattr(neighbours, "seconds_waited", lambda: waited)
+    waited = 0.0
+    monkeypatch.setattr(neighbours, "seconds_used", lambda: (0.0, waited))
     with Neighbours(on_cpu=True) as watch:
         before, cores = num_tasks(), len(os.sched_getaffinity(0))
         waited += 1000
@@ -83,15 +89,25 @@ def test_a_pool_is_held_while_others_are_seen_and_let_go_after(two_threads, monk
 def test_it_is_held_twice_as_long_each_time_that_others_are_still_there(two_threads, monkeypatch):
     held = []
     monkeypatch.setattr(Neighbours, "_hold_threads", lambda self, seconds: held.append(seconds))
-    monkeypatch.setattr(neighbours, "seconds_waited", lambda: time.monotonic())  # one thread waits all of the time
+    monkeypatch.setattr(neighbours, "seconds_used", all_waiting)
     with Neighbours(on_cpu=True):
         assert until(lambda: len(held) >= 4)
     assert held[:4] == [0.2, 0.4, 0.4, 0.4]
 
 
+def test_threads_that_wait_for_our_own_others_change_nothing(two_threads, monkeypatch):
+    """As beside the thread that writes a checkpoint: all cores are busy with us."""
+    held, cores = [], len(os.sched_getaffinity(0))
+    monkeypatch.setattr(Neighbours, "_hold_threads", lambda self, seconds: held.append(seconds))
+    monkeypatch.setattr(neighbours, "seconds_used", lambda: (cores * time.monotonic(), time.monotonic()))
+    with Neighbours(on_cpu=True) as watch:
+        time.sleep(0.2)
+    assert not held and watch.seconds == 0
+
+
 def test_the_end_of_the_run_does_not_wait_for_the_pool(two_threads, monkeypatch):
     monkeypatch.setattr(neighbours, "SHORT_SPINS_SECONDS", (60.0, 60.0))
-    monkeypatch.setattr(neighbours, "seconds_waited", lambda: time.monotonic())
+    monkeypatch.setattr(neighbours, "seconds_used", all_waiting)
     with Neighbours(on_cpu=True):
         time.sleep(0.1)
     assert not [name for name in map(lambda task: Path(task, "comm").read_text(), Path("/proc/self/task").iterdir())
