@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import stack_module_state, vmap
 
 from benchmarks.machine import describe
 from mnist_dist.config import TrainConfig
@@ -31,9 +31,7 @@ from mnist_dist.data import ImageSets, load
 from mnist_dist.processes.team import Team
 from mnist_dist.record.files import replace_json
 from mnist_dist.tables import cell, spread, table
-from mnist_dist.training.sampling import NO_INDEX
 from mnist_dist.training.steps.compiled import CompiledStep
-from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 from mnist_dist.training.trainer import Trainer
 
 TURNS = 7
@@ -64,8 +62,8 @@ class StackedStep(CompiledStep):
     def __init__(self, members: Sequence[Trainer]) -> None:
         parts = replace(members[0].parts, batches=Orders(members), sums=members[0].sums.clone())
         self.members = len(members)
-        self.stacks = {name: torch.stack([dict(member.module.named_parameters())[name].detach() for member in members])
-                       for name in dict(members[0].module.named_parameters())}
+        stacks, _ = stack_module_state([member.module for member in members])
+        self.stacks = {name: stack.detach() for name, stack in stacks.items()}
         super().__init__(parts)
 
     def _compile(self) -> None:
@@ -74,16 +72,12 @@ class StackedStep(CompiledStep):
                       for name, kept in self.state.items()}
         super()._compile()
 
-    def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
-        def mean_loss(weights: dict[str, Tensor], rows_B: Tensor) -> tuple[Tensor, Tensor]:
-            labels_B = self.images.labels[rows_B].masked_fill(rows_B == NO_INDEX, NO_SAMPLE)
-            total = loss_sum(lambda x: functional_call(self.module, weights, (x,)), self.images.images[rows_B],
-                             labels_B, self.dtype)
-            return total / count, total
+    def _gradients(self, weights: dict[str, Tensor], rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
+        def of_one(weights: dict[str, Tensor], rows_B: Tensor) -> tuple[list[Tensor], Tensor]:
+            return CompiledStep._gradients(self, weights, rows_B, count)
 
-        step = vmap(grad_and_value(mean_loss, has_aux=True))
-        gradients, (_, totals) = step(self.weights, rows_B.view(self.members, -1))
-        return list(gradients.values()), totals.sum().unsqueeze(0)
+        gradients, sums = vmap(of_one)(weights, rows_B.view(self.members, -1))
+        return gradients, sums.sum(dim=0)
 
 
 def members_of(sets: ImageSets, number: int, batch_size: int, on: str, **options: Any) -> list[Trainer]:

@@ -83,7 +83,7 @@ def beside_fused_adam(step: CompiledStep) -> Way:
     gradients = [torch.zeros_like(weight) for weight in step.weights.values()]
 
     def set_gradients(rows_B: Tensor, count: Tensor) -> Tensor:
-        found, total = step._gradients(rows_B, count)
+        found, total = step._gradients(step.weights, rows_B, count)
         for kept, gradient in zip(gradients, found, strict=True):
             kept.copy_(gradient)
         return total

@@ -61,6 +61,8 @@ class Neighbours:
         self.seconds = 0.0
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="neighbours", daemon=True) if spins(on_cpu) else None
+        # those that libgomp counts, whatever a container's share of them
+        self._cores = len(os.sched_getaffinity(0)) if self._thread else 0
 
     def __enter__(self) -> Neighbours:
         if self._thread:
@@ -78,14 +80,14 @@ class Neighbours:
 
     def _look_on(self) -> None:
         shortest, longest = SHORT_SPINS_SECONDS
-        seconds, cores = shortest, len(os.sched_getaffinity(0))
+        seconds = shortest
         before, at = seconds_used(), time.monotonic()
         while not self._ends.wait(LOOK_SECONDS):
             used, now = seconds_used(), time.monotonic()
             ran, waited = (after - first for after, first in zip(used, before, strict=True))
             enough = TOO_LONG * (now - at)
             # threads wait for each other too, as for the one that writes a checkpoint; but then all cores are ours
-            if waited > enough and ran < cores * (now - at) - enough:
+            if waited > enough and ran < self._cores * (now - at) - enough:
                 holder = threading.Thread(target=self._hold_threads, args=(seconds,), name="idle pool")
                 holder.start()
                 holder.join()
@@ -98,8 +100,8 @@ class Neighbours:
 
     def _hold_threads(self, seconds: float) -> None:
         """Have as many OpenMP threads as there are cores, beside the others; libgomp ends them with this thread."""
-        number, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-        torch.set_num_threads(cores)  # of this thread
-        torch.zeros(cores * 40_000, dtype=torch.uint8).add_(1)  # PyTorch gives a thread 32,768 elements at least
+        number = torch.get_num_threads()
+        torch.set_num_threads(self._cores)  # of this thread
+        torch.zeros(self._cores * 40_000, dtype=torch.uint8).add_(1)  # PyTorch gives a thread 32,768 elements at least
         torch.set_num_threads(number)
         self._ends.wait(seconds)

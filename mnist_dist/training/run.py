@@ -181,8 +181,8 @@ class Run:
                 raise
             self._wait_for_checkpoint()
         if neighbours.seconds:
-            self.console.say(f"for {neighbours.seconds:.0f} s other processes wanted this machine's cores: the times "
-                             "are not those of a quiet machine")
+            self.console.say(f"for {math.ceil(neighbours.seconds)} s other processes wanted this machine's cores: the "
+                             "times are not those of a quiet machine")
         self._leave("completed")
 
     def _run_epoch(self) -> None:

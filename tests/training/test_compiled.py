@@ -102,24 +102,31 @@ def test_a_bug_is_not_taken_for_a_missing_compiler():
         assert compiler_failure(bug) is None
 
 
+def after_three_steps(small_dir, kind, **options):
+    config = TrainConfig(dtype="float64", compile=kind, **options)
+    trainer = Trainer(config, Team(Accelerator(cpu=True), 60), load("mnist", str(small_dir)))
+    trainer.make_step()
+    trainer.step.begin(0, range(3))
+    for step in range(3):
+        trainer.step.take(step)
+    trainer.step.flush(3)
+    return trainer
+
+
+def assert_same(*trainers):
+    found = [[trainer.sums[0], trainer.sums[:, 0], *trainer.module.parameters()] for trainer in trainers]
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("batch_size", "passes", "parts"), [(401, 2, 10), (1, 1, 1), (2, 2, 2)])
 def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir, monkeypatch):
     """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; or single samples."""
     monkeypatch.setattr(compiled, "PART", 40)
-    found = []
-    for kind in ("on", "off"):
-        config = TrainConfig(batch_size=batch_size, dtype="float64", compile=kind, gradient_accumulation_steps=passes,
-                             noise_scale=True)
-        trainer = Trainer(config, Team(Accelerator(cpu=True), 60), load("mnist", str(small_dir)))
-        trainer.make_step()
-        trainer.step.begin(0, range(3))
-        for step in range(3):
-            trainer.step.take(step)
-        trainer.step.flush(3)
-        found.append([trainer.sums[0], trainer.sums[:, 0], *trainer.module.parameters()])
-        assert kind == "off" or trainer.step.parts == parts
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+    both = [after_three_steps(small_dir, kind, batch_size=batch_size, gradient_accumulation_steps=passes,
+                              noise_scale=True) for kind in ("on", "off")]
+    assert both[0].step.parts == parts
+    assert_same(*both)
 
 
 @pytest.mark.parametrize(("batch_size", "threads", "products"), [
@@ -137,22 +144,14 @@ def test_products_are_shared_out_as_adams_loop_is(batch_size, threads, products,
     whole = ProductsWhereAdamIs.__call__
     monkeypatch.setattr(ProductsWhereAdamIs, "__call__", count)
     monkeypatch.setattr(ProductsWhereAdamIs, "uuid", lambda self: os.urandom(32))  # nothing is found in the cache
-    before, found = torch.get_num_threads(), []
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for kind in ("on", "off"):
-            config = TrainConfig(batch_size=batch_size, dtype="float64", compile=kind)
-            trainer = Trainer(config, Team(Accelerator(cpu=True), 60), load("mnist", str(small_dir)))
-            trainer.make_step()
-            trainer.step.begin(0, range(3))
-            for step in range(3):
-                trainer.step.take(step)
-            found.append(list(trainer.module.parameters()))
+        both = [after_three_steps(small_dir, kind, batch_size=batch_size) for kind in ("on", "off")]
     finally:
         torch.set_num_threads(before)
     assert counts == products
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+    assert_same(*both)
 
 
 def test_cut_and_continued_it_has_the_same_bits(small_dir, tmp_path):

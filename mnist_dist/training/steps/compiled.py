@@ -173,7 +173,7 @@ class CompiledStep:
             self._accumulate = compile_once(self._accumulate_gradient, rows, self.full)
             self._apply = compile_once(self._apply_gradient)
 
-    def _gradients(self, rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _gradients(self, weights: dict[str, Tensor], rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gradients of sum(loss of these samples) / `count`; and the sum of losses [1], or with the noise scale also
         that of the samples' squared gradient norms, and 0 [3].
         """
@@ -199,7 +199,7 @@ class CompiledStep:
                              self.dtype)
             return total / count, (total, inputs)
 
-        (gradients, of_outputs), (_, (total, inputs)) = grad_and_value(mean_loss, has_aux=True)((self.weights, zeros))
+        (gradients, of_outputs), (_, (total, inputs)) = grad_and_value(mean_loss, has_aux=True)((weights, zeros))
         sums = [total]
         if zeros:
             squares = torch.stack(list(map(squared_norms, inputs, of_outputs))).sum()
@@ -220,14 +220,14 @@ class CompiledStep:
             kept.copy_(count)
 
     def _whole_step(self, rows_B: Tensor, count: Tensor) -> Tensor:
-        gradients, sums = self._gradients(rows_B, count)
+        gradients, sums = self._gradients(self.weights, rows_B, count)
         if self.outputs:
             sums[2] = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
         self._adam(gradients)
         return sums
 
     def _accumulate_gradient(self, rows_B: Tensor, count: Tensor) -> Tensor:
-        gradients, sums = self._gradients(rows_B, count)
+        gradients, sums = self._gradients(self.weights, rows_B, count)
         self.flat.add_(torch.cat([gradient.flatten() for gradient in gradients]))
         return sums
 
@@ -289,7 +289,6 @@ class CompiledStep:
         if rows is None:
             rows = self._order_of(epoch)
         self.epoch = epoch
-        self.batches.go_to(epoch, steps)
         if self.graph:
             self.order.copy_(rows.view_as(self.order), non_blocking=True)
             self.cursor.fill_(steps.start)
