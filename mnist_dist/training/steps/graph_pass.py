@@ -1,12 +1,15 @@
-"""A pass of inductor's over the graph of a step: matrix products are shared out to the threads as Adam's loops are.
+"""A pass of inductor's over the graph of a step, for the CPU: its products and Adam's loops fit each other.
 
 Adam's loop over a weight gives each thread a block of its rows, which stay in the cache of that thread's core. MKL
 shares the weight's products out in other ways, or not at all. So at small batches the weight and its gradient move from
-core to core in each step, which takes longer than the products (docs/performance.md). Hence, for a large weight on the
-CPU, its gradient and the activations from it become one product for each thread's block of rows.
+core to core in each step, which takes longer than the products (docs/performance.md). Hence, for a large weight, its
+gradient and the activations from it become one product for each thread's block of rows.
 
-From one sample they become loops of inductor's own. Its gradient leaves nothing to add up, so that Adam's loop computes
-it, and it does not go through memory: on a GPU too.
+Products of few numbers, and all from one sample, become loops of inductor's own, which it joins to the loops before and
+after them: there the calls take longer than what they compute. From one sample, Adam's loop computes the gradient
+itself, and it does not go through memory: on a GPU too.
+
+Adam divides by its bias correction for each weight. A product with the reciprocal of that number takes less time.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ aten = torch.ops.aten
 # Weights of so many elements are large. For more samples than this MKL's own way is as fast.
 LARGE_WEIGHT, MOST_SAMPLES = 100_000, 512
 
+# A product of so many multiplications is faster as a loop.
+SMALL_PRODUCT = 600_000
+
 
 def value(node: Any) -> Tensor:
     """What stands for the node's tensor: its shape, type and device."""
@@ -38,28 +44,38 @@ def add(graph: Graph, operation: Any, *inputs: Any) -> Node:
     return node
 
 
-class ProductsWhereAdamIs(CustomGraphPass):
+class GraphPass(CustomGraphPass):
     """The pass, for as many threads as there are when it is made."""
 
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
 
     def __call__(self, graph: Graph) -> None:
-        """Replace products of the graph."""
+        """Replace products and divisions of the graph."""
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-            rows, samples = value(node.args[0]).shape
-            if samples == 1:
-                node.target = aten.mul.Tensor
+            (rows, samples), is_small = value(node.args[0]).shape, self._is_small(*node.args)
+            if samples == 1 or is_small:
+                _replace(node, _loop)
             elif self._cuts(value(node), rows, samples):
                 _replace(node, self._gradient)
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            samples, rows = value(node).shape
-            if (samples == 1 and value(node).device.type == "cpu") or self._cuts(value(node.args[2]), rows, samples):
+            (samples, rows), is_small = value(node).shape, self._is_small(*node.args[1:])
+            if (samples == 1 and _is_on_cpu(node)) or is_small:
+                _replace(node, lambda graph, bias, *both: add(graph, aten.add.Tensor, _loop(graph, *both), bias))
+            elif self._cuts(value(node.args[2]), rows, samples):
                 _replace(node, self._activations)
+        for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
+            divisor = node.args[1]
+            if isinstance(divisor, Node) and value(divisor).dim() == 0 < value(node).dim() and _is_on_cpu(node):
+                _replace(node, _times_reciprocal)
 
     def uuid(self) -> bytes:
         """Compiled code is kept under this, among others."""
         return get_hash_for_files((__file__,), str(self.threads))
+
+    def _is_small(self, left_MK: Node, right_KN: Node) -> bool:
+        (M, K), N = value(left_MK).shape, value(right_KN).shape[1]
+        return _is_on_cpu(left_MK) and M * K * N <= SMALL_PRODUCT and max(M * K, K * N, M * N) < LARGE_WEIGHT
 
     def _cuts(self, weight: Tensor, rows: int, samples: int) -> bool:
         return (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and self.threads > 1
@@ -76,14 +92,25 @@ class ProductsWhereAdamIs(CustomGraphPass):
         """[B, N], from T threads' blocks of n = N / T columns, which are rows of the weight as it is kept."""
         B, (K, N) = value(x_BK).shape[0], value(weight_KN).shape
         weight_NK = add(graph, aten.permute.default, weight_KN, [1, 0])
-        if B == 1:
-            y_N = add(graph, aten.sum.dim_IntList, add(graph, aten.mul.Tensor, weight_NK, x_BK), [1])
-            return add(graph, aten.unsqueeze.default, add(graph, aten.add.Tensor, y_N, bias_N), 0)
         weight_TnK = add(graph, aten.reshape.default, weight_NK, [self.threads, N // self.threads, K])
         weight_TKn = add(graph, aten.permute.default, weight_TnK, [0, 2, 1])
         y_TBn = add(graph, aten.bmm.default, add(graph, aten.expand.default, x_BK, [self.threads, B, K]), weight_TKn)
         y_BN = add(graph, aten.reshape.default, add(graph, aten.permute.default, y_TBn, [1, 0, 2]), [B, N])
         return add(graph, aten.add.Tensor, y_BN, bias_N)
+
+
+def _is_on_cpu(node: Any) -> bool:
+    return value(node).device.type == "cpu"
+
+
+def _loop(graph: Graph, left_MK: Node, right_KN: Node) -> Node:
+    left_MK1 = add(graph, aten.unsqueeze.default, left_MK, 2)
+    right_1KN = add(graph, aten.unsqueeze.default, right_KN, 0)
+    return add(graph, aten.sum.dim_IntList, add(graph, aten.mul.Tensor, left_MK1, right_1KN), [1])
+
+
+def _times_reciprocal(graph: Graph, x: Node, number: Node) -> Node:
+    return add(graph, aten.mul.Tensor, x, add(graph, aten.reciprocal.default, number))
 
 
 def _replace(node: Node, make: Callable[..., Node]) -> None:
