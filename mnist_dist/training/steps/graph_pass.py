@@ -5,9 +5,10 @@ shares the weight's products out in other ways, or not at all. So at small batch
 core to core in each step, which takes longer than the products (docs/performance.md). Hence, for a large weight, its
 gradient and the activations from it become one product for each thread's block of rows.
 
-Products of few numbers, and all from one sample, become loops of inductor's own, which it joins to the loops before and
-after them: there the calls take longer than what they compute. From one sample, Adam's loop computes the gradient
-itself, and it does not go through memory: on a GPU too.
+Small products become loops of inductor's own, which it joins to the loops before and after them. MKL is slow at
+products with ten columns, as the second layer's are, and a call of it takes longer than a product with few samples.
+Then Adam's loop computes the gradient of a large weight itself, which does not go through memory; from one sample on
+a GPU too.
 
 Adam divides by its bias correction for each weight. A product with the reciprocal of that number takes less time.
 """
@@ -28,8 +29,9 @@ aten = torch.ops.aten
 # Weights of so many elements are large. For more samples than this MKL's own way is as fast.
 LARGE_WEIGHT, MOST_SAMPLES = 100_000, 512
 
-# A product of so many multiplications is faster as a loop.
-SMALL_PRODUCT = 600_000
+# A loop reads the right operand once for each row of the left one. So it is faster than MKL, which reads blocks, up to
+# so many multiplications, if that operand stays in the first cache of a core, of so many bytes.
+SMALL_PRODUCT, FIRST_CACHE = 5_000_000, 32 * 1024
 
 
 def value(node: Any) -> Tensor:
@@ -74,8 +76,8 @@ class GraphPass(CustomGraphPass):
         return get_hash_for_files((__file__,), str(self.threads))
 
     def _is_small(self, left_MK: Node, right_KN: Node) -> bool:
-        (M, K), N = value(left_MK).shape, value(right_KN).shape[1]
-        return _is_on_cpu(left_MK) and M * K * N <= SMALL_PRODUCT and max(M * K, K * N, M * N) < LARGE_WEIGHT
+        multiplications = value(left_MK).shape[0] * value(right_KN).numel()
+        return _is_on_cpu(left_MK) and multiplications <= SMALL_PRODUCT and value(right_KN).nbytes <= FIRST_CACHE
 
     def _cuts(self, weight: Tensor, rows: int, samples: int) -> bool:
         return (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and self.threads > 1
