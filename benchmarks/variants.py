@@ -30,11 +30,33 @@ from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer
 from mnist_dist.training.steps import compiled
 from mnist_dist.training.steps.compiled import CompiledStep, compile_once
+from mnist_dist.training.steps.graph_pass import GraphPass
 from mnist_dist.training.steps.plain import loss_sum
 from mnist_dist.training.trainer import Trainer
 
 TURNS = 7
 Way = Callable[[list[Tensor]], None]  # takes a step on each of these rows of indices
+
+
+class WithoutBlocks(GraphPass):
+    """Large products as MKL shares them out."""
+
+    def _cuts(self, *_: Any) -> bool:
+        return False
+
+
+class WithoutLoops(GraphPass):
+    """Small products by MKL, but for one sample."""
+
+    def _is_small(self, *_: Any) -> bool:
+        return False
+
+
+class WithDivisions(GraphPass):
+    """Adam's loop divides twice for a weight."""
+
+    def _replace_divisions(self, graph: Any) -> None:
+        pass
 
 
 def trainer(sets: ImageSets, batch_size: int, compile: str, **options: Any) -> Trainer:
@@ -154,7 +176,8 @@ def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str
     yield "hand-written PyTorch", one_by_one(step_on(scale(sets.train.images.flatten(1)), sets.train.labels))
     yield "this step in the trainer's loop", in_loop(trainer(epoch, batch_size, "on"))
     step = fresh()
-    through = torch.compile(step._whole_step, dynamic=False, fullgraph=True, options=compiled.INDUCTOR_OPTIONS)
+    through = torch.compile(step._whole_step, dynamic=False, fullgraph=True,
+                            options={"post_grad_custom_pre_pass": GraphPass(), **compiled.INDUCTOR_OPTIONS})
     yield "called through torch.compile's own entry", one_by_one(torch.no_grad()(through), step.full)
     yield "Adam's fused kernel beside compiled gradients", beside_fused_adam(fresh())
     yield "all weights in one flat buffer", flat_weights(fresh())
@@ -164,7 +187,10 @@ def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str
             ("bias corrections computed for every vector (inductor's default)", {"realize_opcount_threshold": 30}),
             ("images scaled in two passes", {"realize_opcount_threshold": 4}),
             ("shapes checked at each call (inductor's default)", {"size_asserts": True}),
-            ("products as MKL shares them out to the threads", {"post_grad_custom_pre_pass": None})):
+            ("products as MKL shares them out to the threads", {"post_grad_custom_pre_pass": WithoutBlocks()}),
+            ("small products by MKL, but for one sample", {"post_grad_custom_pre_pass": WithoutLoops()}),
+            ("Adam's loop divides twice for a weight", {"post_grad_custom_pre_pass": WithDivisions()}),
+            ("the graph as it is", {"post_grad_custom_pre_pass": None})):
         with patch.dict(compiled.INDUCTOR_OPTIONS, without):
             step = fresh()
         yield what, one_by_one(step._whole, step.full)

@@ -53,7 +53,14 @@ class GraphPass(CustomGraphPass):
         self.threads = torch.get_num_threads()
 
     def __call__(self, graph: Graph) -> None:
-        """Replace products and divisions of the graph."""
+        self._replace_products(graph)
+        self._replace_divisions(graph)
+
+    def uuid(self) -> bytes:
+        """Compiled code is kept under this, among others."""
+        return get_hash_for_files((__file__,), f"{type(self).__name__} {self.threads}")
+
+    def _replace_products(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             (rows, samples), is_small = value(node.args[0]).shape, self._is_small(*node.args)
             if samples == 1 or is_small:
@@ -66,14 +73,12 @@ class GraphPass(CustomGraphPass):
                 _replace(node, lambda graph, bias, *both: add(graph, aten.add.Tensor, _loop(graph, *both), bias))
             elif self._cuts(value(node.args[2]), rows, samples):
                 _replace(node, self._activations)
+
+    def _replace_divisions(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
             divisor = node.args[1]
             if isinstance(divisor, Node) and value(divisor).dim() == 0 < value(node).dim() and _is_on_cpu(node):
                 _replace(node, _times_reciprocal)
-
-    def uuid(self) -> bytes:
-        """Compiled code is kept under this, among others."""
-        return get_hash_for_files((__file__,), str(self.threads))
 
     def _is_small(self, left_MK: Node, right_KN: Node) -> bool:
         multiplications = value(left_MK).shape[0] * value(right_KN).numel()
