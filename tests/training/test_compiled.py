@@ -135,6 +135,7 @@ def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir,
     pytest.param(600, 2, {"bmm": 0, "mm": 2, "addmm": 1}, marks=pytest.mark.long),  # the others: inductor's own loops
     pytest.param(2, 2, {"bmm": 1, "mm": 0, "addmm": 0}, marks=pytest.mark.long),  # the first activations
     (1, 2, {"bmm": 0, "mm": 0, "addmm": 0}),
+    pytest.param(97, 1, {"bmm": 0, "mm": 3, "addmm": 2}, marks=pytest.mark.long),  # one thread: the graph as it was
 ])
 def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, threads, products, small_dir, monkeypatch):
     counts = {}

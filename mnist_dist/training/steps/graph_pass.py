@@ -30,7 +30,8 @@ aten = torch.ops.aten
 LARGE_WEIGHT, MOST_SAMPLES = 100_000, 512
 
 # A loop reads the right operand once for each row of the left one. So it is faster than MKL, which reads blocks, up to
-# so many multiplications, if that operand stays in the first cache of a core, of so many bytes.
+# so many multiplications, if that operand stays in the first cache of a core, of so many bytes. With one thread it is
+# not.
 SMALL_PRODUCT, FIRST_CACHE = 5_000_000, 32 * 1024
 
 
@@ -82,7 +83,8 @@ class GraphPass(CustomGraphPass):
 
     def _is_small(self, left_MK: Node, right_KN: Node) -> bool:
         multiplications = value(left_MK).shape[0] * value(right_KN).numel()
-        return _is_on_cpu(left_MK) and multiplications <= SMALL_PRODUCT and value(right_KN).nbytes <= FIRST_CACHE
+        return (_is_on_cpu(left_MK) and self.threads > 1 and multiplications <= SMALL_PRODUCT
+                and value(right_KN).nbytes <= FIRST_CACHE)
 
     def _cuts(self, weight: Tensor, rows: int, samples: int) -> bool:
         return (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and self.threads > 1
