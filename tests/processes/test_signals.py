@@ -28,12 +28,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EVERY_CASE = list(itertools.product(MOMENTS, SIGNALS, ("launcher", "rank")))
 # each moment and each signal, to the launcher and to a rank; the others take three minutes more
 IN_CI = [(moment, SIGNALS[number % 3], ("launcher", "rank")[number % 2]) for number, moment in enumerate(MOMENTS)]
-QUICK = [("step", signal.SIGUSR1, "launcher")]
 WAITS_SECONDS = 1.0
 
 
 def marks(case):
-    return () if case in QUICK else (pytest.mark.long,) if case in IN_CI else (pytest.mark.faults,)
+    return pytest.mark.long if case in IN_CI else pytest.mark.faults
 
 
 class Launched:

@@ -46,7 +46,7 @@ def test_a_run_has_the_bits_of_the_compiled_step(size, words, small_dir, tmp_pat
     assert sum(window[1] for window in epochs[2]["windows"]) == epochs[2]["measured_samples"] == 1009
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.faults), pytest.param(1, marks=pytest.mark.long)])
 def test_a_lost_rank_ends_the_others_though_the_queue_is_stuck(killed, small_dir, tmp_path):
     done = on_stand_in(small_dir, "run", "--batch-size", 2, "--epochs", 100, cwd=tmp_path, size=2,
                        KILL_AT=f"{killed}:700")
