@@ -29,7 +29,7 @@ from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer
 from mnist_dist.training.steps import compiled
-from mnist_dist.training.steps.compiled import CompiledStep, compile_once
+from mnist_dist.training.steps.compiled import CompiledStep, compile_once, inductor_options
 from mnist_dist.training.steps.graph_pass import GraphPass
 from mnist_dist.training.steps.plain import loss_sum
 from mnist_dist.training.trainer import Trainer
@@ -176,8 +176,7 @@ def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str
     yield "hand-written PyTorch", one_by_one(step_on(scale(sets.train.images.flatten(1)), sets.train.labels))
     yield "this step in the trainer's loop", in_loop(trainer(epoch, batch_size, "on"))
     step = fresh()
-    through = torch.compile(step._whole_step, dynamic=False, fullgraph=True,
-                            options={"post_grad_custom_pre_pass": GraphPass(), **compiled.INDUCTOR_OPTIONS})
+    through = torch.compile(step._whole_step, dynamic=False, fullgraph=True, options=inductor_options())
     yield "called through torch.compile's own entry", one_by_one(torch.no_grad()(through), step.full)
     yield "Adam's fused kernel beside compiled gradients", beside_fused_adam(fresh())
     yield "all weights in one flat buffer", flat_weights(fresh())

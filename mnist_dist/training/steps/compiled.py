@@ -64,13 +64,18 @@ def keep_compiled_code() -> None:
             os.environ[CACHE] = str(folder)
 
 
+def inductor_options() -> dict[str, Any]:
+    """How inductor compiles a step."""
+    from mnist_dist.training.steps.graph_pass import GraphPass  # which imports inductor
+
+    return {"post_grad_custom_pre_pass": GraphPass(), **INDUCTOR_OPTIONS}
+
+
 def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
     """Inductor's code for a graph. It is trusted that the C++ compiler knows the vector instructions of the processor:
     inductor compiles a program for each of them to see that, which takes a third of a first start.
     """
-    from mnist_dist.training.steps.graph_pass import GraphPass  # which imports inductor
-
-    options = {"post_grad_custom_pre_pass": GraphPass(), **INDUCTOR_OPTIONS}
+    options = inductor_options()
     try:
         return torch._inductor.compile(graph, examples, options={**options, "cpp.vec_isa_ok": True})
     except Exception as error:

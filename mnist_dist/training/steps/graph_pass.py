@@ -66,13 +66,13 @@ class GraphPass(CustomGraphPass):
             (rows, samples), is_small = value(node.args[0]).shape, self._is_small(*node.args)
             if samples == 1 or is_small:
                 _replace(node, _loop)
-            elif self._cuts(value(node), rows, samples):
+            elif self._cuts(node, rows, samples):
                 _replace(node, self._gradient)
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
             (samples, rows), is_small = value(node).shape, self._is_small(*node.args[1:])
             if (samples == 1 and _is_on_cpu(node)) or is_small:
                 _replace(node, lambda graph, bias, *both: add(graph, aten.add.Tensor, _loop(graph, *both), bias))
-            elif self._cuts(value(node.args[2]), rows, samples):
+            elif self._cuts(node.args[2], rows, samples):
                 _replace(node, self._activations)
 
     def _replace_divisions(self, graph: Graph) -> None:
@@ -86,9 +86,9 @@ class GraphPass(CustomGraphPass):
         return (_is_on_cpu(left_MK) and self.threads > 1 and multiplications <= SMALL_PRODUCT
                 and value(right_KN).nbytes <= FIRST_CACHE)
 
-    def _cuts(self, weight: Tensor, rows: int, samples: int) -> bool:
-        return (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and self.threads > 1
-                and rows % self.threads == 0 and weight.numel() >= LARGE_WEIGHT and samples <= MOST_SAMPLES)
+    def _cuts(self, weight: Node, rows: int, samples: int) -> bool:
+        return (_is_on_cpu(weight) and value(weight).dtype in (torch.float32, torch.float64) and self.threads > 1
+                and rows % self.threads == 0 and value(weight).numel() >= LARGE_WEIGHT and samples <= MOST_SAMPLES)
 
     def _gradient(self, graph: Graph, left_NB: Node, right_BK: Node) -> Node:
         """[N, K], from T threads' blocks of n = N / T rows."""
