@@ -9,14 +9,20 @@ takes some 50 times as long (docs/performance.md). A thread that sleeps instead 
 libgomp has both ways to wait, and takes the short one while there are more OpenMP threads than cores
 (`gomp_throttled_spin_count_var` in GCC's libgomp/config/linux/wait.h). So a second pool of threads, which does nothing,
 is all that is needed. It changes neither the work of a step nor which thread does it, so no bit of a result.
+
+A thread that sleeps takes long to wake up, compared with the loops of a step of one sample. Such a step takes one
+thread while others want the cores (`one_thread`), if its results do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -35,9 +41,37 @@ def spins(on_cpu: bool) -> bool:
     if not on_cpu or torch.get_num_threads() == 1 or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         return False
     try:
-        return (PROCESS / "schedstat").exists() and "libgomp" in (PROCESS / "maps").read_text()
+        return (PROCESS / "schedstat").exists() and libgomp_path() is not None
     except OSError:  # not Linux
         return False
+
+
+def libgomp_path() -> str | None:
+    """The file of GNU OpenMP that this process has loaded, if it has. Raises `OSError` if the system does not say."""
+    for line in (PROCESS / "maps").read_text().splitlines():
+        path = line.partition("/")[2]
+        if "libgomp" in path:
+            return f"/{path}"
+    return None
+
+
+@functools.cache
+def libgomp() -> ctypes.CDLL:
+    """GNU OpenMP's functions, in a process where `spins`."""
+    return ctypes.CDLL(libgomp_path())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the context this thread's OpenMP loops run on it alone, also those compiled for a number of threads: no
+    level of parallel loops is active (omp_set_max_active_levels of the OpenMP API).
+    """
+    levels = libgomp().omp_get_max_active_levels()
+    libgomp().omp_set_max_active_levels(0)
+    try:
+        yield
+    finally:
+        libgomp().omp_set_max_active_levels(levels)
 
 
 def seconds_used() -> tuple[float, float]:
@@ -54,11 +88,11 @@ def seconds_used() -> tuple[float, float]:
 
 class Neighbours:
     """Within the context, a thread looks whether others want the cores that this process runs on, and if so makes
-    OpenMP's spins short for some seconds. `seconds` is how long they were short.
+    OpenMP's spins short for some seconds. `are_there` is whether they are short, `seconds` is how long they were.
     """
 
     def __init__(self, *, on_cpu: bool) -> None:
-        self.seconds = 0.0
+        self.seconds, self.are_there = 0.0, False
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="neighbours", daemon=True) if spins(on_cpu) else None
         # those that libgomp counts, whatever a container's share of them
@@ -89,8 +123,10 @@ class Neighbours:
             # threads wait for each other too, as for the one that writes a checkpoint; but then all cores are ours
             if waited > enough and ran < self._cores * (now - at) - enough:
                 holder = threading.Thread(target=self._hold_threads, args=(seconds,), name="idle pool")
+                self.are_there = True
                 holder.start()
                 holder.join()
+                self.are_there = False
                 self.seconds += time.monotonic() - now
                 seconds = min(2 * seconds, longest)
                 used, now = seconds_used(), time.monotonic()

@@ -20,7 +20,6 @@ from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
 from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError, without_passwords
 from mnist_dist.processes.launch import Launch
-from mnist_dist.processes.neighbours import Neighbours
 from mnist_dist.processes.network import choose_interface
 from mnist_dist.processes.signals import stop_with_launcher
 from mnist_dist.processes.spawn import runs_on_cpu
@@ -171,7 +170,7 @@ class Run:
     def go(self) -> None:
         """Train to the end, and leave the results. Raises `Diverged` or `Stopped`, with what there is written."""
         self._open_record()
-        with self.pacer.signals, self.checkpoints, Neighbours(on_cpu=self.team.device.type == "cpu") as neighbours:
+        with self.pacer.signals, self.checkpoints, self.trainer.neighbours as neighbours:
             try:
                 while not self._is_finished():
                     self._run_epoch()

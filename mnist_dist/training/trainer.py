@@ -18,6 +18,7 @@ from torch import Tensor
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import ImageSets, scale
 from mnist_dist.errors import Diverged
+from mnist_dist.processes.neighbours import Neighbours
 from mnist_dist.processes.team import Team
 from mnist_dist.training.metrics import Stopwatch, add_in_order, batch_sums, test_figures
 from mnist_dist.training.model import MLP
@@ -70,8 +71,9 @@ class Trainer:
             Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
         self._start_adam()
+        self.neighbours = Neighbours(on_cpu=team.device.type == "cpu")
         self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.sums, self.dtype,
-                                self._measures_noise())
+                               self.neighbours, self._measures_noise())
         self.compiles = wants_compiling(config, self.parts, kind_before)
         self._warm = 0  # warm-up steps done
 

@@ -86,6 +86,27 @@ def test_a_pool_is_held_while_others_are_seen_and_let_go_after(two_threads, monk
         assert watch.seconds >= 0.5
 
 
+def test_loops_take_one_thread_within_the_context_and_all_of_them_after():
+    """OpenMP starts its threads at the first loop that takes them."""
+    script = ("import os, torch; from mnist_dist.processes.neighbours import one_thread\n"
+              "torch.set_num_threads(2); x = torch.empty(200_000)\n"
+              "def tasks(): x.add_(1); return len(os.listdir('/proc/self/task'))\n"
+              "before = len(os.listdir('/proc/self/task'))\n"
+              "with one_thread(): within = tasks()\n"
+              "print(within - before, tasks() - before)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["0", "1"], done
+
+
+def test_others_are_there_while_the_pool_is_held(two_threads, monkeypatch):
+    seen = []
+    monkeypatch.setattr(neighbours, "seconds_used", all_waiting)
+    monkeypatch.setattr(Neighbours, "_hold_threads", lambda self, seconds: seen.append(self.are_there))
+    with Neighbours(on_cpu=True) as watch:
+        assert until(lambda: len(seen) >= 2)
+    assert all(seen) and not watch.are_there
+
+
 def test_it_is_held_twice_as_long_each_time_that_others_are_still_there(two_threads, monkeypatch):
     held = []
     monkeypatch.setattr(Neighbours, "_hold_threads", lambda self, seconds: held.append(seconds))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import load
 from mnist_dist.errors import UserError
+from mnist_dist.processes.neighbours import one_thread
 from mnist_dist.processes.team import Team
 from mnist_dist.record.gains import Gain, keep_gain
 from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, wants_compiling
@@ -102,10 +104,11 @@ def test_a_bug_is_not_taken_for_a_missing_compiler():
         assert compiler_failure(bug) is None
 
 
-def after_three_steps(small_dir, kind, **options):
-    config = TrainConfig(dtype="float64", compile=kind, **options)
+def after_three_steps(small_dir, kind, *, dtype="float64", others_are_there=False, **options):
+    config = TrainConfig(dtype=dtype, compile=kind, **options)
     trainer = Trainer(config, Team(Accelerator(cpu=True), 60), load("mnist", str(small_dir)))
     trainer.make_step()
+    trainer.neighbours.are_there = others_are_there
     steps = min(3, trainer.step.batches.num_batches)
     trainer.step.begin(0, range(steps))
     for step in range(steps):
@@ -162,6 +165,30 @@ def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, thr
         torch.set_num_threads(before)
     assert counts == products
     assert_same(*both)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_beside_a_busy_process_a_step_of_one_sample_takes_one_thread_and_has_the_same_bits(
+        batch_size, small_dir, monkeypatch):
+    entered = []
+
+    @contextmanager
+    def counted():
+        with one_thread():
+            entered.append(batch_size)
+            yield
+
+    monkeypatch.setattr(compiled, "one_thread", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone, beside = (after_three_steps(small_dir, "on", dtype="float32", batch_size=batch_size,
+                                           others_are_there=there) for there in (False, True))
+    finally:
+        torch.set_num_threads(before)
+    assert entered == [1, 1, 1] if batch_size == 1 else not entered
+    assert torch.equal(alone.sums, beside.sums)
+    assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
 
 
 def test_cut_and_continued_it_has_the_same_bits(small_dir, tmp_path):

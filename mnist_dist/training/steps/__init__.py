@@ -15,6 +15,7 @@ from torch import Tensor
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import Images
 from mnist_dist.errors import UserError
+from mnist_dist.processes.neighbours import Neighbours
 from mnist_dist.processes.team import Team
 from mnist_dist.record.gains import read_gain
 from mnist_dist.training.model import MLP
@@ -40,6 +41,7 @@ class StepParts:
     batches: GlobalBatchSampler
     sums: Tensor
     dtype: torch.dtype
+    neighbours: Neighbours
     measures_noise: bool = False
 
 

@@ -20,6 +20,7 @@ from torch.func import functional_call, grad_and_value
 from torch.optim.adam import adam
 
 from mnist_dist.errors import UserError
+from mnist_dist.processes.neighbours import one_thread
 from mnist_dist.record.environment import processor_kind
 from mnist_dist.record.gains import user_cache
 from mnist_dist.training.noise import squared_norms
@@ -135,6 +136,7 @@ class CompiledStep:
     def __init__(self, parts: StepParts) -> None:
         self.team, self.images, self.batches = parts.team, parts.images, parts.batches
         self.sums, self.dtype, self.device = parts.sums, parts.dtype, parts.team.device
+        self.neighbours = parts.neighbours
         # without DistributedDataParallel: its hooks need a backward pass that autograd runs
         self.module = parts.team.accelerator.prepare_model(parts.module, evaluation_mode=True)
         # the same memory, without autograd
@@ -156,6 +158,8 @@ class CompiledStep:
         if self.team.size > 1 or self.parts > 1:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
                                     device=self.device)
+        # A step of one sample is loops alone, without MKL, and no sum in it is shared out to threads
+        self.has_same_bits_with_one_thread = self.flat is None and longest == 1
         self.graph: torch.cuda.CUDAGraph | None = None
         self.epoch, self.ahead = 0, dict[int, Tensor]()  # the order of a later epoch, made beforehand
         begin = time.perf_counter()
@@ -282,6 +286,9 @@ class CompiledStep:
     def _one(self, rows: Sequence[Tensor], count: Tensor) -> list[Tensor]:
         """A step on the parts' `rows`; its sums, in parts. Collective."""
         if self.flat is None:
+            if self.neighbours.are_there and self.has_same_bits_with_one_thread:
+                with one_thread():
+                    return [self._whole(rows[0], count)[0]]
             return [self._whole(rows[0], count)[0]]
         totals = [self._accumulate(own, count)[0] for own in rows]
         self.team.sum(self.flat)
