@@ -10,8 +10,8 @@ libgomp has both ways to wait, and takes the short one while there are more Open
 (`gomp_throttled_spin_count_var` in GCC's libgomp/config/linux/wait.h). So a second pool of threads, which does nothing,
 is all that is needed. It changes neither the work of a step nor which thread does it, so no bit of a result.
 
-A thread that sleeps takes long to wake up, compared with the loops of a step of one sample. Such a step takes one
-thread while others want the cores (`one_thread`), if its results do not depend on the number of threads.
+A thread that sleeps takes long to wake up, compared with the loops of a small step. A step whose results do not depend
+on the number of threads takes one thread while others want the cores (`one_thread`).
 """
 
 from __future__ import annotations

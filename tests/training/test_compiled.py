@@ -24,7 +24,7 @@ from mnist_dist.processes.neighbours import one_thread
 from mnist_dist.processes.team import Team
 from mnist_dist.record.gains import Gain, keep_gain
 from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, wants_compiling
-from mnist_dist.training.steps.compiled import compiler_failure
+from mnist_dist.training.steps.compiled import CompiledStep, compiler_failure
 from mnist_dist.training.steps.graph_pass import GraphPass
 from mnist_dist.training.trainer import Trainer
 
@@ -134,7 +134,7 @@ def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir,
 
 
 @pytest.mark.parametrize(("batch_size", "threads", "products"), [
-    (97, 2, {"bmm": 2, "mm": 1, "addmm": 0}),  # the first weight's, in two blocks; the gradient of the second
+    (97, 2, {"bmm": 3, "mm": 0, "addmm": 0}),  # the first weight's, and the gradient of the second, in two blocks
     pytest.param(600, 2, {"bmm": 0, "mm": 2, "addmm": 1}, marks=pytest.mark.long),  # the others: inductor's own loops
     pytest.param(2, 2, {"bmm": 1, "mm": 0, "addmm": 0}, marks=pytest.mark.long),  # the first activations
     (1, 2, {"bmm": 0, "mm": 0, "addmm": 0}),
@@ -167,27 +167,50 @@ def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, thr
     assert_same(*both)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_beside_a_busy_process_a_step_of_one_sample_takes_one_thread_and_has_the_same_bits(
-        batch_size, small_dir, monkeypatch):
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch_size", [1, 97])
+def test_beside_a_busy_process_it_has_the_same_bits_with_one_thread(batch_size, small_dir, two_threads, monkeypatch):
     entered = []
 
     @contextmanager
     def counted():
         with one_thread():
-            entered.append(batch_size)
+            entered.append(1)
             yield
 
     monkeypatch.setattr(compiled, "one_thread", counted)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        alone, beside = (after_three_steps(small_dir, "on", dtype="float32", batch_size=batch_size,
-                                           others_are_there=there) for there in (False, True))
-    finally:
-        torch.set_num_threads(before)
-    assert entered == [1, 1, 1] if batch_size == 1 else not entered
+    alone, beside = (after_three_steps(small_dir, "on", dtype="float32", batch_size=batch_size, others_are_there=there)
+                     for there in (False, True))
+    assert len(entered) == 4, "it is tried, then there are three steps"
     assert torch.equal(alone.sums, beside.sums)
+    assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
+
+
+def test_where_one_thread_gives_other_bits_all_threads_are_taken(small_dir, two_threads, monkeypatch):
+    entered, made = [], []
+
+    @contextmanager
+    def other_bits():
+        yield
+        entered.append(1)
+        made[0].state["exp_avg"][2][0, 0] *= 1 + 1e-15
+
+    def remember(self, parts, whole=CompiledStep.__init__):
+        made[:] = [self]
+        whole(self, parts)
+
+    monkeypatch.setattr(CompiledStep, "__init__", remember)
+    monkeypatch.setattr(compiled, "one_thread", other_bits)
+    alone, beside = (after_three_steps(small_dir, "on", batch_size=97, others_are_there=there)
+                     for there in (False, True))
+    assert len(entered) == 1, "it is tried, and its weights are forgotten"
     assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
 
 

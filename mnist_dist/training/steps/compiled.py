@@ -7,11 +7,11 @@ passes it is two functions, with one flat gradient between them. docs/performanc
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def keep_compiled_code() -> None:
     """
     if not os.environ.get(CACHE):
         folder = user_cache() / "compiled" / processor_kind()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             os.environ[CACHE] = str(folder)
 
@@ -84,7 +84,7 @@ def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
             raise
         from torch._inductor import cpu_vec_isa
 
-        with contextlib.suppress(AttributeError):  # what inductor remembers of them, as torch 2.6 to 2.15 have it
+        with suppress(AttributeError):  # what inductor remembers of them, as torch 2.6 to 2.15 have it
             cpu_vec_isa.valid_vec_isa_list.cache_clear()
             for kind in {kind for isa in cpu_vec_isa.supported_vec_isa_list for kind in type(isa).__mro__}:
                 getattr(vars(kind).get("__bool__"), "cache_clear", bool)()
@@ -158,8 +158,7 @@ class CompiledStep:
         if self.team.size > 1 or self.parts > 1:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
                                     device=self.device)
-        # A step of one sample is loops alone, without MKL, and no sum in it is shared out to threads
-        self.has_same_bits_with_one_thread = self.flat is None and longest == 1
+        self.may_take_one_thread: bool | None = None  # not tried yet
         self.graph: torch.cuda.CUDAGraph | None = None
         self.epoch, self.ahead = 0, dict[int, Tensor]()  # the order of a later epoch, made beforehand
         begin = time.perf_counter()
@@ -286,13 +285,27 @@ class CompiledStep:
     def _one(self, rows: Sequence[Tensor], count: Tensor) -> list[Tensor]:
         """A step on the parts' `rows`; its sums, in parts. Collective."""
         if self.flat is None:
-            if self.neighbours.are_there and self.has_same_bits_with_one_thread:
+            if self.neighbours.are_there and self._may_take_one_thread(rows[0], count):
                 with one_thread():
                     return [self._whole(rows[0], count)[0]]
             return [self._whole(rows[0], count)[0]]
         totals = [self._accumulate(own, count)[0] for own in rows]
         self.team.sum(self.flat)
         return [*totals, *self._apply()]
+
+    def _may_take_one_thread(self, rows: Tensor, count: Tensor) -> bool:
+        """Whether a step has the same bits with one thread. It is tried once, and the weights are then as before."""
+        if self.may_take_one_thread is None:
+            tensors = [*self.weights.values(), *(tensor for kept in self.state.values() for tensor in kept)]
+            before, found = [tensor.clone() for tensor in tensors], []
+            for threads in (nullcontext(), one_thread()):
+                with threads:
+                    sums = self._whole(rows, count)[0]
+                found.append([tensor.clone() for tensor in (sums, *tensors)])
+                for tensor, kept in zip(tensors, before, strict=True):
+                    tensor.copy_(kept)
+            self.may_take_one_thread = all(map(torch.equal, *found))
+        return self.may_take_one_thread
 
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch: its order is copied to the device."""

@@ -3,7 +3,11 @@
 Adam's loop over a weight gives each thread a block of its rows, which stay in the cache of that thread's core. MKL
 shares the weight's products out in other ways, or not at all. So at small batches the weight and its gradient move from
 core to core in each step, which takes longer than the products (docs/performance.md). Hence, for a large weight, its
-gradient and the activations from it become one product for each thread's block of rows.
+gradient and the activations from it become one product for each thread's block of rows. The gradient of a small weight
+becomes one for each block of columns, because it has few rows.
+
+Then no product is shared out by MKL in its own way. So the step has the same bits with one thread, which it takes
+beside busy processes (compiled.py).
 
 Small products become loops of inductor's own, which it joins to the loops before and after them. MKL is slow at
 products with ten columns, as the second layer's are, and a call of it takes longer than a product with few samples.
@@ -68,6 +72,8 @@ class GraphPass(CustomGraphPass):
                 _replace(node, _loop)
             elif self._cuts(node, rows, samples):
                 _replace(node, self._gradient)
+            elif self._takes_blocks(node, value(node).shape[1], samples):
+                _replace(node, self._small_gradient)
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
             (samples, rows), is_small = value(node).shape, self._is_small(*node.args[1:])
             if (samples == 1 and _is_on_cpu(node)) or is_small:
@@ -87,8 +93,11 @@ class GraphPass(CustomGraphPass):
                 and value(right_KN).nbytes <= FIRST_CACHE)
 
     def _cuts(self, weight: Node, rows: int, samples: int) -> bool:
+        return self._takes_blocks(weight, rows, samples) and value(weight).numel() >= LARGE_WEIGHT
+
+    def _takes_blocks(self, weight: Node, length: int, samples: int) -> bool:
         return (_is_on_cpu(weight) and value(weight).dtype in (torch.float32, torch.float64) and self.threads > 1
-                and rows % self.threads == 0 and value(weight).numel() >= LARGE_WEIGHT and samples <= MOST_SAMPLES)
+                and length % self.threads == 0 and samples <= MOST_SAMPLES)
 
     def _gradient(self, graph: Graph, left_NB: Node, right_BK: Node) -> Node:
         """[N, K], from T threads' blocks of n = N / T rows."""
@@ -96,6 +105,14 @@ class GraphPass(CustomGraphPass):
         left_TnB = add(graph, aten.reshape.default, left_NB, [self.threads, N // self.threads, B])
         right_TBK = add(graph, aten.expand.default, right_BK, [self.threads, B, K])
         return add(graph, aten.reshape.default, add(graph, aten.bmm.default, left_TnB, right_TBK), [N, K])
+
+    def _small_gradient(self, graph: Graph, left_NB: Node, right_BK: Node) -> Node:
+        """[N, K], from T threads' blocks of k = K / T columns."""
+        (N, B), K = value(left_NB).shape, value(right_BK).shape[1]
+        right_BTk = add(graph, aten.reshape.default, right_BK, [B, self.threads, K // self.threads])
+        right_TBk = add(graph, aten.permute.default, right_BTk, [1, 0, 2])
+        y_TNk = add(graph, aten.bmm.default, add(graph, aten.expand.default, left_NB, [self.threads, N, B]), right_TBk)
+        return add(graph, aten.reshape.default, add(graph, aten.permute.default, y_TNk, [1, 0, 2]), [N, K])
 
     def _activations(self, graph: Graph, bias_N: Node, x_BK: Node, weight_KN: Node) -> Node:
         """[B, N], from T threads' blocks of n = N / T columns, which are rows of the weight as it is kept."""
