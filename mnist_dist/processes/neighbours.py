@@ -123,10 +123,8 @@ class Neighbours:
             # threads wait for each other too, as for the one that writes a checkpoint; but then all cores are ours
             if waited > enough and ran < self._cores * (now - at) - enough:
                 holder = threading.Thread(target=self._hold_threads, args=(seconds,), name="idle pool")
-                self.are_there = True
                 holder.start()
                 holder.join()
-                self.are_there = False
                 self.seconds += time.monotonic() - now
                 seconds = min(2 * seconds, longest)
                 used, now = seconds_used(), time.monotonic()
@@ -140,4 +138,6 @@ class Neighbours:
         torch.set_num_threads(self._cores)  # of this thread
         torch.zeros(self._cores * 40_000, dtype=torch.uint8).add_(1)  # PyTorch gives a thread 32,768 elements at least
         torch.set_num_threads(number)
+        self.are_there = True
         self._ends.wait(seconds)
+        self.are_there = False
