@@ -158,7 +158,8 @@ class CompiledStep:
         if self.team.size > 1 or self.parts > 1:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
                                     device=self.device)
-        self.may_take_one_thread: bool | None = None  # not tried yet
+        # None: not tried yet. Of more than two threads, one is too few: the others have more than one core left
+        self.may_take_one_thread = None if torch.get_num_threads() == 2 else False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.epoch, self.ahead = 0, dict[int, Tensor]()  # the order of a later epoch, made beforehand
         begin = time.perf_counter()
