@@ -39,9 +39,9 @@ Way = Callable[[list[Tensor]], None]  # takes a step on each of these rows of in
 
 
 class WithoutBlocks(GraphPass):
-    """Large products as MKL shares them out."""
+    """Products with the weights as MKL shares them out."""
 
-    def _cuts(self, *_: Any) -> bool:
+    def _cuts(self, *_: Any, **__: Any) -> bool:
         return False
 
 

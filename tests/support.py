@@ -7,12 +7,14 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from forked import run_forked
 
 from mnist_dist import cli, runner
@@ -24,6 +26,17 @@ from mnist_dist.record.measured import over_ranks
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "train.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Within the context, PyTorch takes so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT
+from support import ROOT, threads
 
 from mnist_dist.processes import neighbours
 from mnist_dist.processes.neighbours import Neighbours, spins
@@ -27,12 +27,10 @@ def all_waiting():
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    number = torch.get_num_threads()
-    torch.set_num_threads(2)
     monkeypatch.setattr(neighbours, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(neighbours, "SHORT_SPINS_SECONDS", (0.5, 1.0))
-    yield
-    torch.set_num_threads(number)
+    with threads(2):
+        yield
 
 
 def num_tasks():
@@ -52,9 +50,8 @@ def test_it_is_for_openmp_threads_on_the_cpu_whose_spins_the_user_has_not_chosen
         with monkeypatch.context() as only_here:
             only_here.setenv(name, "active")
             assert not spins(on_cpu=True)
-    torch.set_num_threads(1)
-    assert not spins(on_cpu=True)
-    torch.set_num_threads(2)
+    with threads(1):
+        assert not spins(on_cpu=True)
     monkeypatch.setattr(neighbours, "PROCESS", tmp_path)  # another system, or a Linux that does not count
     assert not spins(on_cpu=True)
 

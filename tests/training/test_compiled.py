@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched, result_of, run
+from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched, result_of, run, threads
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import load
@@ -133,14 +133,14 @@ def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir,
     assert_same(*both)
 
 
-@pytest.mark.parametrize(("batch_size", "threads", "products"), [
+@pytest.mark.parametrize(("batch_size", "number", "products"), [
     (97, 2, {"bmm": 3, "mm": 0, "addmm": 0}),  # the first weight's, and the gradient of the second, in two blocks
     pytest.param(600, 2, {"bmm": 0, "mm": 2, "addmm": 1}, marks=pytest.mark.long),  # the others: inductor's own loops
     pytest.param(2, 2, {"bmm": 1, "mm": 0, "addmm": 0}, marks=pytest.mark.long),  # the first activations
     (1, 2, {"bmm": 0, "mm": 0, "addmm": 0}),
     pytest.param(97, 1, {"bmm": 0, "mm": 3, "addmm": 2}, marks=pytest.mark.long),  # one thread: the graph as it was
 ])
-def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, threads, products, small_dir, monkeypatch):
+def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, number, products, small_dir, monkeypatch):
     counts = {}
 
     def count(self, graph):
@@ -157,22 +157,16 @@ def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, thr
     whole = GraphPass.__call__
     monkeypatch.setattr(GraphPass, "__call__", count)
     monkeypatch.setattr(GraphPass, "uuid", lambda self: os.urandom(32))  # nothing is found in the cache
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(number):
         both = [after_three_steps(small_dir, kind, batch_size=batch_size) for kind in ("on", "off")]
-    finally:
-        torch.set_num_threads(before)
     assert counts == products
     assert_same(*both)
 
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 @pytest.mark.parametrize("batch_size", [1, 97])

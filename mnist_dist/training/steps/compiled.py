@@ -159,7 +159,7 @@ class CompiledStep:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
                                     device=self.device)
         # None: not tried yet. Of more than two threads, one is too few: the others have more than one core left
-        self.may_take_one_thread = None if torch.get_num_threads() == 2 else False
+        self.same_bits_with_one_thread = None if torch.get_num_threads() == 2 else False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.epoch, self.ahead = 0, dict[int, Tensor]()  # the order of a later epoch, made beforehand
         begin = time.perf_counter()
@@ -296,7 +296,7 @@ class CompiledStep:
 
     def _may_take_one_thread(self, rows: Tensor, count: Tensor) -> bool:
         """Whether a step has the same bits with one thread. It is tried once, and the weights are then as before."""
-        if self.may_take_one_thread is None:
+        if self.same_bits_with_one_thread is None:
             tensors = [*self.weights.values(), *(tensor for kept in self.state.values() for tensor in kept)]
             before, found = [tensor.clone() for tensor in tensors], []
             for threads in (nullcontext(), one_thread()):
@@ -305,8 +305,8 @@ class CompiledStep:
                 found.append([tensor.clone() for tensor in (sums, *tensors)])
                 for tensor, kept in zip(tensors, before, strict=True):
                     tensor.copy_(kept)
-            self.may_take_one_thread = all(map(torch.equal, *found))
-        return self.may_take_one_thread
+            self.same_bits_with_one_thread = all(map(torch.equal, *found))
+        return self.same_bits_with_one_thread
 
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch: its order is copied to the device."""

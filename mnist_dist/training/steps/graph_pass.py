@@ -6,8 +6,8 @@ core to core in each step, which takes longer than the products (docs/performanc
 gradient and the activations from it become one product for each thread's block of rows. The gradient of a small weight
 becomes one for each block of columns, because it has few rows.
 
-Then no product is shared out by MKL in its own way. So the step has the same bits with one thread, which it takes
-beside busy processes (compiled.py).
+Then, up to `MOST_SAMPLES` and where the threads divide the blocks evenly, MKL shares out no product in its own way. So
+the step has the same bits with one thread, which it takes beside busy processes (compiled.py).
 
 Small products become loops of inductor's own, which it joins to the loops before and after them. MKL is slow at
 products with ten columns, as the second layer's are, and a call of it takes longer than a product with few samples.
@@ -70,15 +70,15 @@ class GraphPass(CustomGraphPass):
             (rows, samples), is_small = value(node.args[0]).shape, self._is_small(*node.args)
             if samples == 1 or is_small:
                 _replace(node, _loop)
-            elif self._cuts(node, rows, samples):
+            elif self._cuts(node, rows, samples, is_large=True):
                 _replace(node, self._gradient)
-            elif self._takes_blocks(node, value(node).shape[1], samples):
+            elif self._cuts(node, value(node).shape[1], samples, is_large=False):
                 _replace(node, self._small_gradient)
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
             (samples, rows), is_small = value(node).shape, self._is_small(*node.args[1:])
             if (samples == 1 and _is_on_cpu(node)) or is_small:
                 _replace(node, lambda graph, bias, *both: add(graph, aten.add.Tensor, _loop(graph, *both), bias))
-            elif self._cuts(node.args[2], rows, samples):
+            elif self._cuts(node.args[2], rows, samples, is_large=True):
                 _replace(node, self._activations)
 
     def _replace_divisions(self, graph: Graph) -> None:
@@ -92,12 +92,10 @@ class GraphPass(CustomGraphPass):
         return (_is_on_cpu(left_MK) and self.threads > 1 and multiplications <= SMALL_PRODUCT
                 and value(right_KN).nbytes <= FIRST_CACHE)
 
-    def _cuts(self, weight: Node, rows: int, samples: int) -> bool:
-        return self._takes_blocks(weight, rows, samples) and value(weight).numel() >= LARGE_WEIGHT
-
-    def _takes_blocks(self, weight: Node, length: int, samples: int) -> bool:
+    def _cuts(self, weight: Node, length: int, samples: int, *, is_large: bool) -> bool:
         return (_is_on_cpu(weight) and value(weight).dtype in (torch.float32, torch.float64) and self.threads > 1
-                and length % self.threads == 0 and samples <= MOST_SAMPLES)
+                and length % self.threads == 0 and (value(weight).numel() >= LARGE_WEIGHT) == is_large
+                and samples <= MOST_SAMPLES)
 
     def _gradient(self, graph: Graph, left_NB: Node, right_BK: Node) -> Node:
         """[N, K], from T threads' blocks of n = N / T rows."""
