@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,8 @@ from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_passwords
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
-from mnist_dist.record.config_file import merged, read_config
+from mnist_dist.record.config_file import merged, read_config, read_run_config
+from mnist_dist.record.folder import CONFIG
 from mnist_dist.study.grid import AXES, LAUNCHERS
 from mnist_dist.worker import any_left
 
@@ -177,13 +178,32 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def training_config(given: argparse.Namespace) -> TrainConfig:
-    """The config from defaults, the file that --config names, the environment's mirror, and the command line."""
+    """The config from defaults, the run that is continued, the file that --config names, the environment's mirror, and
+    the command line. Raises `UserError`.
+    """
     from_file = read_config(Path(given.config)) if getattr(given, "config", None) else {}
     names = {option.name for option in fields(TrainConfig)}
     flags = {name: value for name, value in vars(given).items() if name in names}
-    if "mirror" not in {*from_file, *flags} and os.environ.get("MNIST_DIST_MIRROR"):
-        flags["mirror"] = os.environ["MNIST_DIST_MIRROR"]
-    return merged(from_file, flags)
+    from_environment = {}
+    if os.environ.get("MNIST_DIST_MIRROR") and "mirror" not in from_file:
+        from_environment["mirror"] = os.environ["MNIST_DIST_MIRROR"]
+    return merged(_of_continued_run({**from_file, **flags}), from_file, from_environment, flags)
+
+
+def _of_continued_run(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the run that these values continue, if there is one. Raises `UserError`.
+
+    Its --max-steps does not hold if --epochs is given: both say how long to train.
+    """
+    if values.get("resume") is not True or not values.get("output_dir"):
+        return {}
+    path = Path(str(values["output_dir"]), CONFIG)
+    if not path.exists():
+        return {}
+    before = read_run_config(path, warn=lambda line: None)  # the run itself passes warnings on
+    if "epochs" in values:
+        before.pop("max_steps", None)
+    return before
 
 
 def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int | None:

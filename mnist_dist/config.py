@@ -28,7 +28,7 @@ class Every(NamedTuple):
 
 def knob(default: Any, kind: type, help: str, *, metavar: str | None = None, **rule: Any) -> Any:
     """A field of `TrainConfig`: rule is any of choices=…, minimum=…, maximum=…, above=…, and fixed=True for an option
-    that a resumed run may not change, because it changes the result.
+    that a resumed run may not change, because it changes the result; none=True for one that the word none unsets.
     """
     return field(default=default, metadata={"kind": kind, "help": help, "metavar": metavar, **rule})
 
@@ -48,11 +48,14 @@ class TrainConfig:
     per_device_batch_size: int | None = knob(None, int, "samples per process in one optimizer step; alternative to "
                                              "--batch-size", minimum=1)
     epochs: int = knob(20, int, "passes over the training images", minimum=1)
-    max_steps: int | None = knob(None, int, "end after this many optimizer steps, if that comes first", minimum=1)
+    max_steps: int | None = knob(None, int, "end after this many optimizer steps, if that comes first; none = no limit",
+                                minimum=1, none=True)
     target_nll: str | None = knob(None, str, "end when the test NLL (mean per image, nats) is at or below this; of "
-                                  "several, separated by commas, the lowest", metavar="X[,X]")
+                                  "several, separated by commas, the lowest; none = no target", metavar="X[,X]",
+                                  none=True)
     evaluate_every: str | None = knob(None, str, "evaluate also within the epochs, after so many samples, rounded up "
-                                      "to whole steps: 10000samples", metavar="Nsamples")
+                                      "to whole steps: 10000samples; none = at their ends alone", metavar="Nsamples",
+                                      none=True)
     lr: float = knob(1e-4, float, "Adam's learning rate", above=0.0, fixed=True)
     seed: int = knob(0, int, "seed of the initial weights and of the order of the samples", minimum=0,
                      maximum=2**32 - 1, fixed=True)
@@ -132,9 +135,12 @@ class TrainConfig:
 
     @property
     def common(self) -> dict[str, Any]:
-        """The options that must be the same on all machines of a run: each may have its files in other places."""
-        own = ("data_dir", "mirror", "output_dir")
-        return {name: value for name, value in asdict(self).items() if name not in own}
+        """The options that must be the same on all machines of a run. Each machine may have its files in other places
+        (the data are compared by their digest), and the main process alone records the run.
+        """
+        files, tracking = ("dataset", "data_dir", "mirror", "output_dir"), ("wandb", "wandb_project", "wandb_group",
+                                                                            "run_name", "tags")
+        return {name: value for name, value in asdict(self).items() if name not in files + tracking}
 
     @property
     def clashes_with_compile(self) -> str | None:
@@ -205,6 +211,8 @@ def checked(option: Field, value: Any) -> Any:
     kind, choices = option.metadata["kind"], option.metadata.get("choices")
     flag = flag_of(option.name)
     if value is None and (option.default is None or option.name in NOT_IN_FILE):
+        return None
+    if value == "none" and option.metadata.get("none"):
         return None
     if isinstance(value, bool) and choices and {"on", "no"} & set(choices):
         # YAML 1.1 reads the words on, off and no as booleans

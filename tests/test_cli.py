@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from support import ROOT, TRAIN, assert_one_line_error, mnist_dist, result_of, run
+from support import ROOT, TRAIN, assert_one_line_error, mnist_dist, result_of, run, run_here
 
 from mnist_dist.cli import main, parse, training_config
 from mnist_dist.config import TrainConfig, flag_of
@@ -35,7 +35,7 @@ BAD = {
 def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
     words, message = BAD[case]
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *words]) == 2
+    assert run_here(["train", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("mnist-dist: error: ") and message in lines[0]
     assert not list(tmp_path.iterdir()), "nothing is left"
@@ -44,13 +44,13 @@ def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
 def test_unknown_key_in_a_config_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "c.yaml").write_text("learning_rate: 1\n")
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--config", "c.yaml"]) == 2
+    assert run_here(["train", "--config", "c.yaml"]) == 2
     assert "unknown keys learning_rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["fly"], ["--dry-run"]])
 def test_a_command_is_needed(words, capsys):
-    assert main(words) == 2
+    assert run_here(words) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -22,7 +22,7 @@ from mnist_dist.cli import parse, training_config
 from mnist_dist.config import TrainConfig
 from mnist_dist.data.idx import read_idx
 from mnist_dist.errors import MnistDistError, UserError
-from mnist_dist.record.checkpoint import CheckpointWriter, load_newest
+from mnist_dist.record.checkpoint import FORMAT, CheckpointWriter, load_newest
 from mnist_dist.record.config_file import config_text, merged, read_config
 from mnist_dist.record.result import read_result
 from mnist_dist.study import command, pictures
@@ -32,6 +32,7 @@ from mnist_dist.study.table import read_contract, read_table
 from mnist_dist.training.model import MLP
 from mnist_dist.training.progress import Progress
 from mnist_dist.training.results import load_model
+from mnist_dist.training.resume import look_at
 
 MOST_MEMORY = 200_000_000  # bytes of one case: the largest header that is believed is 7,840 MB
 
@@ -148,7 +149,7 @@ def checkpoint(draw, folder):
     progress.records.append(epoch_record(step=10))
     progress.next_epoch()
     fixed = {"--lr": 1e-4}
-    state = {**progress.state(), "fixed": fixed, "kind": "plain"}
+    state = {**progress.state(), "format": FORMAT, "fixed": fixed, "kind": "plain"}
     with CheckpointWriter(folder / "checkpoints", 2) as writer:
         writer.write(10, {"weight": torch.zeros(2, 3)}, state)
     inside = folder / "checkpoints" / "step-000000010"
@@ -167,7 +168,8 @@ def checkpoint(draw, folder):
         kept = load_newest(folder / "checkpoints", warnings.append)
         assert len(warnings) == (kept is None), "it is loaded, or named as damaged"
         if kept:
-            Progress("ffffffff", 10).take_up(kept, fixed)
+            Progress("ffffffff", 10).restore(kept)
+            look_at(folder, warnings.append).refuse_changes(fixed)
     return read
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from mnist_dist.errors import MnistDistError
 from mnist_dist.record.files import MEGABYTE, read_json, read_limited, sync_folder, write_synced
 
-FORMAT = 3  # of what a run keeps in STATE; a run of another format is not continued
+FORMAT = 4  # of what a run keeps in STATE; a run of another format is not continued
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 

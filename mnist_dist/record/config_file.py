@@ -1,48 +1,91 @@
-"""A run's `config.yaml`: written, read, and merged with a command line. Defaults < config file < command line."""
+"""A run's `config.yaml`: written, read, and merged with a command line.
+
+Defaults < the config.yaml of a run that is continued < --config < environment < command line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from mnist_dist import __version__
 from mnist_dist.config import NOT_IN_FILE, TrainConfig, checked
 from mnist_dist.errors import UserError
 from mnist_dist.record.files import MEGABYTE, read_limited
 
+VERSION = "mnist_dist"  # key: the version of this package that wrote the file
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> TrainConfig:
-    """A config from a file's values and the command line's, which win: naming either batch size replaces both."""
-    values = dict(base)
-    if {"batch_size", "per_device_batch_size"} & over.keys():
-        values.pop("batch_size", None)
-        values.pop("per_device_batch_size", None)
-    return TrainConfig(**{**values, **over})
+
+def merged(*layers: Mapping[str, Any]) -> TrainConfig:
+    """A config from several sources of values, of which a later one wins: naming either batch size replaces both."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        if {"batch_size", "per_device_batch_size"} & layer.keys():
+            values.pop("batch_size", None)
+            values.pop("per_device_batch_size", None)
+        values |= layer
+    return TrainConfig(**values)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a run's `config.yaml`. Raises `UserError` if it cannot be read or has unknown keys."""
+    """The values of a file that --config names. Raises `UserError` if it cannot be read or has unknown keys."""
+    values = _read(path, f"--config {path}")
+    values.pop(VERSION, None)
+    return _checked(values, f"--config {path}")
+
+
+def read_run_config(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The values of the `config.yaml` of a run that is continued. `warn` gets a line if an older version wrote keys
+    that this one does not know: they are ignored. Raises `UserError` if it cannot be read, or a newer version wrote it.
+    """
+    values = _read(path, str(path))
+    version = str(values.pop(VERSION, "0.1"))
+    unknown = sorted(values.keys() - _known())
+    if unknown and _order(version) > _order(__version__):
+        raise UserError(f"{path} is of mnist_dist {version:.40}, and {__version__} does not know {', '.join(unknown)}: "
+                        "continue with that version, or give another --output-dir")
+    if unknown and version != __version__:
+        warn(f"{path} is of mnist_dist {version:.40}: ignored {', '.join(unknown)}, which {__version__} does not have")
+        values = {key: value for key, value in values.items() if key not in unknown}
+    return _checked(values, str(path))
+
+
+def _order(version: str) -> list[int]:
+    """`0.10.1` as [0, 10, 1], which can be compared."""
+    return [int(part) for part in re.findall(r"\d{1,9}", version, re.ASCII)]
+
+
+def _known() -> set[str]:
+    return {option.name for option in fields(TrainConfig)}
+
+
+def _read(path: Path, source: str) -> dict[str, Any]:
+    """The values of a file of options by their names. Raises `UserError`."""
     import yaml
 
     try:
         # a link that a person names is followed
         values = yaml.safe_load(read_limited(path.resolve(), MEGABYTE).decode())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read ({error}): name a run's config.yaml") from None
+        raise UserError(f"{source} cannot be read ({error}): name a run's config.yaml") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         reason = " ".join(str(error).split())
-        raise UserError(f"--config {path} is not YAML ({reason[:300]}): correct or replace it") from None
+        raise UserError(f"{source} is not YAML ({reason[:300]}): correct or replace it") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold a mapping of option to value, got {type(values).__name__}")
-    known = {option.name for option in fields(TrainConfig)}
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(values.keys() - known)
+        raise UserError(f"{source} must hold a mapping of option to value, got {type(values).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _checked(values: dict[str, Any], source: str) -> dict[str, Any]:
+    unknown = sorted(values.keys() - _known())
     if unknown:
-        allowed = ", ".join(sorted(known))
-        raise UserError(f"--config {path} has unknown keys {', '.join(unknown)}: allowed are {allowed}")
+        allowed = ", ".join(sorted(_known()))
+        raise UserError(f"{source} has unknown keys {', '.join(unknown)}: allowed are {allowed}")
     for option in fields(TrainConfig):
         if option.name in values:
             values[option.name] = checked(option, values[option.name])
@@ -54,4 +97,4 @@ def config_text(config: TrainConfig) -> str:
     import yaml
 
     values = {key: value for key, value in asdict(config).items() if key not in NOT_IN_FILE}
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump({VERSION: __version__, **values}, sort_keys=False)

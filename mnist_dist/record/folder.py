@@ -17,16 +17,20 @@ from mnist_dist.record.figures import EpochRecord
 from mnist_dist.record.files import append_line, remove_left, replace_synced
 
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
-CHECKPOINTS, PREDICTIONS, CURVES = "checkpoints", "predictions.png", "curves.png"
+CHECKPOINTS, PREDICTIONS, CURVES, WANDB = "checkpoints", "predictions.png", "curves.png", "wandb"
+OF_A_RUN = (METRICS, RESULT, CONFIG, MODEL, CHECKPOINTS, PREDICTIONS, CURVES, WANDB)
 
 
 def open_folder(config: TrainConfig) -> tuple[Path, str]:
     """Create the run's folder; returns it and a new run id. Raises `UserError`."""
     run_id = secrets.token_hex(4)
     folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
+    if run := _run_around(folder):
+        raise UserError(f"--output-dir {folder} is inside of the run {run}: give --output-dir {run}"
+                        f"{'' if config.resume else ' --resume to continue it'}, or a folder outside of it")
     if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, CHECKPOINTS)):
         raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with --resume")
-    for name in (CHECKPOINTS, "wandb"):
+    for name in (CHECKPOINTS, WANDB):
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name} is a symbolic link: what is written to it would be outside of the run's "
                             "folder; move the folder that it names there, or give another --output-dir")
@@ -39,6 +43,15 @@ def open_folder(config: TrainConfig) -> tuple[Path, str]:
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
     return folder, run_id
+
+
+def _run_around(folder: Path) -> Path | None:
+    """The run to whose own files the path belongs, as RUN/checkpoints/step-000000100 does; None if there is none."""
+    path = Path(os.path.abspath(folder))
+    for run in path.parents:
+        if path.relative_to(run).parts[0] in OF_A_RUN and (run / CONFIG).is_file() and (run / METRICS).is_file():
+            return run
+    return None
 
 
 @contextmanager
@@ -56,6 +69,12 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     """Write the run's `config.yaml`. Raises `MnistDistError`."""
     with writing(folder):
         replace_synced(folder / CONFIG, config_text(config).encode())
+
+
+def remove_result(folder: Path) -> None:
+    """Remove the `result.json` of an earlier start: from now on the run is not completed. Raises `MnistDistError`."""
+    with writing(folder):
+        (folder / RESULT).unlink(missing_ok=True)
 
 
 def write_metrics(folder: Path, records: Sequence[EpochRecord]) -> None:

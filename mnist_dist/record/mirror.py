@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.record.figures import EpochRecord, RunSummary, grouped
-from mnist_dist.record.folder import CONFIG, CURVES, MODEL, PREDICTIONS
+from mnist_dist.record.folder import CONFIG, CURVES, MODEL, PREDICTIONS, WANDB
 from mnist_dist.worker import Worker
 
 Mode = Literal["online", "offline", "disabled"]
+UNSENT = "unsent"  # in W&B's folder while W&B's server may not have everything of an online run
 ANSWER_SECONDS = 4.0  # for the W&B server's first answer
 INIT_SECONDS = 6.0  # for wandb.init after it; wandb itself would wait for 90
 START_SECONDS = 20.0  # for importing and starting wandb, both attempts (online, offline) together
@@ -99,6 +100,17 @@ class Mirror:
         if self.run is None:
             self._worker.close()
             self._worker = None
+        elif self.mode == "online":
+            self._unsent.touch()
+
+    @property
+    def _unsent(self) -> Path:
+        return self.folder / WANDB / UNSENT
+
+    @property
+    def is_unsent(self) -> bool:
+        """Whether the folder has a run of which W&B's server has not taken everything, as far as is known."""
+        return self._unsent.exists()
 
     def _call(self, task: Callable[[], None], seconds: float) -> bool:
         """Run `task` in the thread; whether it ended within `seconds`. `finish` prints its exception."""
@@ -172,6 +184,8 @@ class Mirror:
         if problems:
             self.is_whole = False
             self.warn(f"W&B did not take all of the run ({'; '.join(problems)}); it is in {self.folder}")
+        elif self.mode == "online":
+            self._unsent.unlink(missing_ok=True)
 
     def sync_hint(self) -> str | None:
         """The command that brings an offline run to the server, or None."""

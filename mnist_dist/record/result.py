@@ -24,6 +24,7 @@ class RunResult:
     environment: Environment
     epochs: tuple[EpochRecord, ...]
     summary: RunSummary
+    run_id: str | None = None  # in W&B
 
 
 def write_result(folder: Path, result: RunResult) -> None:
@@ -40,7 +41,7 @@ def read_result(folder: Path) -> RunResult:
             status=values["status"], config=values["config"], dataset=values["dataset"],
             environment=record_from(Environment, values["environment"], path),
             epochs=tuple(record_from(EpochRecord, epoch, path) for epoch in values["epochs"]),
-            summary=record_from(RunSummary, values["summary"], path),
+            summary=record_from(RunSummary, values["summary"], path), run_id=values.get("run_id"),
         )
     except FileNotFoundError:
         raise UserError(f"{folder} has no {RESULT}: name the folder of a run that ended") from None

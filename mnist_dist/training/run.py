@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 import platform
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mnist_dist.config import TrainConfig, flag_of
+from mnist_dist.config import TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, load, obtain
 from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError, without_passwords
@@ -24,9 +26,17 @@ from mnist_dist.processes.network import choose_interface
 from mnist_dist.processes.signals import stop_with_launcher
 from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.team import Team, ddp_options, join
-from mnist_dist.record.checkpoint import FORMAT, Checkpoint, CheckpointWriter, load_newest
+from mnist_dist.record.checkpoint import FORMAT, Checkpoint, CheckpointWriter
 from mnist_dist.record.figures import EpochRecord, RunSummary, samples_at, summarise
-from mnist_dist.record.folder import CHECKPOINTS, append_metrics, open_folder, write_config, write_metrics, writing
+from mnist_dist.record.folder import (
+    CHECKPOINTS,
+    append_metrics,
+    open_folder,
+    remove_result,
+    write_config,
+    write_metrics,
+    writing,
+)
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result
@@ -34,7 +44,16 @@ from mnist_dist.training.marks import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer
 from mnist_dist.training.progress import Progress
-from mnist_dist.training.results import describe_environment, leave_results, peak_memory_bytes
+from mnist_dist.training.results import describe_environment, leave_results, load_model, peak_memory_bytes, predict
+from mnist_dist.training.resume import (
+    BATCH,
+    DATA,
+    PRECISION,
+    Earlier,
+    fixed_options,
+    has_ended,
+    look_at,
+)
 from mnist_dist.training.trainer import Trainer
 
 
@@ -62,9 +81,8 @@ def train(config: TrainConfig, launch: Launch) -> None:
         name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
                            patient=True)
         sets = team.run_on("every", lambda: load(name, config.data_dir))
-        if launch.num_machines > 1:
-            check_data(team, sets.digest() if launch.local_rank == 0 else None)
-        run = Run(config, launch, team, console, sets)
+        data = {**sets.summary, "digest": common_digest(team, sets.digest() if launch.local_rank == 0 else None)}
+        run = Run(config, launch, team, console, sets, data)
         run.go()
     except OfThisProcess:
         raise  # a barrier would wait for others
@@ -96,13 +114,16 @@ def train(config: TrainConfig, launch: Launch) -> None:
         console.say("once W&B answers, the same command with --resume sends it the run again")
 
 
-def check_data(team: Team, digest: str | None) -> None:
-    """Raises `UserError` if the machines have different data; the first process of each has its digest. Collective."""
+def common_digest(team: Team, digest: str | None) -> str:
+    """The digest of the data; the first process of each machine brings that of its copy. Raises `UserError` if the
+    copies differ. Collective.
+    """
     first, *others = [(found, host) for found, host in zip(team.share(digest), team.hosts, strict=True) if found]
     for found, host in others:
         if found != first[0]:
             raise UserError(f"the data set is {first[0][:12]} on {first[1]} and {found[:12]} on {host}: copy the same "
                             "files to every machine")
+    return first[0]
 
 
 def of_earlier_start(config: TrainConfig, team: Team) -> TrainConfig:
@@ -133,28 +154,41 @@ def mixed_precision(config: TrainConfig, launch: Launch) -> str:
 
 
 class Run:
-    """A run in its folder: the next step to take, and what is recorded so far."""
+    """A run in its folder: the next step to take, and what is recorded so far. `data` is the data set as the record
+    has it.
+    """
 
-    def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets) -> None:
-        self.team, self.console, self.sets = team, console, sets
+    def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets,
+                 data: Mapping[str, Any]) -> None:
+        self.team, self.console, self.sets, self.data = team, console, sets, data
         self.folder, run_id = team.run_on("main", lambda: open_folder(config))
         if team.starts and team.is_main:
             team.starts.folder = str(self.folder)
-        # what is written down has no password
-        self.config = replace(config, output_dir=str(self.folder),
+        # as it is written down: without a password, and with the same data from any working directory
+        self.config = replace(config, output_dir=str(self.folder), dataset=sets.name,
+                              data_dir=str(Path(config.data_dir).absolute()),
                               mirror=config.mirror and without_passwords(config.mirror))
         self.mirror = Mirror(self.folder, console.warn)
-        kept: Checkpoint | None = None
+        earlier = Earlier()
         if config.resume:
-            kept = team.run_on("main", lambda: load_newest(self.folder / CHECKPOINTS, console.warn))
+            earlier = team.run_on("main", lambda: look_at(self.folder, console.warn))
+        kept = earlier.checkpoint
         self.trainer = Trainer(config, team, sets, kept and kept.state.get("kind"))
         self.progress = Progress(run_id, self.trainer.batches.num_batches)
         every, batches = config.evaluation_samples, self.trainer.batches
         self.pacer = Pacer(config.checkpoint_interval, batches.num_batches, team,
                            evaluates_after=lambda epoch: batches.steps_of_samples(every, epoch) if every else ())
         self.checkpoints = CheckpointWriter(self.folder / CHECKPOINTS, config.keep_checkpoints)
+        earlier.refuse_changes(self._fixed())
+        self.is_over = earlier.result is not None and has_ended(config, earlier.result.epochs, batches.num_batches)
+        self.result = earlier.result
+        if self.is_over:
+            return
+        if earlier.result and not kept:
+            raise UserError(f"{self.folder} holds a completed run and no checkpoint to continue it from: give another "
+                            "--output-dir")
         if kept:
-            self._take_up(kept)
+            self._restore(kept)
         self.environment = describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain")
         console.introduce(self.environment, self.config, sets.summary, self.trainer.global_batch_size,
                           self.trainer.per_device_batch_size, self.progress.num_batches, self.trainer.learning_rate)
@@ -169,6 +203,12 @@ class Run:
 
     def go(self) -> None:
         """Train to the end, and leave the results. Raises `Diverged` or `Stopped`, with what there is written."""
+        if self.is_over:
+            self.console.say(f"{self.folder} holds a run that is completed: nothing is left to do, and nothing changes "
+                             "(to train on, give a larger --epochs, or another --max-steps or --target-nll)")
+            if self.mirror.is_unsent:
+                self.team.run_on("main", self._send_again, patient=True)
+            return
         self._open_record()
         with self.pacer.signals, self.checkpoints, self.trainer.neighbours as neighbours:
             try:
@@ -183,6 +223,17 @@ class Run:
             self.console.say(f"for {math.ceil(neighbours.seconds)} s other processes wanted this machine's cores: the "
                              "times are not those of a quiet machine")
         self._leave("completed")
+
+    def _send_again(self) -> None:
+        """Send a completed run to W&B, which has not taken all of it yet."""
+        result, test = self.result, self.sets.test
+        assert result is not None
+        settings = {**result.config, "global_batch_size": result.summary.global_batch_size,
+                    "environment": asdict(result.environment)}
+        self.mirror.start(self.config, result.run_id or self.progress.run_id, settings)
+        self.mirror.log_again(result.epochs)
+        guesses = predict(load_model(self.folder), test.images, torch.device("cpu"), torch.float32).argmax(dim=1)
+        self.mirror.log_results(result.summary, test.labels.tolist(), guesses.tolist())
 
     def _run_epoch(self) -> None:
         """Train and evaluate one epoch, or the part of it that --max-steps leaves; record it, save a checkpoint."""
@@ -205,8 +256,8 @@ class Run:
         progress.step, progress.watch = end, watch.state()
         record = self._evaluate(watch)
         if end < progress.num_batches:  # kept as an epoch in progress, so that it can be continued with more steps
+            progress.ending = record
             self._save()
-            progress.records.append(record)
             return
         progress.next_epoch()
         trainer.sums.zero_()
@@ -218,12 +269,7 @@ class Run:
             self._stop_if_asked()
 
     def _is_finished(self) -> bool:
-        config, progress = self.config, self.progress
-        return (
-            progress.epoch >= config.epochs
-            or (config.max_steps is not None and progress.global_step >= config.max_steps and bool(progress.records))
-            or (bool(config.targets) and any(record.test_nll <= config.targets[-1] for record in progress.records))
-        )
+        return has_ended(self.config, self.progress.all_records, self.progress.num_batches)
 
     def _evaluate_within(self, watch: Stopwatch) -> bool:
         """Evaluate between two steps; whether the lowest target is reached, which ends the run. Collective."""
@@ -295,18 +341,21 @@ class Run:
         """Write what the folder holds from the start, and begin the run in W&B. Not earlier: a --resume that is refused
         changes nothing. Collective.
         """
+        records = self.progress.all_records
+
         def task() -> None:
+            remove_result(self.folder)
             write_config(self.folder, self.config)
-            write_metrics(self.folder, self.progress.records)
+            write_metrics(self.folder, records)
             self.mirror.start(self.config, self.progress.run_id, {
                 **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
                 "environment": asdict(self.environment),
             })
-            self.mirror.log_again(self.progress.records)
+            self.mirror.log_again(records)
 
         self.team.run_on("main", task, patient=True)
         self.console.table_head()
-        for record in self.progress.records:
+        for record in records:
             self.console.table_row(record)
 
     def _save(self) -> None:
@@ -317,7 +366,7 @@ class Run:
         state = {
             **self.progress.state(),
             "scaler": scaler.state_dict() if scaler else None,
-            "fixed": self._fixed(), "kind": self.trainer.step.kind,
+            "format": FORMAT, "fixed": self._fixed(), "kind": self.trainer.step.kind,
         }
         step = self.progress.global_step
         self.team.run_on("main", lambda: self.checkpoints.write(step, self.trainer.tensors(), state))
@@ -329,16 +378,15 @@ class Run:
 
     def _fixed(self) -> dict[str, Any]:
         """What a run that continues this one may not change, by its name in an error message."""
-        config = self.config
-        values = {flag_of(option.name): getattr(config, option.name) for option in fields(config)
-                  if option.metadata.get("fixed")}
-        values["--mixed-precision"] = self.team.accelerator.mixed_precision  # the launcher may have set it
-        return {**values, "checkpoint format": FORMAT, "global batch size": self.trainer.global_batch_size,
-                "data set": self.sets.summary}
+        precision = self.team.accelerator.mixed_precision  # the launcher may have set it
+        return {**fixed_options(asdict(self.config)), PRECISION: precision, BATCH: self.trainer.global_batch_size,
+                DATA: self.data}
 
-    def _take_up(self, kept: Checkpoint) -> None:
-        """Continue from the end of the checkpoint. Raises `UserError` if it belongs to another run, or program."""
-        self.progress.take_up(kept, self._fixed())
+    def _restore(self, kept: Checkpoint) -> None:
+        """Continue from the end of the checkpoint. Raises `UserError` if another program wrote it."""
+        self.progress.restore(kept)
+        if not self._is_finished():
+            self.progress.ending = None  # the epoch goes on
         for name, tensor in self.trainer.tensors().items():
             found = kept.tensors.get(name)
             if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
@@ -350,18 +398,18 @@ class Run:
         self.team.run_on("main", lambda: self._leave_here(status), patient=True)
 
     def _leave_here(self, status: str) -> None:
-        trainer, done = self.trainer, status == "completed"
+        trainer, done, records = self.trainer, status == "completed", self.progress.all_records
         summary = RunSummary(
             global_batch_size=trainer.global_batch_size, per_device_batch_size=trainer.per_device_batch_size,
             learning_rate=trainer.learning_rate, compile_seconds=trainer.step.compile_seconds,
             **self.checkpoints.figures(),
-            **summarise(self.progress.records, self.config.targets, len(self.sets.train), trainer.global_batch_size),
+            **summarise(records, self.config.targets, len(self.sets.train), trainer.global_batch_size),
         )
         with writing(self.folder):
-            predictions = leave_results(self.folder, trainer, self.config.seed, self.progress.records) if done else None
+            predictions = leave_results(self.folder, trainer, self.config.seed, records) if done else None
             write_result(self.folder, RunResult(
-                status=status, config=asdict(self.config), dataset=self.sets.summary, environment=self.environment,
-                epochs=tuple(self.progress.records), summary=summary,
+                status=status, config=asdict(self.config), dataset=self.data, environment=self.environment,
+                epochs=tuple(records), summary=summary, run_id=self.progress.run_id,
             ))
         if predictions:
             self.console.say_checkpoints(summary)

@@ -23,6 +23,7 @@ from mnist_dist.data.idx import read_idx
 from mnist_dist.errors import UserError
 
 NAMES = list(data.STEMS.values())
+MNIST = "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b"  # the digest
 ROW_7 = [-1] * 8 + [-0.7647, -0.7176, -0.2627, 0.2078, 0.3333] + [0.9843] * 5 + [
     0.7647, 0.3490, 0.9843, 0.8980, 0.5294, -0.4980] + [-1] * 4
 
@@ -217,7 +218,8 @@ def test_two_processes_on_an_empty_folder(command, mirror, tmp_path):
     assert len(written) > 10
     for content in (*written, *(text.encode() for run in (done, refused) for text in (run.stdout, run.stderr))):
         assert b"someone" not in content and b"s3cr" not in content
-    assert result_of(tmp_path / "run")["dataset"] == {"name": "mnist", "train": 60_000, "test": 10_000}
+    assert result_of(tmp_path / "run")["dataset"] == {
+        "name": "mnist", "train": 60_000, "test": 10_000, "digest": MNIST}
 
 
 def test_a_failing_mirror_on_the_command_line(mirror, tmp_path):
@@ -231,7 +233,8 @@ def test_a_failing_mirror_on_the_command_line(mirror, tmp_path):
                       cwd=tmp_path, MNIST_DIST_MIRROR=mirror.url)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("NOT MNIST") == 1
-    assert result_of(tmp_path / "run")["dataset"] == {"name": "synthetic", "train": 60_000, "test": 10_000}
+    dataset = result_of(tmp_path / "run")["dataset"]
+    assert (dataset["name"], dataset["train"], dataset["test"]) == ("synthetic", 60_000, 10_000)
 
 
 def test_images_are_a_dataset():

@@ -327,13 +327,7 @@ def test_another_mixed_precision_is_not_continued(launcher, small_dir, tmp_path)
         done = mnist_dist(*words, "--resume", "--mixed-precision", "bf16", cwd=tmp_path)
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 1
-    assert "was written with --mixed-precision no, this run has bf16" in lines[0]
-
-
-def test_a_completed_run_is_not_trained_again(small_dir, left_alone):
-    before = result_of(left_alone)
-    trained(left_alone.parent, small_dir, "whole", "--epochs", 3, "--resume")
-    assert result_of(left_alone)["epochs"] == before["epochs"]
+    assert "was written with --mixed-precision no (now bf16)" in lines[0]
 
 
 def test_nothing_to_resume_starts_afresh(small_dir, tmp_path):

@@ -48,7 +48,7 @@ def test_the_folder_is_whole(tracked):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == result["epochs"] and len(lines) == 3
     assert result["status"] == "completed" and result["config"]["run_name"] == "a name"
-    assert result["dataset"] == {"name": "mnist", "train": 1009, "test": 211}
+    assert result["dataset"] | {"digest": ""} == {"name": "mnist", "train": 1009, "test": 211, "digest": ""}
     assert result["environment"]["num_processes"] == 2 and result["environment"]["num_machines"] == 1
     assert done.stdout.count("writing to") == 1, "one process speaks"
 
