@@ -49,11 +49,12 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 class CheckpointWriter:
     """Writes the checkpoints of one run below `root` beside its training, one at a time, and keeps the newest `keep`.
 
-    Leaving it as a context waits for the one that is being written.
+    Leaving it as a context waits for the one that is being written. `check` is called before each is written, and may
+    raise.
     """
 
-    def __init__(self, root: Path, keep: int) -> None:
-        self.root, self.keep = root, keep
+    def __init__(self, root: Path, keep: int, check: Callable[[], None] = lambda: None) -> None:
+        self.root, self.keep, self.check = root, keep, check
         self.pauses: list[float] = []  # seconds that each kept the caller
         self.delays: list[float] = []  # seconds from the request until each was whole
         self._content = bytearray()  # of the file of tensors
@@ -119,6 +120,7 @@ class CheckpointWriter:
 
     def _write(self, step: int, files: dict[str, bytes | bytearray], begin: float) -> None:
         try:
+            self.check()
             _write_checkpoint(self.root, step, files, self.keep)
             self.delays.append(time.perf_counter() - begin)
         except BaseException as error:
@@ -131,7 +133,7 @@ def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray]
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[MANIFEST] = json.dumps({"step": step, **checksums}).encode()
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(exist_ok=True)  # not its parent: a run's folder that is gone is not made again
         for left in root.glob(".step-*"):  # by a process that was killed while it wrote
             shutil.rmtree(left)
         temporary.mkdir()

@@ -15,21 +15,22 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.config_file import config_text
 from mnist_dist.record.figures import EpochRecord
 from mnist_dist.record.files import append_line, remove_left, replace_synced
+from mnist_dist.record.lock import FolderLock, Held
 
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
 CHECKPOINTS, PREDICTIONS, CURVES, WANDB = "checkpoints", "predictions.png", "curves.png", "wandb"
 OF_A_RUN = (METRICS, RESULT, CONFIG, MODEL, CHECKPOINTS, PREDICTIONS, CURVES, WANDB)
 
 
-def open_folder(config: TrainConfig) -> tuple[Path, str]:
-    """Create the run's folder; returns it and a new run id. Raises `UserError`."""
+def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, FolderLock]:
+    """Create the run's folder, and lock it; returns it, a new run id, and the lock. Waits `wait_s` seconds for another
+    run in it to end. Raises `UserError`.
+    """
     run_id = secrets.token_hex(4)
     folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
     if run := _run_around(folder):
         raise UserError(f"--output-dir {folder} is inside of the run {run}: give --output-dir {run}"
                         f"{'' if config.resume else ' --resume to continue it'}, or a folder outside of it")
-    if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, CHECKPOINTS)):
-        raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with --resume")
     for name in (CHECKPOINTS, WANDB):
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name} is a symbolic link: what is written to it would be outside of the run's "
@@ -38,11 +39,20 @@ def open_folder(config: TrainConfig) -> tuple[Path, str]:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        lock = FolderLock(folder)
+        lock.acquire(wait_s)
+        if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, CHECKPOINTS)):
+            lock.release()
+            raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with "
+                            "--resume")
         for name in (METRICS, RESULT, CONFIG, MODEL, PREDICTIONS, CURVES):
             remove_left(folder / name)
+    except Held as error:
+        raise UserError(f"--output-dir {folder} is in use by {error}: wait until that run has ended, or give another "
+                        "folder") from None
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
-    return folder, run_id
+    return folder, run_id, lock
 
 
 def _run_around(folder: Path) -> Path | None:

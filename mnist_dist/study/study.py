@@ -21,12 +21,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mnist_dist import runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.files import read_json, replace_json
+from mnist_dist.record.lock import FolderLock, Held
 from mnist_dist.study import slurm
 from mnist_dist.study.fabric import fabric_of, from_doctor
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible, run_of
@@ -269,11 +268,15 @@ def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
         return 0
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(request.folder / ".lock", timeout=0):
+        lock = FolderLock(request.folder)
+        lock.acquire()
+        try:
             return _run(request, machine)
-    except Timeout:
-        raise UserError(f"--output-dir {request.folder} is in use by another study command: wait for it, or give "
-                        "another") from None
+        finally:
+            lock.release()
+    except Held as error:
+        raise UserError(f"--output-dir {request.folder} is in use by {error}: wait for that study, or give another "
+                        "folder") from None
     except OSError as error:
         raise UserError(f"--output-dir {request.folder} cannot be written ({error.strerror}): give another") from None
 

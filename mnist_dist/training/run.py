@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from mnist_dist.record.folder import (
     write_metrics,
     writing,
 )
+from mnist_dist.record.lock import FolderLock
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result
@@ -56,9 +57,17 @@ from mnist_dist.training.resume import (
 )
 from mnist_dist.training.trainer import Trainer
 
+RESTART_SECONDS = 30.0  # that a start waits for the one before it, which may still write its last checkpoint
+
 
 def train(config: TrainConfig, launch: Launch) -> None:
     """Run `config` with the processes of this launch. Raises `MnistDistError` if the run ends early."""
+    with ExitStack() as held:
+        _train(config, launch, held)
+
+
+def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
+    """As `train`; `held` gives back the run's folder at the end."""
     if launch.has_store:  # torch's elastic launcher, which starts processes in its main thread
         stop_with_launcher()
     if config.compile == "auto" and launch.compiles:
@@ -82,7 +91,7 @@ def train(config: TrainConfig, launch: Launch) -> None:
                            patient=True)
         sets = team.run_on("every", lambda: load(name, config.data_dir))
         data = {**sets.summary, "digest": common_digest(team, sets.digest() if launch.local_rank == 0 else None)}
-        run = Run(config, launch, team, console, sets, data)
+        run = Run(config, launch, team, console, sets, data, held)
         run.go()
     except OfThisProcess:
         raise  # a barrier would wait for others
@@ -159,9 +168,11 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets,
-                 data: Mapping[str, Any]) -> None:
-        self.team, self.console, self.sets, self.data = team, console, sets, data
-        self.folder, run_id = team.run_on("main", lambda: open_folder(config))
+                 data: Mapping[str, Any], held: ExitStack) -> None:
+        self.team, self.console, self.sets, self.data, self.held = team, console, sets, data, held
+        self.lock: FolderLock | None = None  # of the main process
+        wait_s = RESTART_SECONDS if launch.restart else 0.0
+        self.folder, run_id = team.run_on("main", partial(self._open_folder, config, wait_s))
         if team.starts and team.is_main:
             team.starts.folder = str(self.folder)
         # as it is written down: without a password, and with the same data from any working directory
@@ -178,7 +189,8 @@ class Run:
         every, batches = config.evaluation_samples, self.trainer.batches
         self.pacer = Pacer(config.checkpoint_interval, batches.num_batches, team,
                            evaluates_after=lambda epoch: batches.steps_of_samples(every, epoch) if every else ())
-        self.checkpoints = CheckpointWriter(self.folder / CHECKPOINTS, config.keep_checkpoints)
+        self.checkpoints = CheckpointWriter(self.folder / CHECKPOINTS, config.keep_checkpoints,
+                                            self.lock.check if self.lock else lambda: None)
         earlier.refuse_changes(self._fixed())
         self.is_over = earlier.result is not None and has_ended(config, earlier.result.epochs, batches.num_batches)
         self.result = earlier.result
@@ -200,6 +212,20 @@ class Run:
             self.trainer.load_tensors(kept.tensors)
             if kept.state.get("scaler") and team.accelerator.scaler:
                 team.accelerator.scaler.load_state_dict(kept.state["scaler"])
+
+    def _open_folder(self, config: TrainConfig, wait_s: float) -> tuple[Path, str]:
+        folder, run_id, self.lock = open_folder(config, wait_s)
+        self.held.callback(self.lock.release)
+        return folder, run_id
+
+    def _write(self, task: Callable[[], None], *, patient: bool = False) -> None:
+        """Write to the folder, on the main process, if it is still the folder of this run. Collective."""
+        def checked() -> None:
+            assert self.lock is not None
+            self.lock.check()
+            task()
+
+        self.team.run_on("main", checked, patient=patient)
 
     def go(self) -> None:
         """Train to the end, and leave the results. Raises `Diverged` or `Stopped`, with what there is written."""
@@ -303,7 +329,7 @@ class Run:
             eval_seconds=evaluation, epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,
             evaluations=progress.evaluations, peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
         )
-        team.run_on("main", lambda: append_metrics(self.folder, record))
+        self._write(lambda: append_metrics(self.folder, record))
         if team.is_main:
             self.mirror.log(record)
         self.console.table_row(record)
@@ -353,7 +379,7 @@ class Run:
             })
             self.mirror.log_again(records)
 
-        self.team.run_on("main", task, patient=True)
+        self._write(task, patient=True)
         self.console.table_head()
         for record in records:
             self.console.table_row(record)
@@ -395,7 +421,7 @@ class Run:
 
     def _leave(self, status: str) -> None:
         """Write `result.json`, and before it, of a completed run, the model and the pictures. Collective."""
-        self.team.run_on("main", lambda: self._leave_here(status), patient=True)
+        self._write(lambda: self._leave_here(status), patient=True)
 
     def _leave_here(self, status: str) -> None:
         trainer, done, records = self.trainer, status == "completed", self.progress.all_records

@@ -114,7 +114,9 @@ def test_a_folder_of_an_earlier_run_is_refused(tmp_path):
     write_metrics(tmp_path, [])
     with pytest.raises(UserError, match="already holds a run"):
         open_folder(TrainConfig(output_dir=str(tmp_path)))
-    assert open_folder(TrainConfig(output_dir=str(tmp_path), resume=True))[0] == tmp_path
+    folder, _, lock = open_folder(TrainConfig(output_dir=str(tmp_path), resume=True))
+    assert folder == tmp_path
+    lock.release()
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "wandb"])
@@ -150,7 +152,7 @@ def test_no_link_is_followed_to_a_file(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".result.json.1234").write_text("half")
     (tmp_path / ".mine").write_text("of the user")
-    open_folder(TrainConfig(output_dir=str(tmp_path)))
+    open_folder(TrainConfig(output_dir=str(tmp_path)))[2].release()
     assert [path.name for path in tmp_path.iterdir()] == [".mine"]
 
 
