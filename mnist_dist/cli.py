@@ -24,7 +24,7 @@ from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_passwords
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
-from mnist_dist.record.config_file import merged, read_config, read_run_config
+from mnist_dist.record.config_file import from_environment, merged, read_config, read_run_config
 from mnist_dist.record.folder import CONFIG
 from mnist_dist.study.grid import AXES, LAUNCHERS
 from mnist_dist.worker import any_left
@@ -178,16 +178,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def training_config(given: argparse.Namespace) -> TrainConfig:
-    """The config from defaults, the run that is continued, the file that --config names, the environment's mirror, and
-    the command line. Raises `UserError`.
+    """The config from defaults, the run that is continued, the environment, the file that --config names, and the
+    command line. Raises `UserError`.
     """
     from_file = read_config(Path(given.config)) if getattr(given, "config", None) else {}
     names = {option.name for option in fields(TrainConfig)}
     flags = {name: value for name, value in vars(given).items() if name in names}
-    from_environment = {}
-    if os.environ.get("MNIST_DIST_MIRROR") and "mirror" not in from_file:
-        from_environment["mirror"] = os.environ["MNIST_DIST_MIRROR"]
-    return merged(_of_continued_run({**from_file, **flags}), from_file, from_environment, flags)
+    return merged(_of_continued_run({**from_file, **flags}), from_environment(), from_file, flags)
 
 
 def _of_continued_run(values: Mapping[str, Any]) -> dict[str, Any]:

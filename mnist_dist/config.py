@@ -92,12 +92,14 @@ class TrainConfig:
     reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
                               "exact, and so has no order; slower", fixed=True)
     logical_shards: int = knob(8, int, "of no effect: --reproducible does not need it any more", minimum=1)
-    wandb: str = knob("auto", str, "auto = online if an API key is configured, else offline; never asks, never "
-                      "stops a run", choices=("auto", "online", "offline", "disabled"))
-    wandb_project: str = knob("mnist_dist", str, "W&B project", metavar="NAME")
+    wandb: str = knob("auto", str, "auto = online if an API key is configured and W&B is not switched off in one of "
+                      "its own ways, else offline or disabled; never asks, never stops a run",
+                      choices=("auto", "online", "offline", "disabled"))
+    wandb_project: str = knob("mnist_dist", str, "W&B project (also: WANDB_PROJECT)", metavar="NAME")
     wandb_group: str | None = knob(None, str, "W&B group, for runs that belong together", metavar="NAME")
-    run_name: str | None = knob(None, str, "name of the run in W&B (default: that of its folder)", metavar="NAME")
-    tags: str | None = knob(None, str, "W&B tags, separated by commas", metavar="A,B")
+    run_name: str | None = knob(None, str, "name of the run in W&B (also: WANDB_NAME; default: that of its folder)",
+                                metavar="NAME")
+    tags: str | None = knob(None, str, "W&B tags, separated by commas (also: WANDB_TAGS)", metavar="A,B")
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -18,8 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mnist-dist-tests-")  # holds no Accelerate config
 os.environ["NETRC"] = os.devnull
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "mnist-dist-tests-compiled")))
-for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "MNIST_DIST_MIRROR", "ACCELERATE_USE_CPU"):
+for name in [name for name in os.environ if name.startswith("WANDB_")] + ["MNIST_DIST_MIRROR", "ACCELERATE_USE_CPU"]:
     os.environ.pop(name, None)
+os.environ["WANDB_CONFIG_DIR"] = os.environ["HF_HOME"]  # holds no settings either
 
 
 # The files that take longest, in this order; the others follow as they are collected.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import http.server
 import json
@@ -20,6 +21,9 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.failed, self.over = threading.Event(), threading.Event()
         self.history: list[dict[str, Any]] = []
         self.files: set[str] = set()
+        self.requests = 0
+        self.keys: set[str] = set()  # what clients have sent as their key
+        self.runs: list[dict[str, Any]] = []  # what they have said of their runs
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> WandbServer:
@@ -56,6 +60,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
     def _data(self, operationName: str, variables: dict[str, Any], query: str) -> dict[str, Any]:
         entity = {"id": "e", "name": "somebody"}
         if operationName == "UpsertBucket":
+            self.runs.append(variables)
             bucket = {"id": "b", "name": variables["name"], "displayName": variables["name"], "config": "{}",
                       "historyLineCount": 0, "project": {"id": "p", "name": "mnist_dist", "entity": entity}}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
@@ -76,6 +81,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: WandbServer
 
     def do_POST(self) -> None:
+        self.server.requests += 1
+        if authorization := self.headers.get("Authorization", ""):
+            self.server.keys.add(base64.b64decode(authorization.removeprefix("Basic ")).decode())
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)

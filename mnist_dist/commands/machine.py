@@ -31,7 +31,7 @@ from mnist_dist.data.idx import folder_on_disk
 from mnist_dist.errors import MnistDistError
 from mnist_dist.processes.launch import cores_of_container, num_cores
 from mnist_dist.record.environment import processor_name
-from mnist_dist.record.mirror import ANSWER_SECONDS, wandb_mode
+from mnist_dist.record.wandb_mode import ANSWER_SECONDS, key_of, trusted_settings, wandb_mode
 
 CHECKPOINT_BYTES = 2_500_000  # weights and Adam's moments of 784-256-10 in float32
 FREE_BYTES = 1_000_000_000  # on the disk of the runs: less may not be enough for a study
@@ -198,10 +198,8 @@ def tracking(asked: str) -> Iterator[Finding]:
 
 def _refused() -> str | None:
     """Why the server does not take the key; None if it does."""
-    import wandb
-
-    settings = wandb.setup().settings
-    key = base64.b64encode(f"api:{settings.api_key}".encode()).decode()
+    settings = trusted_settings()
+    key = base64.b64encode(f"api:{key_of(settings)}".encode()).decode()
     question = urllib.request.Request(
         f"{settings.base_url}/graphql", data=b'{"query": "{ viewer { id } }"}',
         headers={"Content-Type": "application/json", "Authorization": f"Basic {key}"})

@@ -1,10 +1,11 @@
 """A run's `config.yaml`: written, read, and merged with a command line.
 
-Defaults < the config.yaml of a run that is continued < --config < environment < command line.
+Defaults < the config.yaml of a run that is continued < environment < --config < command line.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -16,6 +17,9 @@ from mnist_dist.config import NOT_IN_FILE, TrainConfig, checked
 from mnist_dist.errors import UserError
 from mnist_dist.record.files import MEGABYTE, read_limited
 
+# of an option, which wandb's own functions would otherwise find and ours override
+VARIABLES = {"mirror": "MNIST_DIST_MIRROR", "wandb_project": "WANDB_PROJECT", "run_name": "WANDB_NAME",
+             "tags": "WANDB_TAGS"}
 VERSION = "mnist_dist"  # key: the version of this package that wrote the file
 
 
@@ -28,6 +32,12 @@ def merged(*layers: Mapping[str, Any]) -> TrainConfig:
             values.pop("per_device_batch_size", None)
         values |= layer
     return TrainConfig(**values)
+
+
+def from_environment(*names: str) -> dict[str, str]:
+    """The options that the environment sets, of these names or of all."""
+    found = {name: os.environ.get(variable, "") for name, variable in VARIABLES.items() if not names or name in names}
+    return {name: value for name, value in found.items() if value.strip()}
 
 
 def read_config(path: Path) -> dict[str, Any]:

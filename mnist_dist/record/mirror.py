@@ -8,66 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one from Python 3.11 on
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.record.figures import EpochRecord, RunSummary, grouped
 from mnist_dist.record.folder import CONFIG, CURVES, MODEL, PREDICTIONS, WANDB
+from mnist_dist.record.wandb_mode import Mode, leave_environment, trusted_settings, wandb_mode
 from mnist_dist.worker import Worker
 
-Mode = Literal["online", "offline", "disabled"]
-UNSENT = "unsent"  # in W&B's folder while W&B's server may not have everything of an online run
-ANSWER_SECONDS = 4.0  # for the W&B server's first answer
+UNSENT = "unsent"  # in W&B's folder from the run's start there until W&B has taken everything
 INIT_SECONDS = 6.0  # for wandb.init after it; wandb itself would wait for 90
 START_SECONDS = 20.0  # for importing and starting wandb, both attempts (online, offline) together
 LOG_SECONDS = 2.0  # for one epoch's record
 END_SECONDS = 10.0  # for everything that is left to do after the run's last result
-
-
-def wandb_mode(asked: str, warn: Callable[[str], None]) -> Mode:
-    """"online", "offline" or "disabled", from `--wandb` and what can be reached: a key, and a server that answers."""
-    if asked == "disabled" or (asked == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
-        return "disabled"
-    # wandb reports its own errors to the same server, and at exit waits ten seconds for one that hangs
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    try:
-        import wandb
-    except ImportError:
-        warn("wandb is not installed: this run is not tracked there (pip install wandb)")
-        return "disabled"
-    settings = wandb.setup().settings
-    has_key = bool(settings.api_key) or _key_in_netrc(settings.base_url)
-    if asked == "offline" or (asked == "auto" and (not has_key or os.environ.get("WANDB_MODE") == "offline")):
-        return "offline"
-    if not has_key:
-        warn("W&B: no API key is configured (wandb login); continuing offline")
-        return "offline"
-    question = urllib.request.Request(f"{settings.base_url}/graphql", data=b'{"query": "{ __typename }"}',
-                                      headers={"Content-Type": "application/json"})
-    try:
-        urllib.request.urlopen(question, timeout=ANSWER_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, of whatever kind
-    except (OSError, ValueError) as error:
-        warn(f"W&B: {settings.base_url} does not answer ({error}); continuing offline")
-        return "offline"
-    return "online"
-
-
-def _key_in_netrc(base_url: str) -> bool:
-    from netrc import NetrcParseError, netrc
-    from urllib.parse import urlsplit
-
-    try:
-        return netrc().authenticators(urlsplit(base_url).hostname or "") is not None
-    except (OSError, NetrcParseError):
-        return False
 
 
 class Mirror:
@@ -100,7 +57,7 @@ class Mirror:
         if self.run is None:
             self._worker.close()
             self._worker = None
-        elif self.mode == "online":
+        else:
             self._unsent.touch()
 
     @property
@@ -109,7 +66,7 @@ class Mirror:
 
     @property
     def is_unsent(self) -> bool:
-        """Whether the folder has a run of which W&B's server has not taken everything, as far as is known."""
+        """Whether W&B may not have all of the run in this folder: its process ended too early, or the server failed."""
         return self._unsent.exists()
 
     def _call(self, task: Callable[[], None], seconds: float) -> bool:
@@ -184,7 +141,7 @@ class Mirror:
         if problems:
             self.is_whole = False
             self.warn(f"W&B did not take all of the run ({'; '.join(problems)}); it is in {self.folder}")
-        elif self.mode == "online":
+        else:
             self._unsent.unlink(missing_ok=True)
 
     def sync_hint(self) -> str | None:
@@ -204,15 +161,25 @@ def _teardown() -> None:
 
 def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[str, Any], job_type: str,
              warn: Callable[[str], None]) -> tuple[Any, Mode]:
-    """(wandb's run, its mode); (None, "disabled") if it cannot start."""
-    mode = wandb_mode(config.wandb, warn)
-    while mode != "disabled":
-        import wandb
+    """(wandb's run, its mode); (None, "disabled") if it cannot start. What fails online is tried offline, and then
+    without anything that wandb takes from its environment.
+    """
+    mode, home = wandb_mode(config.wandb, warn), folder / WANDB / ".home"
+    if mode == "disabled":
+        return None, mode
+    import wandb
 
+    given_id = None if os.environ.get("WANDB_SWEEP_ID") else run_id  # a sweep's agent has given the run its id
+    if not os.environ.get("HOME"):  # wandb would write to the working directory
+        os.environ["HOME"] = str(home)
+    is_bare = False
+    while True:
         try:
+            if not is_bare:
+                trusted_settings()
             run = wandb.init(
                 project=config.wandb_project, mode=mode, dir=str(folder), job_type=job_type,
-                id=None if os.environ.get("WANDB_SWEEP_ID") else run_id,  # a sweep's agent has given the run its id
+                id=given_id,
                 resume="allow" if mode == "online" else None,  # offline it has no effect, and 0.22 warns about that
                 name=config.run_name or folder.name, group=config.wandb_group,
                 tags=[tag.strip() for tag in (config.tags or "").split(",") if tag.strip()],
@@ -222,7 +189,12 @@ def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[s
             run.config.update(dict(settings), allow_val_change=True)
             return run, mode
         except Exception as error:  # whatever W&B raises, training continues
-            reason = " ".join(str(error).split())
-            mode = "offline" if mode == "online" else "disabled"
-            warn(f"W&B could not start ({reason}); continuing {'offline' if mode == 'offline' else 'without W&B'}")
-    return None, "disabled"
+            reason = " ".join(str(error).split())[:300]
+            if is_bare:
+                warn(f"W&B could not start ({reason}); continuing without W&B")
+                return None, "disabled"
+            if mode == "online":
+                warn(f"W&B could not start ({reason}); continuing offline")
+            is_bare, mode = mode == "offline", "offline"
+            if is_bare:
+                leave_environment(home)

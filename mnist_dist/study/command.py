@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from mnist_dist.config import TrainConfig, checked, flag_of
 from mnist_dist.errors import UserError, without_passwords
 from mnist_dist.processes.launch import read_launch
+from mnist_dist.record.config_file import from_environment
 from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid, HoldOut
 from mnist_dist.study.launches import Machine, look_at_machine
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
@@ -135,7 +136,7 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
         quick=given.quick, sbatch=_one("--sbatch", given.sbatch, _shell_words),
-        tracking=TrainConfig(**{"wandb_group": group, **tracking}),
+        tracking=TrainConfig(**{"wandb_group": group, **from_environment("wandb_project", "tags"), **tracking}),
         check=_check(training) if script is None else lambda cell: None,
     )
 

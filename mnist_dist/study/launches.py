@@ -107,7 +107,8 @@ def environment_of(run: PlannedRun, machine: Machine, mark: str, script: str | N
 
 def _environment(machine: Machine, mark: str) -> dict[str, str]:
     marks = [os.environ.get(runner.MARK), mark]  # the study may belong to a tree itself
-    environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks))}
+    # each run has a name of its own in W&B
+    environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks)), "WANDB_NAME": ""}
     if not machine.gpus and machine.launcher == "torch":
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import yaml
-from support import assert_one_line_error, epoch_record, mnist_dist, result_of, write_idx_folder
+from support import assert_one_line_error, epoch_record, mnist_dist, records_of, result_of, write_idx_folder
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
@@ -16,9 +16,9 @@ from mnist_dist.training.resume import Earlier, has_ended
 
 
 def hashes(folder):
-    """The SHA-256 of each file below the folder, by its path."""
+    """The SHA-256 of each file below the folder, by its path; not of logs, which W&B's service writes after the run."""
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file()}
+            for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
 
 
 def train(folder, *words, **environment):
@@ -96,6 +96,34 @@ def test_a_finished_run_never_changes(end, every, small_dir, tmp_path):
         same = ("metrics.jsonl", "model.safetensors", "config.yaml")
         assert {name: hashes(tmp_path / "run")[name] for name in same} == {name: before[name] for name in same}
         assert result_of(tmp_path / "run")["epochs"] == result["epochs"]
+
+
+@pytest.mark.long
+def test_wandb_gets_a_finished_run_that_it_lacks(small_dir, tmp_path):
+    """Its process was killed between result.json and W&B's end."""
+    done = mnist_dist("train", "--data-dir", small_dir, "--epochs", 2, "--wandb", "offline", "--output-dir", "run",
+                      cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before = hashes(tmp_path / "run")
+    assert train_offline(tmp_path).returncode == 0 and hashes(tmp_path / "run") == before
+    kept = records_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "wandb")
+    (tmp_path / "run" / "wandb").mkdir()
+    (tmp_path / "run" / "wandb" / "unsent").touch()
+    again = train_offline(tmp_path)
+    assert again.returncode == 0 and "wandb sync" in again.stdout, again.stderr
+    found = records_of(tmp_path / "run")
+    assert [record["item"].get("test/test_nll") for record in found["history"]] == [
+        record["item"].get("test/test_nll") for record in kept["history"]]
+    assert found["run"][0]["run_id"] == kept["run"][0]["run_id"]
+    after = hashes(tmp_path / "run")
+    assert {name: after[name] for name in before if not name.startswith("wandb")} == {
+        name: digest for name, digest in before.items() if not name.startswith("wandb")}
+    assert "wandb/unsent" not in after
+
+
+def train_offline(folder):
+    return mnist_dist("train", "--resume", "--output-dir", "run", cwd=folder)
 
 
 @pytest.mark.parametrize("size", [1, 2])
