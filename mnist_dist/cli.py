@@ -203,6 +203,14 @@ def _of_continued_run(values: Mapping[str, Any]) -> dict[str, Any]:
     return before
 
 
+def _data_of_run(folder: Path) -> dict[str, Any]:
+    """The data set that the run was trained on, as options. Raises `UserError`."""
+    if not (folder / CONFIG).exists():
+        return {}
+    values = read_run_config(folder / CONFIG, warn=lambda line: None)
+    return {name: values[name] for name in ("dataset", "data_dir") if name in values}
+
+
 def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int | None:
     """Start the processes that the command line asks for, here and on other machines, if no launcher has done so; the
     exit status, or None if this process is one of the run. Raises `UserError`.
@@ -297,7 +305,8 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
 
         return command.study(given, argv) if given.command == "study" else command.report(given)
     options = {name: value for name, value in vars(given).items() if name in {*SHARED, "wandb"}}
-    config = training_config(argparse.Namespace(config=None, **options))
+    of_run = _data_of_run(Path(given.run_dir)) if given.command == "predict" and not given.images else {}
+    config = merged(of_run, from_environment("mirror"), options)
     if given.command == "predict":
         from mnist_dist.commands.predict import predict
 

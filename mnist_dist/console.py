@@ -45,6 +45,10 @@ class Console:
             self.hide_bar()
             print(line, flush=True)
 
+    def note(self, line: str) -> None:
+        """What a person should know and nobody need mend: one line on standard output."""
+        self.say(f"warning: {line}")
+
     def warn(self, line: str) -> None:
         """One line on standard error."""
         if self.speaks:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from data_mirror import mirror, no_other_mirror  # noqa: F401
 from slurm_cluster import Slurm, missing
 from support import ROOT, mnist_dist, write_idx_folder
 

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.data import load
-from mnist_dist.data.download import TORCHVISION_CLASS
-from mnist_dist.data.idx import folder_on_disk
+from mnist_dist.data import check_name, load
+from mnist_dist.data.download import TORCHVISION_CLASS, answers
+from mnist_dist.data.layouts import find
 from mnist_dist.errors import MnistDistError
 from mnist_dist.processes.launch import cores_of_container, num_cores
 from mnist_dist.record.environment import processor_name
@@ -139,19 +139,24 @@ def _gpu(number: int, one: dict[str, str]) -> Finding:
     return Finding(f"GPU {number}", says, one, problem, remedy)
 
 
-def data(dataset: str, data_dir: str) -> Iterator[Finding]:
-    """The data set, without a download, and the digest of its content."""
-    name = "mnist" if dataset == "auto" else dataset
-    if name != "synthetic" and folder_on_disk(Path(data_dir), TORCHVISION_CLASS[name]) is None:
-        yield Finding("data", f"no {name} in {data_dir}: the first run downloads it", None)
-        return
+def data(dataset: str, data_dir: str, mirror: str | None = None) -> Iterator[Finding]:
+    """The data set, without a download, and the digest of its content; or whether it could be downloaded."""
+    name, warnings = "mnist" if dataset == "auto" else dataset, list[str]()
     try:
+        if name != "synthetic" and find(Path(data_dir), TORCHVISION_CLASS[name]) is None:
+            why = answers(name, mirror)
+            says = f"no {name} in {data_dir}: the first run downloads it" if why is None else f"no {name} in {data_dir}"
+            yield Finding("data", says, None, why and f"{name} cannot be downloaded ({why})",
+                          why and "check --mirror and the network, or name a folder that has the files in --data-dir")
+            return
         sets = load(name, data_dir)
+        digest = sets.digest()
+        check_name(name, data_dir, digest, warnings.append)
     except MnistDistError as error:
-        yield Finding("data", str(error), None, f"{name} in {data_dir} cannot be read", str(error))
+        yield Finding("data", str(error), None, f"{name} in {data_dir} cannot be used", str(error))
         return
-    digest = sets.digest()
-    yield Finding("data", f"{name}: {len(sets.train):,} and {len(sets.test):,} images, {digest[:12]}", digest)
+    yield Finding("data", f"{name}: {len(sets.train):,} and {len(sets.test):,} images, {digest[:12]}", digest,
+                  details=tuple(warnings))
 
 
 def disk(folder: Path) -> Iterator[Finding]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
 from mnist_dist.console import Console
-from mnist_dist.data import ImageSets, load, obtain, scale
+from mnist_dist.data import ImageSets, check_name, load, obtain, scale
 from mnist_dist.errors import UserError
 from mnist_dist.training.model import MLP, flop_per_sample, num_parameters
 
@@ -17,9 +18,13 @@ ROW = 7  # counted from 1, as a person does
 GRID = 25
 
 
-def open_images(config: TrainConfig) -> ImageSets:
-    """The data set that the config names, for a command of one process. Raises `UserError`."""
-    return load(obtain(config.dataset, config.data_dir, config.mirror, Console(True).warn), config.data_dir)
+def open_images(config: TrainConfig, note: Callable[[str], None] = lambda line: None) -> ImageSets:
+    """The data set that the config names, for a command of one process; `note` gets a line if it is no known one.
+    Raises `UserError`.
+    """
+    sets = load(obtain(config.dataset, config.data_dir, config.mirror, Console(True).warn), config.data_dir)
+    check_name(sets.name, config.data_dir, sets.digest(), note)
+    return sets
 
 
 def _row(values: torch.Tensor) -> str:
@@ -30,7 +35,8 @@ def show(config: TrainConfig, output_dir: Path) -> None:
     """Print the look, and draw `digit.png` and `digits.png` into `output_dir`. Raises `UserError`."""
     from mnist_dist.record.pictures import draw_digit, draw_grid
 
-    sets = open_images(config)
+    notes: list[str] = []
+    sets = open_images(config, notes.append)
     images, labels = sets.train.images, sets.train.labels
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -40,6 +46,7 @@ def show(config: TrainConfig, output_dir: Path) -> None:
         raise UserError(f"--output-dir {output_dir} cannot be written ({error.strerror}): give another") from None
 
     print(f"1. {sets.name}: {len(sets.train):,} training and {len(sets.test):,} test images")
+    print(*(f"   warning: {line}\n" for line in notes), sep="", end="")
     print(f"   an image is {list(images[0].shape)} in [0, 1], its label a scalar; the first label is {labels[0]}")
     print(f"   row {ROW} of the first image:\n{_row(images[0, 0, ROW - 1] / 255)}")
     print(f"   the same scaled to [-1, 1] (mean 0.5, deviation 0.5):\n{_row(scale(images[:1])[0, 0, ROW - 1])}")

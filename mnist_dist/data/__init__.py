@@ -2,6 +2,6 @@
 
 from mnist_dist.data.idx import STEMS
 from mnist_dist.data.images import NUM_CLASSES, Images, ImageSets, scale
-from mnist_dist.data.sources import load, obtain
+from mnist_dist.data.sources import check_name, load, obtain
 
-__all__ = ["NUM_CLASSES", "STEMS", "ImageSets", "Images", "load", "obtain", "scale"]
+__all__ = ["NUM_CLASSES", "STEMS", "ImageSets", "Images", "check_name", "load", "obtain", "scale"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import sys
@@ -13,7 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mnist_dist.data.idx import folder_on_disk
+from mnist_dist.data.layouts import find
 from mnist_dist.errors import UserError, without_passwords
 
 TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -24,20 +25,23 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
     """Fetch the data set into torchvision's layout below `data_dir`: all of it, or nothing at all.
 
     The mirrors and MD5 sums are torchvision's, and it unpacks. The transfer is ours: torchvision's requests each file
-    twice, waits for ever for a silent server, and takes what an interrupted run left for whole. Files appear in their
-    place, by rename, once all are there; a lock keeps other runs from fetching the same. Raises `UserError`.
+    twice, waits for ever for a silent server, and takes what an interrupted run left for whole. Until all files are
+    there, they are in a temporary folder, in `data_dir` or where that is to be made; a lock keeps other runs from
+    fetching the same. Raises `UserError`.
     """
     from filelock import FileLock
     from torchvision import datasets
 
     kind = getattr(datasets, TORCHVISION_CLASS[name])
     mirrors = [*([mirror.rstrip("/") + "/"] if mirror else []), *kind.mirrors]
+    data_dir = data_dir.absolute()
+    there = next(folder for folder in (data_dir, *data_dir.parents) if folder.is_dir())
+    lock = there / f".{data_dir.name}.{name}.lock"
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / f".{name}.lock"):
-            if folder_on_disk(data_dir, TORCHVISION_CLASS[name]) is not None:
+        with FileLock(lock):
+            if find(data_dir, TORCHVISION_CLASS[name]) is not None:
                 return
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as root:
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=there) as root:
                 raw = Path(root, TORCHVISION_CLASS[name], "raw")
                 raw.mkdir(parents=True)
                 for file_name, md5 in kind.resources:
@@ -47,10 +51,39 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
                 target = data_dir / TORCHVISION_CLASS[name]
-                target.mkdir(exist_ok=True)
+                target.mkdir(parents=True, exist_ok=True)
                 os.replace(raw, target / "raw")  # fails if a folder of other files is in its place
     except OSError as error:
         raise UserError(f"{name} cannot be stored in --data-dir {data_dir} ({error}): name another") from None
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()  # a run that waits for it finds the files, or tries itself
+
+
+def answers(name: str, mirror: str | None) -> str | None:
+    """Why the data set could not be downloaded now; None if a mirror offers it. Fetches the beginning of one file."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, TORCHVISION_CLASS[name])
+    failures = []
+    for base in [*([mirror.rstrip("/") + "/"] if mirror else []), *kind.mirrors]:
+        try:
+            with urllib.request.urlopen(_request(base + kind.resources[-1][0]), timeout=STALL_SECONDS) as response:
+                if response.read(2) == b"\x1f\x8b":  # as gzip begins
+                    return None
+            failures.append(f"{base}: sends something else")
+        except (OSError, HTTPException, ValueError) as error:
+            failures.append(f"{base}: {str(error) or type(error).__name__}")
+    return "; ".join(failures)
+
+
+def _request(url: str) -> urllib.request.Request:
+    """The request for a URL, with its user and password where the server reads them."""
+    request = urllib.request.Request(without_passwords(url))
+    if user := urlsplit(url).username:  # urllib would take it for a part of the host's name
+        secret = f"{unquote(user)}:{unquote(urlsplit(url).password or '')}"
+        request.add_header("Authorization", f"Basic {base64.b64encode(secret.encode()).decode()}")
+    return request
 
 
 def _fetch_from_any(mirrors: Sequence[str], file_name: str, md5: str, folder: Path) -> None:
@@ -70,12 +103,8 @@ def _fetch(url: str, md5: str, path: Path) -> None:
     from tqdm import tqdm
 
     digest = hashlib.md5(usedforsecurity=False)
-    request = urllib.request.Request(without_passwords(url))
-    if user := urlsplit(url).username:  # urllib would take it for a part of the host's name
-        secret = f"{unquote(user)}:{unquote(urlsplit(url).password or '')}"
-        request.add_header("Authorization", f"Basic {base64.b64encode(secret.encode()).decode()}")
     with (
-        urllib.request.urlopen(request, timeout=STALL_SECONDS) as response,
+        urllib.request.urlopen(_request(url), timeout=STALL_SECONDS) as response,
         open(path, "wb") as file,
         tqdm(total=response.length, desc=path.name, unit="B", unit_scale=True, file=sys.stderr, leave=False,
              disable=not sys.stderr.isatty()) as progress,

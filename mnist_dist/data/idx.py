@@ -65,20 +65,3 @@ def _fill(file: gzip.GzipFile | io.BufferedReader, place: memoryview) -> int:
     while chunk := file.read(1 << 20):
         more += len(chunk)
     return filled + more
-
-
-def existing(path: Path) -> Path:
-    """The file of this name, or that with .gz if only it is there."""
-    zipped = path.with_name(path.name + ".gz")
-    return path if path.is_file() or not zipped.is_file() else zipped
-
-
-def folder_on_disk(data_dir: Path, torchvision_name: str) -> Path | None:
-    """The folder that holds any of the four files: torchvision's layout, else `data_dir` itself; else None."""
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir} is not a folder: give a folder that contains the IDX files, or an "
-                        "empty one to download into")
-    for folder in (data_dir / torchvision_name / "raw", data_dir):
-        if any(existing(folder / stem).is_file() for stem in STEMS.values()):
-            return folder
-    return None

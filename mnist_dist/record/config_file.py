@@ -31,6 +31,8 @@ def merged(*layers: Mapping[str, Any]) -> TrainConfig:
             values.pop("batch_size", None)
             values.pop("per_device_batch_size", None)
         values |= layer
+    if values.get("data_dir") is not None and values.get("dataset", "auto") == "auto":
+        values["dataset"] = "mnist"  # in a folder that somebody names, nothing else stands in for it
     return TrainConfig(**values)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.console import Console
-from mnist_dist.data import ImageSets, load, obtain
+from mnist_dist.data import ImageSets, check_name, load, obtain
 from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError, without_passwords
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.network import choose_interface
@@ -90,8 +90,9 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
         name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
                            patient=True)
         sets = team.run_on("every", lambda: load(name, config.data_dir))
-        data = {**sets.summary, "digest": common_digest(team, sets.digest() if launch.local_rank == 0 else None)}
-        run = Run(config, launch, team, console, sets, data, held)
+        digest = common_digest(team, sets.digest() if launch.local_rank == 0 else None)
+        team.run_on("main", lambda: check_name(name, config.data_dir, digest, console.note))
+        run = Run(config, launch, team, console, sets, {**sets.summary, "digest": digest}, held)
         run.go()
     except OfThisProcess:
         raise  # a barrier would wait for others

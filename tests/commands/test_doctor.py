@@ -78,13 +78,20 @@ def test_disks(monkeypatch, tmp_path):
     assert "cannot be written (No space left on device)" in one(machine.disk(tmp_path)).problem
 
 
-def test_data(small_dir, tmp_path):
+def test_data(small_dir, mnist_dir, mirror, no_other_mirror, tmp_path):
     good = one(machine.data("auto", str(small_dir)))
     assert good.problem is None and "1,009 and 211 images" in good.says and len(good.value) == 64
-    assert one(machine.data("mnist", str(tmp_path))).says.endswith("the first run downloads it")
+    there = one(machine.data("mnist", str(tmp_path), mirror.url))
+    assert there.problem is None and there.says.endswith("the first run downloads it")
+    assert mirror.asked.total() == 1 and list(tmp_path.iterdir()) == []
+    mirror.fault = "404"
+    gone = one(machine.data("mnist", str(tmp_path), mirror.url))
+    assert "cannot be downloaded" in gone.problem and mirror.url in gone.problem and "--data-dir" in gone.remedy
+    other = one(machine.data("fashion-mnist", str(mnist_dir)))
+    assert other.problem and "are mnist, not fashion-mnist" in other.says and "--dataset mnist" in other.remedy
     for path in small_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:-3] if "t10k-images" in path.name else path.read_bytes())
-    assert "cannot be read" in one(machine.data("mnist", str(tmp_path))).problem
+    assert "cannot be used" in one(machine.data("mnist", str(tmp_path))).problem
 
 
 @pytest.mark.parametrize(("ill", "said"), [

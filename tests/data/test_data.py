@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import functools
 import gzip
-import http.server
 import threading
 import time
-from collections import Counter
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
+from data_mirror import SECRET
 from support import assert_one_line_error, idx_bytes, mnist_dist, mnist_dist_launched, result_of, write_idx_folder
 from torchvision import datasets, transforms
 
@@ -100,54 +97,6 @@ def test_read_idx_gives_what_was_written(tmp_path):
     assert np.array_equal(read_idx(tmp_path / "labels", "labels"), labels)
 
 
-SECRET = "s3cr@t/7"
-BASIC = f"Basic {base64.b64encode(f'someone:{SECRET}'.encode()).decode()}"
-
-
-class Mirror(http.server.SimpleHTTPRequestHandler):
-    """Serves the MNIST files, or fails as its server's `fault` says, and counts."""
-
-    def do_GET(self):
-        name = self.path.rsplit("/", 1)[-1]
-        self.server.asked[name] += 1
-        fault = self.server.fault
-        if fault == "hangs":
-            self.server.over.wait(30)
-        elif fault == "closes":
-            self.close_connection = True
-        elif fault == "404" or (fault == "password" and self.headers["Authorization"] != BASIC):
-            self.send_error(404)
-        elif fault in ("truncated", "other content"):
-            content = (self.server.folder / name).read_bytes()
-            body = content[: len(content) // 2] if fault == "truncated" else b"\x00" * len(content)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(body)
-        else:
-            super().do_GET()
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def mirror(mnist_dir):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Mirror, directory=str(mnist_dir)))
-    server.asked, server.fault, server.over, server.folder = Counter(), None, threading.Event(), mnist_dir
-    server.url = f"http://127.0.0.1:{server.server_port}/"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.over.set()
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def no_other_mirror(monkeypatch):
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-
-
 def test_a_download_is_torchvisions_layout(mirror, no_other_mirror, tmp_path):
     assert obtain("mnist", str(tmp_path), mirror.url, never) == "mnist"
     assert mirror.asked == {f"{name}.gz": 1 for name in NAMES}
@@ -170,13 +119,17 @@ def test_a_bad_mirror_leaves_nothing(fault, mirror, no_other_mirror, monkeypatch
     with pytest.raises(UserError, match=mirror.url) as caught:
         obtain("mnist", str(tmp_path), mirror.url, never)
     assert "train-images" in str(caught.value) and "--data-dir" in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="does not exist; needed are"):
+        obtain("mnist", str(tmp_path / "new" / "data"), mirror.url, never)
+    assert list(tmp_path.iterdir()) == [], "the folder is made once all files are there"
     warnings = []
     assert obtain("auto", str(tmp_path), mirror.url, warnings.append) == "synthetic"
     assert len(warnings) == 1 and "NOT MNIST" in warnings[0]
     mirror.fault = None
-    (tmp_path / "again").mkdir()
-    assert obtain("mnist", str(tmp_path / "again"), mirror.url, never) == "mnist"
+    assert obtain("mnist", str(tmp_path / "new" / "data"), mirror.url, never) == "mnist"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["data"]
+    assert [path.name for path in (tmp_path / "new" / "data").iterdir()] == ["MNIST"]
 
 
 def test_threads_at_the_same_time_fetch_once(mirror, no_other_mirror, tmp_path):
