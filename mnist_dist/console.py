@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,19 @@ class Console:
             self.hide_bar()
             print(line, flush=True)
 
-    def note(self, line: str) -> None:
-        """What a person should know and nobody need mend: one line on standard output."""
-        self.say(f"warning: {line}")
-
     def warn(self, line: str) -> None:
         """One line on standard error."""
         if self.speaks:
             self.hide_bar()
             print(f"mnist-dist: warning: {without_passwords(line)}", file=sys.stderr, flush=True)
 
-    def introduce(self, place: Environment, config: TrainConfig, dataset: Mapping[str, Any], global_batch_size: int,
-                  per_device_batch_size: int, num_batches: int, learning_rate: float) -> None:
-        """What runs, where, and into which folder."""
+    def introduce(self, place: Environment, config: TrainConfig, dataset: Mapping[str, Any], notes: Sequence[str],
+                  global_batch_size: int, per_device_batch_size: int, num_batches: int, learning_rate: float) -> None:
+        """What runs, where, on which data (`notes` are about these), and into which folder."""
         size = place.num_processes
         self.say(f"{size} {'process' if size == 1 else 'processes'} on {place.device_name} ({place.device}), "
                  f"{place.num_threads} threads each; {dataset['name']}: {dataset['train']:,} training and "
-                 f"{dataset['test']:,} test images")
+                 f"{dataset['test']:,} test images{''.join(f' (warning: {line})' for line in notes)}")
         at_most = "at most " if global_batch_size % size else ""
         self.say(f"global batch {global_batch_size} = {at_most}{per_device_batch_size} per process, {num_batches:,} "
                  f"steps per epoch, Adam at {learning_rate:g}, {config.dtype}, mixed precision {place.mixed_precision}")

@@ -78,6 +78,12 @@ class CheckpointWriter:
         self._thread.start()
         self.pauses.append(time.perf_counter() - begin)
 
+    def tidy(self, step: int) -> None:
+        """Finish what an earlier process has left undone, of which the checkpoint of this step was the last one."""
+        with contextlib.suppress(OSError):
+            _remove_left(self.root)
+        _drop_old(self.root, step, self.keep)
+
     def wait(self) -> None:
         """Wait until the last one is whole. Raises `MnistDistError` if the disk is full or cannot be written; the older
         checkpoints are then unchanged.
@@ -134,8 +140,7 @@ def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray]
     files[MANIFEST] = json.dumps({"step": step, **checksums}).encode()
     try:
         root.mkdir(exist_ok=True)  # not its parent: a run's folder that is gone is not made again
-        for left in root.glob(".step-*"):  # by a process that was killed while it wrote
-            shutil.rmtree(left)
+        _remove_left(root)
         temporary.mkdir()
         for name, content in files.items():
             write_synced(temporary / name, content)
@@ -148,8 +153,18 @@ def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray]
         shutil.rmtree(temporary, ignore_errors=True)
         raise MnistDistError(f"the checkpoint of step {step} could not be written to {root} ({error}); the ones before "
                              "it are whole: free some space and continue with --resume") from None
-    with contextlib.suppress(OSError):  # the new one is whole: what cannot be dropped today is dropped another time
-        # a later one is damaged, or it would have been resumed from: it does not count
+    _drop_old(root, step, keep)
+
+
+def _remove_left(root: Path) -> None:
+    """Remove what a process has left that was killed while it wrote a checkpoint."""
+    for left in root.glob(".step-*"):
+        shutil.rmtree(left)
+
+
+def _drop_old(root: Path, step: int, keep: int) -> None:
+    """Drop all but the newest `keep` up to this step: a later one is damaged, or it would have been resumed from."""
+    with contextlib.suppress(OSError):  # what cannot be dropped today is dropped another time
         for old in [one for one in _newest_first(root) if 0 <= _step_of(one) < step][keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
 

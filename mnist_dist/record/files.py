@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 MEGABYTE = 1_000_000
 LIMIT = 500 * MEGABYTE  # of a file that is read: a hundred times what a long run leaves
@@ -22,7 +25,10 @@ def write_synced(path: Path, content: bytes | bytearray) -> None:
 
 
 def replace_synced(path: Path, content: bytes) -> None:
-    """Replace a file atomically: a reader finds the old content or the new one, never a part."""
+    """Replace a file atomically: a reader finds the old content or the new one, never a part. Removes what a process
+    has left that was killed in here.
+    """
+    remove_left(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_synced(temporary, content)
@@ -35,9 +41,9 @@ def replace_synced(path: Path, content: bytes) -> None:
 
 def remove_left(path: Path) -> None:
     """Remove what a process that was killed in `replace_synced` has left beside the file."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        if left.suffix[1:].isdecimal():
-            left.unlink()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.suffix[1:].isdecimal() and not psutil.pid_exists(int(left.suffix[1:])):
+            left.unlink(missing_ok=True)
 
 
 def replace_json(path: Path, values: Any) -> None:

@@ -58,7 +58,14 @@ class Mirror:
             self._worker.close()
             self._worker = None
         else:
+            self._mark_unsent()
+
+    def _mark_unsent(self) -> None:
+        try:
+            self._unsent.parent.mkdir(exist_ok=True)
             self._unsent.touch()
+        except OSError as error:
+            self.warn(f"{self._unsent} could not be written ({error.strerror}): --resume will not send the run again")
 
     @property
     def _unsent(self) -> Path:

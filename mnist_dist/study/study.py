@@ -7,6 +7,7 @@ the same command continues a study that was interrupted at any point.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import secrets
@@ -25,6 +26,7 @@ from mnist_dist import runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.files import read_json, replace_json
+from mnist_dist.record.folder import RESULT
 from mnist_dist.record.lock import FolderLock, Held
 from mnist_dist.study import slurm
 from mnist_dist.study.fabric import fabric_of, from_doctor
@@ -43,6 +45,8 @@ from mnist_dist.study.quick import SECONDS, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
 from mnist_dist.study.words import counted
 
+# of a run that has ended when the study was killed: its result is what counts
+OF_A_KILLED_STUDY: dict[str, Any] = {"status": "completed", "reason": "", "started": None, "seconds": None}
 STUDY, LOG, RUNS = "study.json", "study.log", "runs"
 # For an estimate before any run: a start, and what a step and a sample cost on a CPU core pair, in seconds.
 START_SECONDS, STEP_SECONDS, SAMPLE_SECONDS, UNKNOWN_SAMPLES = 6.0, 1.5e-3, 5e-6, 60_000
@@ -113,8 +117,7 @@ class Study:
         except (OSError, ValueError):
             if values is None:
                 return None
-            # the study was killed after the run's end: the result is what counts
-            outcome = {"reason": "", "started": None, "seconds": None}
+            outcome = OF_A_KILLED_STUDY
         grid = max((g for g in self.grids if g["first_run"] <= order), key=lambda g: g["first_run"])
         return {
             "run": run.name, "role": run.role, "repeat": run.number, "order": order, **run.cell.as_row(),
@@ -285,6 +288,7 @@ def _run(request: Request, machine: Machine) -> int:
     study = open_study(request.folder)
     if machine.launcher != "slurm":
         runner.end_tree(study.mark)  # of a study that was killed, runs may be left
+        _write_outcomes(study, request, machine)
     grids = requests(request, study, machine)
     grid = next(grids)
     extend(study, grid, machine)
@@ -322,6 +326,17 @@ def _run(request: Request, machine: Machine) -> int:
         for row in failed:
             say(f"failed: {row['run']}: {row['reason']}")
     return MnistDistError.exit_status if failed else 0
+
+
+def _write_outcomes(study: Study, request: Request, machine: Machine) -> None:
+    """Write the outcome of a run that has ended when the study was killed."""
+    for run in study.runs:
+        folder = study.run_folder(run)
+        if (folder / RESULT).exists() and not (folder / OUTCOME).exists():
+            with contextlib.suppress(UserError):
+                whole_result(run, folder)
+                command = command_of(run, folder, request.options, request.script, machine.launcher)
+                write_outcome(folder, OF_A_KILLED_STUDY, command)
 
 
 class Interrupted(MnistDistError):

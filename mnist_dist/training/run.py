@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -91,8 +91,9 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
                            patient=True)
         sets = team.run_on("every", lambda: load(name, config.data_dir))
         digest = common_digest(team, sets.digest() if launch.local_rank == 0 else None)
-        team.run_on("main", lambda: check_name(name, config.data_dir, digest, console.note))
-        run = Run(config, launch, team, console, sets, {**sets.summary, "digest": digest}, held)
+        notes: list[str] = []
+        team.run_on("main", lambda: check_name(name, config.data_dir, digest, notes.append))
+        run = Run(config, launch, team, console, sets, {**sets.summary, "digest": digest}, held, notes)
         run.go()
     except OfThisProcess:
         raise  # a barrier would wait for others
@@ -165,11 +166,11 @@ def mixed_precision(config: TrainConfig, launch: Launch) -> str:
 
 class Run:
     """A run in its folder: the next step to take, and what is recorded so far. `data` is the data set as the record
-    has it.
+    has it, and `notes` are lines about it; `held` gives the folder's lock back.
     """
 
     def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets,
-                 data: Mapping[str, Any], held: ExitStack) -> None:
+                 data: Mapping[str, Any], held: ExitStack, notes: Sequence[str]) -> None:
         self.team, self.console, self.sets, self.data, self.held = team, console, sets, data, held
         self.lock: FolderLock | None = None  # of the main process
         wait_s = RESTART_SECONDS if launch.restart else 0.0
@@ -203,7 +204,7 @@ class Run:
         if kept:
             self._restore(kept)
         self.environment = describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain")
-        console.introduce(self.environment, self.config, sets.summary, self.trainer.global_batch_size,
+        console.introduce(self.environment, self.config, sets.summary, notes, self.trainer.global_batch_size,
                           self.trainer.per_device_batch_size, self.progress.num_batches, self.trainer.learning_rate)
         if config.resume:
             console.say(f"continuing after step {self.progress.global_step}" if kept
@@ -374,6 +375,7 @@ class Run:
             remove_result(self.folder)
             write_config(self.folder, self.config)
             write_metrics(self.folder, records)
+            self.checkpoints.tidy(self.progress.global_step)
             self.mirror.start(self.config, self.progress.run_id, {
                 **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
                 "environment": asdict(self.environment),
