@@ -3,7 +3,8 @@
 A place is a call site of the package and the number of its visit, before a file is opened for writing, after that and
 before anything is written, and before a name is made, changed or removed. Python's audit events tell of them, whatever
 function of Python's is called, so no writer of the package can be missed.
-PLACES_BELOW is the folder; PLACES_IN a file that gets a line for each place; KILL_AT the place at which to kill.
+PLACES_BELOW is the folder; PLACES_IN a file that gets a line for each place; KILL_AT the place at which to kill. Or
+KILL_AFTER are the seconds after which rank KILLS_RANK is killed, wherever it is.
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ def main(argv: Sequence[str]) -> int:
     import hanging_wandb
 
     sys.modules["wandb"] = hanging_wandb
-    Places(os.environ["PLACES_BELOW"], os.environ["PLACES_IN"], os.environ.get("KILL_AT", "")).install()
+    if "PLACES_BELOW" in os.environ:
+        Places(os.environ["PLACES_BELOW"], os.environ["PLACES_IN"], os.environ.get("KILL_AT", "")).install()
+    if os.environ.get("KILL_AFTER") and os.environ.get("RANK", "0") == os.environ["KILLS_RANK"]:
+        threading.Timer(float(os.environ["KILL_AFTER"]), os.kill, (os.getpid(), signal.SIGKILL)).start()
     from mnist_dist import cli
 
     return cli.main(argv)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -119,6 +122,55 @@ def test_each_call_site_of_a_run(small_dir, tmp_path):
 @pytest.mark.parametrize(("end", "size"), [("target", 1), ("steps", 1), ("target", 2), ("steps", 2)])
 def test_every_place_of_a_run(end, size, small_dir, tmp_path):
     check([*RUN, *ENDS[end], "--data-dir", small_dir], tmp_path, left_by_run, list, size)
+
+
+KILLS = 400
+VARIANTS = [  # of the options, which of two ends within an epoch
+    ("steps", []), ("target", []), ("steps", ["--gradient-accumulation-steps", 1, "--reproducible"]),
+    ("target", ["--checkpoint-every", "1epoch"]), ("steps", ["--checkpoint-every", "3steps", "--batch-size", 50]),
+]
+
+
+@pytest.mark.faults
+def test_random_kills(small_dir, tmp_path):
+    """A plan follows from a run's number: its seed, end and options, 1 or 2 processes, whom each kill hits, and when.
+    Each run is started again until it is done, by which it has been killed some times.
+    """
+    def learnt(number):
+        chance = random.Random(number)
+        end, more = VARIANTS[number % len(VARIANTS)]
+        size, kills = 1 + number // len(VARIANTS) % 2, 0
+        words = [*RUN, *ENDS[end], *more, "--seed", number % 7, "--data-dir", small_dir]
+        alone, cut = (tmp_path / f"{number}-{name}" for name in ("alone", "cut"))
+        for folder in (alone, cut):
+            folder.mkdir()
+        begin = time.monotonic()
+        done = run_forked(words, cwd=alone, size=size, target="places:main")
+        assert done.returncode == 0, done.stderr
+        seconds, wrong = time.monotonic() - begin, []
+        while True:
+            after = chance.uniform(0.2, 1.0) * seconds if kills < 8 else 1000.0
+            done = run_forked(words, cwd=cut, size=size, patience=0.5, target="places:main", environment={
+                "KILL_AFTER": str(after), "KILLS_RANK": str(chance.randrange(size))})
+            if done.returncode == 0:
+                break
+            if done.returncode not in (-signal.SIGKILL, 1) or "Traceback" in done.stderr:  # 1: who lost the killed one
+                return kills, [f"run {number}: {done.returncode} {done.stderr}"]
+            kills += 1
+        expected, found = left_by_run(alone), left_by_run(cut)
+        wrong = [f"run {number}: {name}" for name in expected if found[name] != expected[name]]
+        shutil.rmtree(alone)
+        shutil.rmtree(cut)
+        return kills, wrong
+
+    kills, runs, wrong = 0, 0, []
+    with ThreadPoolExecutor(2) as pool:
+        while kills < KILLS:
+            for more, differ in pool.map(learnt, range(runs, runs + 10)):
+                kills, wrong = kills + more, wrong + differ
+            runs += 10
+            print(f"{runs} runs, {kills} kills, {len(wrong)} wrong", flush=True)
+    assert not wrong, "\n".join(wrong)
 
 
 STUDY = ["study", "--script", STAND_IN, "--batch-sizes", "10,20", "--repeats", 1, "--wandb", "disabled", "--output-dir",

@@ -173,7 +173,7 @@ class Run:
                  data: Mapping[str, Any], held: ExitStack, notes: Sequence[str]) -> None:
         self.team, self.console, self.sets, self.data, self.held = team, console, sets, data, held
         self.lock: FolderLock | None = None  # of the main process
-        wait_s = RESTART_SECONDS if launch.restart else 0.0
+        wait_s = RESTART_SECONDS if launch.restart or launch.max_restarts else 0.0
         self.folder, run_id = team.run_on("main", partial(self._open_folder, config, wait_s))
         if team.starts and team.is_main:
             team.starts.folder = str(self.folder)
