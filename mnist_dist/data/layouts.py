@@ -79,7 +79,14 @@ def known_name(digest: str, files: Files) -> str | None:
     for name, sums in ARCHIVES.items():
         packed = {stem: next((path for path in _places(files.folder, stem) if path.suffix == ".gz" and path.is_file()),
                              None) for stem in sums}
-        if all(path and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == sums[stem]
-               for stem, path in packed.items()):
+        if all(path and _md5(path) == sums[stem] for stem, path in packed.items()):
             return name
     return None
+
+
+def _md5(path: Path) -> str:
+    found = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()

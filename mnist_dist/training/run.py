@@ -234,8 +234,7 @@ class Run:
         if self.is_over:
             self.console.say(f"{self.folder} holds a run that is completed: nothing is left to do, and nothing changes "
                              "(to train on, give a larger --epochs, or another --max-steps or --target-nll)")
-            if self.mirror.is_unsent:
-                self.team.run_on("main", self._send_again, patient=True)
+            self.team.run_on("main", self._send_again, patient=True)
             return
         self._open_record()
         with self.pacer.signals, self.checkpoints, self.trainer.neighbours as neighbours:
@@ -253,9 +252,10 @@ class Run:
         self._leave("completed")
 
     def _send_again(self) -> None:
-        """Send a completed run to W&B, which has not taken all of it yet."""
+        """Send a completed run to W&B, if W&B has not taken all of it yet."""
         result, test = self.result, self.sets.test
-        assert result is not None
+        if result is None or not self.mirror.is_unsent:
+            return
         settings = {**result.config, "global_batch_size": result.summary.global_batch_size,
                     "environment": asdict(result.environment)}
         self.mirror.start(self.config, result.run_id or self.progress.run_id, settings)
@@ -303,14 +303,19 @@ class Run:
         """Evaluate between two steps; whether the lowest target is reached, which ends the run. Collective."""
         test, targets = self._test(), self.config.targets
         (seconds,) = self.team.max(watch.seconds + watch.warmup_seconds)
-        self.progress.evaluations.append({
-            "step": self.progress.global_step,
-            "samples": samples_at(self.progress.global_step, len(self.sets.train), self.trainer.global_batch_size),
-            "train_seconds": sum(record.train_seconds for record in self.progress.records) + seconds,
-            "test_nll": test["test_nll"], "test_accuracy": test["test_accuracy"],
-        })
+        self._add_evaluation(test["test_nll"], test["test_accuracy"], seconds)
         self.trainer.module.train()
         return bool(targets) and test["test_nll"] <= targets[-1]
+
+    def _add_evaluation(self, test_nll: float, test_accuracy: float, seconds: float) -> None:
+        """Record an evaluation within the epoch, after so many seconds of training in it."""
+        progress = self.progress
+        progress.evaluations.append({
+            "step": progress.global_step,
+            "samples": samples_at(progress.global_step, len(self.sets.train), self.trainer.global_batch_size),
+            "train_seconds": sum(record.train_seconds for record in progress.records) + seconds,
+            "test_nll": test_nll, "test_accuracy": test_accuracy,
+        })
 
     def _evaluate(self, watch: Stopwatch) -> EpochRecord:
         """The record of the epoch whose steps are done, shown and written. Collective."""
@@ -413,9 +418,14 @@ class Run:
 
     def _restore(self, kept: Checkpoint) -> None:
         """Continue from the end of the checkpoint. Raises `UserError` if another program wrote it."""
-        self.progress.restore(kept)
-        if not self._is_finished():
-            self.progress.ending = None  # the epoch goes on
+        progress = self.progress
+        progress.restore(kept)
+        if progress.ending and not self._is_finished():  # the epoch goes on
+            last, progress.ending = progress.ending, None
+            # --max-steps ended the run at a step after which a longer run evaluates within the epoch
+            if (self.pacer.wants_evaluation(progress.epoch, progress.step)
+                    and progress.global_step not in [one["step"] for one in progress.evaluations]):
+                self._add_evaluation(last.test_nll, last.test_accuracy, last.train_seconds)
         for name, tensor in self.trainer.tensors().items():
             found = kept.tensors.get(name)
             if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):

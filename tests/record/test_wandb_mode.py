@@ -75,10 +75,11 @@ def run(small_dir, tmp_path, *words, **environment):
                       **environment)
 
 
-QUICK = ("WANDB_MODE=dryrun", "wandb disabled")
+QUICK, LONG = ("WANDB_MODE=dryrun",), ("WANDB_DISABLED=true", "wandb disabled", "offline by the user")
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in QUICK else pytest.mark.long) for way in OFF])
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in QUICK else pytest.mark.long if way in LONG else
+                                              pytest.mark.faults) for way in OFF])
 def test_nothing_is_sent(way, small_dir, tmp_path):
     with WandbServer() as server:
         done = run(small_dir, tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url, **prepared(way, tmp_path))

@@ -78,9 +78,12 @@ def test_the_lowest_target_ends_the_run_within_an_epoch(by_processes, small_dir,
     assert summary["seconds_to_target"] == summary["targets"][-1]["train_seconds"] > 0
 
 
-def test_an_epoch_that_is_interrupted_keeps_its_evaluations(by_processes, small_dir, tmp_path):
+@pytest.mark.parametrize("at_an_evaluation", [False, True])
+def test_an_epoch_that_is_interrupted_keeps_its_evaluations(at_an_evaluation, by_processes, small_dir, tmp_path):
     _, found = by_processes
-    trained(tmp_path, small_dir, "run", "--evaluate-every", "300samples", "--max-steps", 30)
+    step = found[1]["epochs"][1]["evaluations"][1]["step"] if at_an_evaluation else 30
+    assert at_an_evaluation == (step in [point[0] for point in points(found[1])])
+    trained(tmp_path, small_dir, "run", "--evaluate-every", "300samples", "--max-steps", step)
     result = trained(tmp_path, small_dir, "run", "--evaluate-every", "300samples", "--resume", size=2)
     assert points(result) == points(found[1])
 

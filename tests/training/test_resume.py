@@ -70,7 +70,7 @@ ENDS = {  # of a run of 11 steps per epoch
 
 
 @pytest.mark.parametrize(("end", "every"), [
-    ("steps", "2steps"), *(pytest.param(end, every, marks=pytest.mark.long)
+    ("steps", "2steps"), *(pytest.param(end, every, marks=pytest.mark.long if end == "target" else pytest.mark.faults)
                            for end, every in itertools.product(ENDS, ["2steps", "never"])
                            if (end, every) != ("steps", "2steps"))])
 def test_a_finished_run_never_changes(end, every, small_dir, tmp_path):
