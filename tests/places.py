@@ -4,7 +4,7 @@ A place is a call site of the package and the number of its visit, before a file
 before anything is written, and before a name is made, changed or removed. Python's audit events tell of them, whatever
 function of Python's is called, so no writer of the package can be missed.
 PLACES_BELOW is the folder; PLACES_IN a file that gets a line for each place; KILL_AT the place at which to kill. Or
-KILL_AFTER are the seconds after which rank KILLS_RANK is killed, wherever it is.
+KILL_AFTER are the seconds after which rank KILLS_RANK is killed, wherever it is; the file KILLED then says so.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ class Places:
         os.open = opened
 
 
+def end() -> None:
+    """Kill this process, and leave a file that says so."""
+    Path(os.environ["KILLED"]).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(argv: Sequence[str]) -> int:
     """As `mnist_dist.cli.main`, with its places numbered; W&B is the stand-in."""
     import hanging_wandb
@@ -96,7 +102,9 @@ def main(argv: Sequence[str]) -> int:
     if "PLACES_BELOW" in os.environ:
         Places(os.environ["PLACES_BELOW"], os.environ["PLACES_IN"], os.environ.get("KILL_AT", "")).install()
     if os.environ.get("KILL_AFTER") and os.environ.get("RANK", "0") == os.environ["KILLS_RANK"]:
-        threading.Timer(float(os.environ["KILL_AFTER"]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        timer = threading.Timer(float(os.environ["KILL_AFTER"]), end)
+        timer.daemon = True  # it holds no process back that ends before
+        timer.start()
     from mnist_dist import cli
 
     return cli.main(argv)

@@ -125,8 +125,8 @@ def test_a_set_is_known_by_its_archives(small_dir, tmp_path, monkeypatch):
     assert len(notes) == 1 and digest[:12] in notes[0]
 
 
-@pytest.mark.parametrize("dataset", ["fashion-mnist", "kmnist"])
-@pytest.mark.parametrize("command", ["train", "show", "predict"])
+@pytest.mark.parametrize(("command", "dataset"), [("train", "fashion-mnist"), ("show", "kmnist"),
+                                                ("predict", "fashion-mnist")])
 def test_mnist_under_another_name_is_refused(command, dataset, mnist_dir, tmp_path):
     words = {"train": ["--output-dir", "run"], "show": ["--output-dir", "show"], "predict": ["run"]}[command]
     if command == "predict":
@@ -155,9 +155,10 @@ def test_unknown_data_are_said_to_be_so(small_dir, tmp_path):
     assert done.stdout.count("are not the original mnist") == 1 and digest[:12] in done.stdout
 
 
-@pytest.mark.parametrize("there", ["nothing", "empty", "pictures"])
-@pytest.mark.parametrize("words", [["--data-dir", "D"], ["--dataset", "mnist"],
-                                   ["--dataset", "mnist", "--data-dir", "D"]])
+@pytest.mark.parametrize(("words", "there"), [
+    (["--data-dir", "D"], "nothing"), (["--data-dir", "D"], "empty"), (["--data-dir", "D"], "pictures"),
+    (["--dataset", "mnist"], "nothing"), (["--dataset", "mnist", "--data-dir", "D"], "pictures"),
+])
 def test_nothing_stands_in_for_what_is_named(words, there, mirror, no_other_mirror, tmp_path):
     """A download is tried, and if it fails, that is the error: what the folder holds, what is needed, why it failed."""
     mirror.fault = "404"

@@ -136,7 +136,7 @@ class Going:
         return self.done[0]
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_second_start_is_refused(size, small_dir, tmp_path):
     going = Going(small_dir, tmp_path, size)
     try:

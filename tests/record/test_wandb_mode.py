@@ -117,7 +117,7 @@ def test_flag_then_environment_then_the_continued_run_then_default(tmp_path, mon
     assert training_config(parse(["train"])).wandb_project == "mnist_dist"
 
 
-@pytest.mark.parametrize("key", ["base_url", "http_proxy"])
+@pytest.mark.parametrize("key", ["base_url", pytest.param("http_proxy", marks=pytest.mark.long)])
 def test_no_folder_says_where_to_send(key, small_dir, tmp_path):
     """The working directory's file, or one in the run's folder, names another server: it gets nothing."""
     (tmp_path / "run" / "wandb").mkdir(parents=True)
