@@ -28,7 +28,7 @@ class Every(NamedTuple):
 
 def knob(default: Any, kind: type, help: str, *, metavar: str | None = None, **rule: Any) -> Any:
     """A field of `TrainConfig`: rule is any of choices=…, minimum=…, maximum=…, above=…, and fixed=True for an option
-    that a resumed run may not change, because it changes the result; none=True for one that the word none unsets.
+    that a resumed run may not change, because it changes the result; none=True if the word none unsets it.
     """
     return field(default=default, metadata={"kind": kind, "help": help, "metavar": metavar, **rule})
 

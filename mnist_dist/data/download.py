@@ -26,8 +26,8 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
 
     The mirrors and MD5 sums are torchvision's, and it unpacks. The transfer is ours: torchvision's requests each file
     twice, waits for ever for a silent server, and takes what an interrupted run left for whole. Until all files are
-    there, they are in a temporary folder, in `data_dir` or where that is to be made; a lock keeps other runs from
-    fetching the same. Raises `UserError`.
+    there, they are in a temporary folder: in `data_dir`, or in its parent if it does not exist yet. A lock keeps other
+    runs from fetching the same. Raises `UserError`.
     """
     from filelock import FileLock
     from torchvision import datasets

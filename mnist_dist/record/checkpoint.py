@@ -49,8 +49,8 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 class CheckpointWriter:
     """Writes the checkpoints of one run below `root` beside its training, one at a time, and keeps the newest `keep`.
 
-    Leaving it as a context waits for the one that is being written. `check` is called before each is written, and may
-    raise.
+    Leaving it as a context waits for the checkpoint in progress. `check` is called before each checkpoint is written,
+    and may raise.
     """
 
     def __init__(self, root: Path, keep: int, check: Callable[[], None] = lambda: None) -> None:

@@ -47,7 +47,7 @@ class Earlier(NamedTuple):
 
 
 def fixed_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config's values those that a run may not change when it is continued, by their flags."""
+    """The values of a config that a run may not change when it is continued, by their flags."""
     return {flag_of(option.name): values[option.name] for option in fields(TrainConfig)
             if option.metadata.get("fixed") and option.name in values}
 
