@@ -25,7 +25,7 @@ from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
 from mnist_dist.record.config_file import from_environment, merged, read_config, read_run_config
-from mnist_dist.record.folder import CONFIG
+from mnist_dist.record.folder import CONFIG, check_place
 from mnist_dist.study.grid import AXES, LAUNCHERS
 from mnist_dist.worker import any_left
 
@@ -273,6 +273,7 @@ def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> in
     # imported modules stay: searching them for garbage, again and again, takes a tenth of the start-up
     gc.set_threshold(100_000, 50, 100)
     config = training_config(given)
+    check_place(config)  # before any process is started, or anything downloaded
     if (status := _spawned(given, argv, launch, config)) is not None:
         return status
     from mnist_dist.training.run import train

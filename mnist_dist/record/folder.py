@@ -28,9 +28,6 @@ def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, Fo
     """
     run_id = secrets.token_hex(4)
     folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
-    if run := _run_around(folder):
-        raise UserError(f"--output-dir {folder} is inside of the run {run}: give --output-dir {run}"
-                        f"{'' if config.resume else ' --resume to continue it'}, or a folder outside of it")
     for name in (CHECKPOINTS, WANDB):
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name} is a symbolic link: what is written to it would be outside of the run's "
@@ -55,13 +52,13 @@ def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, Fo
     return folder, run_id, lock
 
 
-def _run_around(folder: Path) -> Path | None:
-    """The run to whose own files the path belongs, as RUN/checkpoints/step-000000100 does; None if there is none."""
-    path = Path(os.path.abspath(folder))
-    for run in path.parents:
+def check_place(config: TrainConfig) -> None:
+    """Raises `UserError` if --output-dir is a file or folder that belongs to a run, as RUN/checkpoints does."""
+    path = Path(os.path.abspath(config.output_dir or "."))
+    for run in path.parents if config.output_dir else ():
         if path.relative_to(run).parts[0] in OF_A_RUN and (run / CONFIG).is_file() and (run / METRICS).is_file():
-            return run
-    return None
+            raise UserError(f"--output-dir {config.output_dir} is inside of the run {run}: give --output-dir {run}"
+                            f"{'' if config.resume else ' --resume to continue it'}, or a folder outside of it")
 
 
 @contextmanager

@@ -186,12 +186,14 @@ def test_other_data_are_refused(small_dir, tmp_path):
 
 
 @pytest.mark.parametrize("below", ["checkpoints", "checkpoints/step-000000006", "metrics.jsonl"])
-def test_a_folder_inside_of_a_run_is_refused(below, small_dir, tmp_path):
+def test_a_folder_inside_of_a_run_is_refused(below, tmp_path):
+    """At once: nothing is downloaded, or made instead."""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):
         (run / name).write_text("")
     for words in (["--resume"], []):
-        done = mnist_dist("train", "--data-dir", small_dir, "--output-dir", run / below, *words, cwd=tmp_path)
+        done = mnist_dist("train", "--output-dir", run / below, *words, cwd=tmp_path)
         assert_one_line_error(done, f"is inside of the run {run}", f"--output-dir {run}")
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert list(tmp_path.iterdir()) == [run]
