@@ -71,6 +71,7 @@ def load_and_digest(folder: str) -> str:
     return digest(load_digits(Path(folder), 600, 100))
 
 
+@pytest.mark.long
 def test_processes_at_the_same_time(tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert set(pool.map(load_and_digest, [str(tmp_path)] * 3)) == {digest(make_digits(600, 100))}

@@ -225,6 +225,7 @@ def test_cut_and_continued_it_has_the_same_bits(small_dir, tmp_path):
         assert 0 <= ours["data_wait_fraction"] < 1
 
 
+@pytest.mark.long
 def test_bf16_is_compiled_too(small_dir, tmp_path):
     for compile in ("on", "off"):
         trained(tmp_path, small_dir, compile, "--epochs", 2, "--mixed-precision", "bf16", "--compile", compile)

@@ -126,7 +126,7 @@ def train_offline(folder):
     return mnist_dist("train", "--resume", "--output-dir", "run", cwd=folder)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_goes_on_with_its_options(size, small_dir, tmp_path):
     """What its config.yaml says is the default; what is given wins; what may not change is refused, all of it named."""
     words = ["--data-dir", small_dir, "--batch-size", 97, "--lr", "1e-3", "--dtype", "float64"]
