@@ -194,10 +194,7 @@ def _of_continued_run(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     if values.get("resume") is not True or not values.get("output_dir"):
         return {}
-    path = Path(str(values["output_dir"]), CONFIG)
-    if not path.exists():
-        return {}
-    before = read_run_config(path, warn=lambda line: None)  # the run itself passes warnings on
+    before = read_run_config(Path(str(values["output_dir"]), CONFIG))  # the run itself passes warnings on
     if "epochs" in values:
         before.pop("max_steps", None)
     return before
@@ -205,9 +202,7 @@ def _of_continued_run(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _data_of_run(folder: Path) -> dict[str, Any]:
     """The data set that the run was trained on, as options. Raises `UserError`."""
-    if not (folder / CONFIG).exists():
-        return {}
-    values = read_run_config(folder / CONFIG, warn=lambda line: None)
+    values = read_run_config(folder / CONFIG)
     return {name: values[name] for name in ("dataset", "data_dir") if name in values}
 
 

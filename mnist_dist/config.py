@@ -17,6 +17,10 @@ REFERENCE_BATCH_SIZE = 200  # the tutorial's mini-batch: the default, and what -
 DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "synthetic")
 # These do not change what a run computes, so its config.yaml leaves them out.
 NOT_IN_FILE = ("output_dir", "resume")
+# Each machine of a run may have its own: files lie in other places, the data are compared by their digest, and the main
+# process alone records the run.
+OF_A_MACHINE = ("dataset", "data_dir", "mirror", "output_dir", "wandb", "wandb_project", "wandb_group", "run_name",
+                "tags")
 
 
 class Every(NamedTuple):
@@ -137,12 +141,8 @@ class TrainConfig:
 
     @property
     def common(self) -> dict[str, Any]:
-        """The options that must be the same on all machines of a run. Each machine may have its files in other places
-        (the data are compared by their digest), and the main process alone records the run.
-        """
-        files, tracking = ("dataset", "data_dir", "mirror", "output_dir"), ("wandb", "wandb_project", "wandb_group",
-                                                                            "run_name", "tags")
-        return {name: value for name, value in asdict(self).items() if name not in files + tracking}
+        """The options that must be the same on all machines of a run."""
+        return {name: value for name, value in asdict(self).items() if name not in OF_A_MACHINE}
 
     @property
     def clashes_with_compile(self) -> str | None:

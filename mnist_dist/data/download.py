@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mnist_dist.data.layouts import find
@@ -33,7 +34,7 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
     from torchvision import datasets
 
     kind = getattr(datasets, TORCHVISION_CLASS[name])
-    mirrors = [*([mirror.rstrip("/") + "/"] if mirror else []), *kind.mirrors]
+    mirrors = _mirrors(kind, mirror)
     data_dir = data_dir.absolute()
     there = next(folder for folder in (data_dir, *data_dir.parents) if folder.is_dir())
     lock = there / f".{data_dir.name}.{name}.lock"
@@ -54,6 +55,8 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
                 target.mkdir(parents=True, exist_ok=True)
                 os.replace(raw, target / "raw")  # fails if a folder of other files is in its place
     except OSError as error:
+        if find(data_dir, TORCHVISION_CLASS[name]) is not None:  # a run with its lock elsewhere was first
+            return
         raise UserError(f"{name} cannot be stored in --data-dir {data_dir} ({error}): name another") from None
     finally:
         with contextlib.suppress(OSError):
@@ -66,7 +69,7 @@ def answers(name: str, mirror: str | None) -> str | None:
 
     kind = getattr(datasets, TORCHVISION_CLASS[name])
     failures = []
-    for base in [*([mirror.rstrip("/") + "/"] if mirror else []), *kind.mirrors]:
+    for base in _mirrors(kind, mirror):
         try:
             with urllib.request.urlopen(_request(base + kind.resources[-1][0]), timeout=STALL_SECONDS) as response:
                 if response.read(2) == b"\x1f\x8b":  # as gzip begins
@@ -75,6 +78,11 @@ def answers(name: str, mirror: str | None) -> str | None:
         except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{base}: {str(error) or type(error).__name__}")
     return "; ".join(failures)
+
+
+def _mirrors(kind: Any, mirror: str | None) -> list[str]:
+    """The base URLs to try: the one that is given, then those of torchvision's class."""
+    return [*([mirror.rstrip("/") + "/"] if mirror else []), *kind.mirrors]
 
 
 def _request(url: str) -> urllib.request.Request:

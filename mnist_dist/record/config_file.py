@@ -49,10 +49,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return _checked(values, f"--config {path}")
 
 
-def read_run_config(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
-    """The values of the `config.yaml` of a run that is continued. `warn` gets a line if an older version wrote keys
+def read_run_config(path: Path, warn: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """The values of a run's `config.yaml`; none if it does not exist. `warn` gets a line if an older version wrote keys
     that this one does not know: they are ignored. Raises `UserError` if it cannot be read, or a newer version wrote it.
     """
+    if not path.exists():
+        return {}
     values = _read(path, str(path))
     version = str(values.pop(VERSION, "0.1"))
     unknown = sorted(values.keys() - _known())

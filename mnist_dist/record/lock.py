@@ -44,24 +44,34 @@ class FolderLock:
                 os.close(descriptor)
                 raise OSError(errno.EINVAL, "not a regular file", str(self.path))
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.is_locked = True
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip()
-                    os.close(descriptor)
-                    if not isinstance(error, (BlockingIOError, PermissionError)):
-                        raise
-                    if time.monotonic() > deadline:
-                        raise Held(holder or "another process") from None
-                    time.sleep(POLL_SECONDS)
-                    continue
-            if _is_at(descriptor, self.path):
+                is_free = self._lock(descriptor)
+            except OSError:
+                os.close(descriptor)
+                raise
+            if is_free and _is_at(descriptor, self.path):
                 break
-            os.close(descriptor)  # its holder has removed it since it was opened
+            holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if is_free:  # its holder has removed the file since it was opened
+                continue
+            if time.monotonic() > deadline:
+                raise Held(holder or "another process")
+            time.sleep(POLL_SECONDS)
         self._descriptor = descriptor
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+    def _lock(self, descriptor: int) -> bool:
+        """Whether this process has the lock now, or nothing can have it. Raises `OSError` if the system fails."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.is_locked = True
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        return True
 
     def check(self) -> None:
         """Raises `MnistDistError` if the folder is no longer the one that was locked."""

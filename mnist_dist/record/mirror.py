@@ -22,7 +22,7 @@ from mnist_dist.worker import Worker
 
 UNSENT = "unsent"  # in W&B's folder from the run's start there until W&B has taken everything
 INIT_SECONDS = 6.0  # for wandb.init after it; wandb itself would wait for 90
-START_SECONDS = 20.0  # for importing and starting wandb, both attempts (online, offline) together
+START_SECONDS = 20.0  # for importing and starting wandb, all attempts together
 LOG_SECONDS = 2.0  # for one epoch's record
 END_SECONDS = 10.0  # for everything that is left to do after the run's last result
 
@@ -149,7 +149,8 @@ class Mirror:
             self.is_whole = False
             self.warn(f"W&B did not take all of the run ({'; '.join(problems)}); it is in {self.folder}")
         else:
-            self._unsent.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is gone, or the folder is
+                self._unsent.unlink()
 
     def sync_hint(self) -> str | None:
         """The command that brings an offline run to the server, or None."""
@@ -171,22 +172,24 @@ def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[s
     """(wandb's run, its mode); (None, "disabled") if it cannot start. What fails online is tried offline, and then
     without anything that wandb takes from its environment.
     """
-    mode, home = wandb_mode(config.wandb, warn), folder / WANDB / ".home"
+    mode = wandb_mode(config.wandb, warn)
     if mode == "disabled":
         return None, mode
     import wandb
 
     given_id = None if os.environ.get("WANDB_SWEEP_ID") else run_id  # a sweep's agent has given the run its id
+    home, reason = folder / WANDB / ".home", ""
     if not os.environ.get("HOME"):  # wandb would write to the working directory
         os.environ["HOME"] = str(home)
-    is_bare = False
-    while True:
+    online: list[tuple[Mode, bool]] = [("online", False)] if mode == "online" else []
+    for mode, is_bare in [*online, ("offline", False), ("offline", True)]:
         try:
-            if not is_bare:
+            if is_bare:
+                leave_environment(home)
+            else:
                 trusted_settings()
             run = wandb.init(
-                project=config.wandb_project, mode=mode, dir=str(folder), job_type=job_type,
-                id=given_id,
+                project=config.wandb_project, mode=mode, dir=str(folder), job_type=job_type, id=given_id,
                 resume="allow" if mode == "online" else None,  # offline it has no effect, and 0.22 warns about that
                 name=config.run_name or folder.name, group=config.wandb_group,
                 tags=[tag.strip() for tag in (config.tags or "").split(",") if tag.strip()],
@@ -197,11 +200,7 @@ def _started(config: TrainConfig, folder: Path, run_id: str, settings: Mapping[s
             return run, mode
         except Exception as error:  # whatever W&B raises, training continues
             reason = " ".join(str(error).split())[:300]
-            if is_bare:
-                warn(f"W&B could not start ({reason}); continuing without W&B")
-                return None, "disabled"
             if mode == "online":
                 warn(f"W&B could not start ({reason}); continuing offline")
-            is_bare, mode = mode == "offline", "offline"
-            if is_bare:
-                leave_environment(home)
+    warn(f"W&B could not start ({reason}); continuing without W&B")
+    return None, "disabled"

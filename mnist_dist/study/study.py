@@ -288,11 +288,12 @@ def _run(request: Request, machine: Machine) -> int:
     study = open_study(request.folder)
     if machine.launcher != "slurm":
         runner.end_tree(study.mark)  # of a study that was killed, runs may be left
-        _write_outcomes(study, request, machine)
     grids = requests(request, study, machine)
     grid = next(grids)
     extend(study, grid, machine)
     study.save()
+    if machine.launcher != "slurm":
+        _write_outcomes(study, request, machine)
     with open(study.folder / LOG, "a", encoding="utf-8") as log:
         def say(line: str) -> None:
             print(line, flush=True)
@@ -337,6 +338,7 @@ def _write_outcomes(study: Study, request: Request, machine: Machine) -> None:
                 whole_result(run, folder)
                 command = command_of(run, folder, request.options, request.script, machine.launcher)
                 write_outcome(folder, OF_A_KILLED_STUDY, command)
+                study.forget(run)
 
 
 class Interrupted(MnistDistError):

@@ -54,7 +54,7 @@ def fixed_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def look_at(folder: Path, warn: Callable[[str], None]) -> Earlier:
     """The earlier start in the folder. `warn` gets a line for each file that is damaged. Raises `UserError`."""
-    config = read_run_config(folder / CONFIG, warn) if (folder / CONFIG).exists() else {}
+    config = read_run_config(folder / CONFIG, warn)
     kept, result = load_newest(folder / CHECKPOINTS, warn), None
     if (folder / RESULT).exists():
         try:

@@ -218,6 +218,8 @@ class Run:
     def _open_folder(self, config: TrainConfig, wait_s: float) -> tuple[Path, str]:
         folder, run_id, self.lock = open_folder(config, wait_s)
         self.held.callback(self.lock.release)
+        if not self.lock.is_locked:
+            self.console.warn(f"the file system of {folder} has no locks: a second start in it would not be noticed")
         return folder, run_id
 
     def _write(self, task: Callable[[], None], *, patient: bool = False) -> None:

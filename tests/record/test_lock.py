@@ -111,7 +111,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fail)
     lock = FolderLock(tmp_path)
     lock.acquire()
-    assert not lock.is_locked
+    assert not lock.is_locked, "the run says so"
     lock.check()
     lock.release()
 

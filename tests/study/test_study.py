@@ -69,6 +69,20 @@ def test_the_same_command_runs_nothing_twice_and_another_grid_adds(tmp_path):
     assert len(read_table(tmp_path)) == 12
 
 
+def test_a_refused_command_changes_no_outcome(tmp_path):
+    """The outcome is missing of a run that has ended when the study was killed; the study's own command writes it."""
+    assert study(tmp_path) == 0
+    outcome = tmp_path / "runs" / "b10-p1-repeat-1" / "outcome.json"
+    command = json.loads(outcome.read_text())["command"]
+    outcome.unlink()
+    assert study(tmp_path, "--lr", "0.5") == 2 and not outcome.exists()
+    assert study(tmp_path) == 0
+    assert json.loads(outcome.read_text()) == {
+        "status": "completed", "reason": "", "started": None, "seconds": None, "command": command}
+    (row,) = [row for row in read_table(tmp_path) if row["run"] == outcome.parent.name]
+    assert (row["command"], row["seconds"]) == (command, None)
+
+
 TROUBLES = {
     20: ("kill", "ended by SIGKILL, perhaps because memory ran out"),
     30: ("memory", "MemoryError: no room for the batch"),
