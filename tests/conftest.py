@@ -102,7 +102,8 @@ def alone(small_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def model(epochs: int) -> bytes:
         folder = tmp_path_factory.mktemp("alone")
         done = mnist_dist("train", "--reproducible", "--batch-size", 10, "--epochs", epochs, "--wandb", "disabled",
-                          "--data-dir", small_dir, "--output-dir", "run", cwd=folder)
+                          "--data-dir", small_dir, "--output-dir", "run", cwd=folder, timeout=400,
+                          OMP_NUM_THREADS="1")  # threads that wait for each other are slow beside other tests
         assert done.returncode == 0, done.stderr
         return (folder / "run" / "model.safetensors").read_bytes()
 

@@ -41,7 +41,7 @@ def _child(target: str, argv: Sequence[str], environment: Mapping[str, str], cwd
     sys.exit(getattr(importlib.import_module(module), name)(argv))
 
 
-def run_forked(argv: Sequence[object], *, cwd: Path, size: int = 1, timeout: float = 120, patience: float = 3.0,
+def run_forked(argv: Sequence[object], *, cwd: Path, size: int = 1, timeout: float = 300, patience: float = 3.0,
                target: str = "mnist_dist.cli:main", environment: Mapping[str, str] | None = None
                ) -> subprocess.CompletedProcess[str]:
     """`target(argv)` on `size` ranks; the exit status is that of the first rank that fails, as under a launcher.

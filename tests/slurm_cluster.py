@@ -127,7 +127,7 @@ class Slurm:
 
     def ask(self, *words: object, cwd: Path | None = None) -> str:
         """What a command of SLURM's prints."""
-        done = subprocess.run([str(word) for word in words], env=self.environment, cwd=cwd, text=True, timeout=60,
+        done = subprocess.run([str(word) for word in words], env=self.environment, cwd=cwd, text=True, timeout=200,
                               capture_output=True)
         return done.stdout + done.stderr
 

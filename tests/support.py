@@ -62,13 +62,13 @@ def write_idx_folder(folder: Path, num_train: int, num_test: int, *, zipped: boo
     return folder
 
 
-def run(command: Sequence[object], *, cwd: Path, timeout: float = 120, **environment: str
+def run(command: Sequence[object], *, cwd: Path, timeout: float = 300, **environment: str
         ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, as a person would, with what it printed. It never reaches W&B or reads a keyboard."""
     return runner.run(command, cwd=cwd, timeout=timeout, environment=environment)
 
 
-def mnist_dist(*words: object, cwd: Path, timeout: float = 120, **environment: str
+def mnist_dist(*words: object, cwd: Path, timeout: float = 300, **environment: str
                ) -> subprocess.CompletedProcess[str]:
     """Run `mnist-dist WORDS`, with `--processes N` on so many ranks. The processes are forked: see forked.py."""
     size, rest = 1, list(words)
@@ -79,7 +79,7 @@ def mnist_dist(*words: object, cwd: Path, timeout: float = 120, **environment: s
     return run_forked(rest, cwd=cwd, size=size, timeout=timeout, environment=environment)
 
 
-def mnist_dist_launched(*words: object, cwd: Path, timeout: float = 120, **environment: str
+def mnist_dist_launched(*words: object, cwd: Path, timeout: float = 300, **environment: str
                         ) -> subprocess.CompletedProcess[str]:
     """Run `python -m mnist_dist WORDS` as a person does, with nothing imported before."""
     return run([sys.executable, "-m", "mnist_dist", *words], cwd=cwd, timeout=timeout,

@@ -165,7 +165,7 @@ def test_one_slow_link_of_three(small_dir, tmp_path):
         started = [hosts.start(number, sys.executable, "-m", "mnist_dist", "doctor", "--json", "--processes", 1,
                                "--machines", 3, "--machine-rank", number - 1, "--address", "10.77.0.1", "--data-dir",
                                small_dir, "--timeout", 60) for number in hosts.numbers]
-        outputs = [process.communicate(timeout=120)[0] for process in started]
+        outputs = [process.communicate(timeout=200)[0] for process in started]
     findings = {finding["name"]: finding for finding in json.loads(outputs[0])["findings"]}
     print(findings["links"]["says"])
     assert findings["links"]["problem"].startswith("the link of machine3 has ")

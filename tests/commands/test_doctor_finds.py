@@ -48,7 +48,7 @@ class Place:
                                    "--address", address, "--data-dir", self.data_dir, "--timeout", 20, "--wandb",
                                    "disabled", *(str(word).format(number=one) for word in words),
                                    **(environment if one == ill else {})) for one in hosts.numbers]
-            return "".join(process.communicate(timeout=120)[0] for process in started)
+            return "".join(process.communicate(timeout=200)[0] for process in started)
 
     def site(self, program):
         """A PYTHONPATH with which every Python runs this first."""

@@ -51,7 +51,7 @@ def test_a_rank_that_is_stopped_is_named(small_dir, tmp_path):
         time.sleep(0.05)
     rank = named(launcher, "rank 1")
     rank.suspend()
-    _, errors = launcher.communicate(timeout=90)
+    _, errors = launcher.communicate(timeout=200)
     assert launcher.returncode == 1 and not rank.is_running()
     (line,) = [line for line in errors.splitlines() if line.startswith("mnist-dist: error: process 0 ")]
     assert f"process 1 of 2 on {platform.node()}" in line and re.search(r"after step \d+", line)

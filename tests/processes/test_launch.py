@@ -99,7 +99,7 @@ def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, s
     metrics = tmp_path / "cut" / "metrics.jsonl"
     wait_for_epochs(tmp_path / "cut", 2)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=40)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == status, errors
     assert f"stopped by {number.name}" in errors and "--resume" in errors
     assert not (tmp_path / "cut" / "result.json").exists()

@@ -59,7 +59,7 @@ def start(hosts, number, *words, launcher=ours, processes=1, machines=2, address
                        **{"ACCELERATE_USE_CPU": "true", "WANDB_MODE": "disabled", **environment})
 
 
-def ended(started, timeout=90.0):
+def ended(started, timeout=200.0):
     """(status, our lines, everything) of each, and how long the last one took."""
     begin, found = time.monotonic(), []
     for process in started:

@@ -61,7 +61,7 @@ def test_two_machines_whose_names_are_loopback_addresses(master, small_dir, tmp_
                                1, "--node-rank", number - 1, "--master-addr", master, "--master-port", 29555, TRAIN,
                                "--data-dir", small_dir, "--max-steps", 3, "--wandb", "disabled", "--timeout", 20,
                                "--output-dir", "run") for number in hosts.numbers]
-        outputs = [process.communicate(timeout=100)[0] for process in started]
+        outputs = [process.communicate(timeout=200)[0] for process in started]
     print(*outputs, sep="\n----\n")
     assert [process.returncode for process in started] == [0, 0]
     environment = result_of(tmp_path / "run")["environment"]

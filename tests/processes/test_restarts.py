@@ -63,7 +63,7 @@ def test_a_killed_rank_is_started_again_as_often_as_was_asked_for(alone, small_d
     launcher = launch(OURS, folder, small_dir)
     for victim in (1, 0):
         kill_after(folder, launcher, victim, checkpoints=set(names(folder)))
-    printed, errors = launcher.communicate(timeout=60)
+    printed, errors = launcher.communicate(timeout=200)
     assert launcher.returncode == 1 and "was ended by SIGKILL" in errors and "Traceback" not in errors
     assert printed.count("continuing after step") == 1
     done = mnist_dist("train", *OPTIONS, "--resume", "--data-dir", small_dir, "--output-dir", folder, cwd=tmp_path)
@@ -80,7 +80,7 @@ def test_other_launchers_start_again_too(command, victims, alone, small_dir, tmp
     launcher = launch(command, folder, small_dir)
     for victim in victims:
         kill_after(folder, launcher, victim, checkpoints=set(names(folder)))
-    printed, errors = launcher.communicate(timeout=120)
+    printed, errors = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, errors
     assert printed.count("continuing after step") == len(victims), "each start takes up the newest checkpoint"
     assert_same(folder, alone)

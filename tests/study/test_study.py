@@ -143,7 +143,7 @@ def test_stopped_in_the_middle_and_continued(number, status, tmp_path):
         while len(stamps(tmp_path)) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
         running.send_signal(number)
-        _, errors = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=200)
     finally:
         running.kill()
     assert running.returncode == status

@@ -117,5 +117,5 @@ def test_a_study_whose_login_session_ends(slurm, small_dir, tmp_path):
         "SLURM: CANCELLED", "it left the queue before it started, as after scancel"]
     assert all(row["summary"]["global_batch_size"] for row in rows if row["status"] == "completed")
     assert (folder / "report.html").exists() and states() == {}
-    printed, _ = start().communicate(timeout=100)
+    printed, _ = start().communicate(timeout=200)
     assert "[2/2] " in printed and {row["status"] for row in read_table(folder)} == {"completed"}, printed
