@@ -7,10 +7,12 @@ Every expected failure is one line on standard error and an exit status: 2 the c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import gc
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -21,17 +23,22 @@ from typing import Any, NoReturn
 
 from mnist_dist import __version__
 from mnist_dist.config import TrainConfig, flag_of
-from mnist_dist.errors import MnistDistError, OfThisProcess, UserError, without_passwords
+from mnist_dist.errors import MnistDistError, OfThisProcess, UserError
+from mnist_dist.output import complain, protect
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
+from mnist_dist.processes.signals import block_ignored, interrupting, number_of
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
 from mnist_dist.record.config_file import from_environment, merged, read_config, read_run_config
 from mnist_dist.record.folder import CONFIG, check_place
 from mnist_dist.study.grid import AXES, LAUNCHERS
+from mnist_dist.text import cut, whole, without_passwords
 from mnist_dist.worker import any_left
 
 # options of training that a study sets for each run
 NOT_IN_STUDY = ("batch_size", "per_device_batch_size", "output_dir", "resume", "run_name")
 SHARED = ("dataset", "data_dir", "mirror", "seed")  # options of training that other commands have too
+
+CLOSE = 0.8  # likeness of an unknown option to a known one, from which on that one is meant
 
 HOLD_OUT: Any = {"metavar": "WHAT", "help": "cells to leave out of the fit of the model of the step time, as a check "
                  "of it: processes=N, batch-size=N, or both separated by a comma (default: the most processes)"}
@@ -158,8 +165,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     end = argv.index("--") if "--" in argv and argv[0] == "study" else len(argv)  # what follows is for its --script
     argv, rest = argv[:end], argv[end + 1 :]
     for word in argv:
+        if re.fullmatch(r"--local[-_]rank=\d+", word):  # of torch.distributed.launch, which sets LOCAL_RANK too
+            continue
         if match := re.match(r"--[a-z][a-z_-]*", word):  # --batch_size is --batch-size
-            word = match[0].replace("_", "-") + word[match.end():]
+            word = _switch(match[0].replace("_", "-") + word[match.end():])
         if words and re.fullmatch(r"-[\d.].*", word) and re.fullmatch(r"--[a-z-]+", words[-1]):
             words[-1] += f"={word}"  # a negative number is a value: let its check speak of it
         else:
@@ -170,11 +179,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         commands: Any = next(action.choices for action in parser._actions if action.dest == "command")
         known = [flag for action in commands[given.command]._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE) or [
+            flag for flag in known if len(name) > 3 and (flag.startswith(name) or flag.endswith(name[1:]))]
         hint = f"did you mean {near[0]}?" if near else f"mnist-dist {given.command} --help lists the options"
-        raise UserError(f"unknown option {unknown[0]}: {hint}")
+        raise UserError(f"unknown option {cut(unknown[0])}: {hint}")
     given.rest = rest
     return given
+
+
+def _switch(word: str) -> str:
+    """`--shuffle=False`, as sweeps write it, is `--no-shuffle`."""
+    name, _, value = word.partition("=")
+    meant = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(value.lower())
+    switches = {flag_of(option.name) for option in fields(TrainConfig) if option.metadata["kind"] is bool}
+    if meant is None or name not in switches:
+        return word
+    return name if meant else name.replace("--", "--no-", 1)
 
 
 def training_config(given: argparse.Namespace) -> TrainConfig:
@@ -211,14 +232,14 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
     exit status, or None if this process is one of the run. Raises `UserError`.
     """
     asked, wanted_restarts = given.processes, getattr(given, "max_restarts", None)
-    if wanted_restarts is not None and not wanted_restarts.isdecimal():
-        raise UserError(f"--max-restarts must be a whole number at least 0, got {wanted_restarts!r}")
+    if wanted_restarts is not None and whole(wanted_restarts) is None:
+        raise UserError(f"--max-restarts must be a whole number at least 0, got {cut(wanted_restarts)!r}")
     if getattr(given, "launcher", "torch") == "ray":
         if not launch.is_launched:
             return _on_ray(given, argv, launch, config)
         asked = wanted_restarts = None  # this is a process that Ray has started
-    if asked is not None and (not asked.isdecimal() or int(asked) < 1):
-        raise UserError(f"--processes must be a whole number at least 1, got {asked!r}")
+    if asked is not None and not whole(asked):
+        raise UserError(f"--processes must be a whole number at least 1, got {cut(asked)!r}")
     restarts, machines = int(wanted_restarts or 0), read_machines(given.machines, given.machine_rank, given.address)
     if launch.is_launched:
         started = launch.size if machines.number == 1 else launch.local_size
@@ -249,7 +270,7 @@ def _on_ray(given: argparse.Namespace, argv: Sequence[str], launch: Launch, conf
     from mnist_dist.processes import ray_launcher
 
     if (several := least_and_most(given.processes or "1")) is None:
-        raise UserError(f"--processes must be a whole number at least 1, or LEAST:MOST, got {given.processes!r}")
+        raise UserError(f"--processes must be a whole number at least 1, or LEAST:MOST, got {cut(given.processes)!r}")
     (least, most), restarts = several, int(given.max_restarts or 0)
     if given.machines or given.machine_rank or given.address:
         raise UserError("--launcher ray has the cluster's machines: remove --machines, --machine-rank and --address")
@@ -286,6 +307,14 @@ def _doctor(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> i
     return doctor(config, launch, given.json)
 
 
+def _check_alone(given: argparse.Namespace, launch: Launch | None) -> None:
+    """Raises `UserError` if a launcher has started a command that starts the processes of its runs itself."""
+    launch = launch or read_launch()
+    if launch.size > 1:
+        raise UserError(f"mnist-dist {given.command} starts its processes itself, and {launch.variables} says that "
+                        f"this is process {launch.rank} of {launch.size}: start it without a launcher, or unset these")
+
+
 def run(argv: Sequence[str], launch: Launch | None = None) -> int:
     """Carry out a command; returns the exit status. `launch` is read from the environment unless it is given.
 
@@ -299,7 +328,11 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
     if given.command in ("study", "report"):
         from mnist_dist.study import command
 
-        return command.study(given, argv) if given.command == "study" else command.report(given)
+        if given.command == "report":
+            return command.report(given)
+        _check_alone(given, launch)
+        with interrupting():
+            return command.study(given, argv)
     options = {name: value for name, value in vars(given).items() if name in {*SHARED, "wandb"}}
     of_run = _data_of_run(Path(given.run_dir)) if given.command == "predict" and not given.images else {}
     config = merged(of_run, from_environment("mirror"), options)
@@ -314,12 +347,16 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
     else:
         from mnist_dist.commands.reproduce import reproduce
 
-        reproduce(options, quick=given.quick, output_dir=given.output_dir)
+        _check_alone(given, launch)
+        with interrupting():
+            reproduce(options, quick=given.quick, output_dir=given.output_dir)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: returns the exit status, or ends the process if a normal exit could wait for ever, or crash."""
+    protect()
+    block_ignored()
     words = sys.argv[1:] if argv is None else argv
     sys.argv[1:] = map(without_passwords, sys.argv[1:])  # W&B writes it down
     status, at_once = _status(words)
@@ -334,24 +371,26 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
     wait for processes that are lost; and gloo's threads, which live as long as the process, can crash it ("terminate
     called without an active exception"). A failure is one line on standard error.
     """
-    launch = read_launch()
-    at_once = launch.size > 1
+    launch = None
+    with contextlib.suppress(UserError):  # for `run` to say, if the command needs a launch
+        launch = read_launch()
+    rank, size, final_status = (launch.rank, launch.size, launch.final_status) if launch else (0, 1, 1)
+    at_once = size > 1
     try:
         return run(argv, launch), at_once
     except MnistDistError as error:
-        if isinstance(error, OfThisProcess) or launch.rank == 0:
-            print(f"mnist-dist: error: {' '.join(without_passwords(str(error)).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, OfThisProcess) or rank == 0:
+            complain("error", error)
         else:
             time.sleep(1.0)  # a launcher ends rank 0 when this one ends, and rank 0 has a line to print
         is_final = error.exit_status == MnistDistError.exit_status and not isinstance(error, OfThisProcess)
-        return launch.final_status if is_final else error.exit_status, at_once
-    except KeyboardInterrupt:
-        return 130, at_once
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left, as head does
-        return 1, at_once
+        return final_status if is_final else error.exit_status, at_once
+    except KeyboardInterrupt as stop:
+        if rank == 0:
+            complain("error", f"stopped by {signal.Signals(number_of(stop)).name}: the same command starts again")
+        return 128 + number_of(stop), at_once
     except Exception:
-        if launch.size == 1:
+        if size == 1:
             raise
         traceback.print_exc()
         return 1, True

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import Field, asdict, dataclass, field, fields
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from mnist_dist.errors import UserError
+from mnist_dist.text import cut
 
 REFERENCE_BATCH_SIZE = 200  # the tutorial's mini-batch: the default, and what --lr-rule scales from
 DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "synthetic")
@@ -164,7 +166,7 @@ class TrainConfig:
             found = [math.nan]
         if not all(0 < value < math.inf for value in found):
             raise UserError("--target-nll must be a number above 0, or some separated by commas; got "
-                            f"{self.target_nll!r}")
+                            f"{_shown(self.target_nll)}")
         return tuple(sorted(set(found), reverse=True))
 
     @property
@@ -175,7 +177,7 @@ class TrainConfig:
         match = re.fullmatch(r"(\d+)\s*samples?", self.evaluate_every.strip())
         if not match or int(match[1]) == 0:
             raise UserError("--evaluate-every must be a number of samples of at least 1 with its unit, like "
-                            f"10000samples; got {self.evaluate_every!r}")
+                            f"10000samples; got {_shown(self.evaluate_every)}")
         return int(match[1])
 
     @property
@@ -188,7 +190,7 @@ class TrainConfig:
         if not match or int(match[1]) == 0:
             raise UserError(
                 f"--checkpoint-every must be a number of at least 1 with its unit, like 2epochs, 100steps or 30s, "
-                f"or never; got {text!r}"
+                f"or never; got {_shown(text)}"
             )
         return Every(int(match[1]), {"e": "epochs", "s": "steps"}[match[2][0]] if match[2] != "s" else "seconds")
 
@@ -223,17 +225,17 @@ def checked(option: Field, value: Any) -> Any:
         if kind is bool:
             if not isinstance(value, bool):
                 raise ValueError
-        elif isinstance(value, bool) or not isinstance(value, (str, int) if kind is int else (str, int, float)):
+        elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError
         else:
-            value = kind(value)
+            value = _whole(value) if kind is int else kind(value)
             if kind is float and not math.isfinite(value):
                 raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-        raise UserError(f"{flag} must be {name}{_rule(option)}, got {value!r}") from None
+        raise UserError(f"{flag} must be {name}{_rule(option)}, got {_shown(value)}") from None
     if choices and value not in choices:
-        raise UserError(f"{flag} must be one of {', '.join(choices)}; got {value!r}")
+        raise UserError(f"{flag} must be one of {', '.join(choices)}; got {_shown(value)}")
     rule = option.metadata
     if (
         ("minimum" in rule and value < rule["minimum"])
@@ -243,7 +245,26 @@ def checked(option: Field, value: Any) -> Any:
         raise UserError(f"{flag} must be {_rule(option).removeprefix(' ')}, got {value}")
     if kind is str and not value.strip():
         raise UserError(f"{flag} must not be empty")
+    if kind is str and any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{flag} must not have control characters, or bytes that are no text; got {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    return cut(repr(value))
+
+
+def _whole(value: str | int | float) -> int:
+    """The value as a whole number; `32.0` and `1e2` are some too, as sweeps write them. Raises `ValueError` if it is
+    none, or has more than 18 digits.
+    """
+    try:
+        exact = Decimal(value)
+    except ArithmeticError:
+        raise ValueError from None
+    if not exact.is_finite() or exact.adjusted() > 17 or exact != exact.to_integral_value():
+        raise ValueError
+    return int(exact)
 
 
 def _rule(option: Field) -> str:

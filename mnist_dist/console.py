@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.errors import without_passwords
+from mnist_dist.output import complain, say
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary
 from mnist_dist.record.folder import CURVES, METRICS, MODEL, PREDICTIONS, RESULT
@@ -43,13 +43,13 @@ class Console:
         """One line on standard output; takes the progress bar away first."""
         if self.speaks:
             self.hide_bar()
-            print(line, flush=True)
+            say(line)
 
     def warn(self, line: str) -> None:
         """One line on standard error."""
         if self.speaks:
             self.hide_bar()
-            print(f"mnist-dist: warning: {without_passwords(line)}", file=sys.stderr, flush=True)
+            complain("warning", line)
 
     def introduce(self, place: Environment, config: TrainConfig, dataset: Mapping[str, Any], notes: Sequence[str],
                   global_batch_size: int, per_device_batch_size: int, num_batches: int, learning_rate: float) -> None:
@@ -96,8 +96,8 @@ class Console:
         elif time.monotonic() - self._last_line > LOG_SECONDS:
             self._last_line = time.monotonic()
             # under the table's first two columns, so that a log of both outputs stays one table
-            print(f"{epoch:>5} {epoch * num_steps + step:>8,}  {step:,} of the epoch's {num_steps:,} steps",
-                  file=sys.stderr, flush=True)
+            say(f"{epoch:>5} {epoch * num_steps + step:>8,}  {step:,} of the epoch's {num_steps:,} steps",
+                is_error=True)
 
     def hide_bar(self) -> None:
         """Remove the bar from the terminal; the next `progress` draws another."""

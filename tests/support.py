@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,14 @@ def mnist_dist_launched(*words: object, cwd: Path, timeout: float = 300, **envir
 def epochs_of(folder: Path) -> int:
     """How many epochs the run there has recorded so far."""
     return len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
+
+
+def wait_for_epochs(folder: Path, number: int, deadline: float = 100.0) -> None:
+    """Wait until the run there has recorded so many epochs."""
+    until = time.monotonic() + deadline
+    while epochs_of(folder) < number:
+        assert time.monotonic() < until, "the run did not get under way"
+        time.sleep(0.05)
 
 
 def run_here(words: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ import torch
 from mnist_dist.commands import machine
 from mnist_dist.commands.machine import Finding
 from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
+from mnist_dist.output import say
 from mnist_dist.processes.fabric import all_reduces, pair_bandwidths
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.network import VARIABLE, choose_interface
@@ -165,8 +166,8 @@ def doctor(config: TrainConfig, launch: Launch, as_json: bool) -> int:
     findings = examine(config, launch)
     problems = sum(one.problem is not None for one in findings)
     if findings and as_json:
-        print(json.dumps({"healthy": not problems, "findings": list(map(asdict, findings))}, indent=1))
+        say(json.dumps({"healthy": not problems, "findings": list(map(asdict, findings))}, indent=1))
     elif findings:
-        print("\n".join(machine.lines(findings)))
-        print("healthy" if not problems else f"{problems} problem{'s' if problems > 1 else ''}: see LOOK")
+        say("\n".join(machine.lines(findings)))
+        say("healthy" if not problems else f"{problems} problem{'s' if problems > 1 else ''}: see LOOK")
     return int(problems > 0)

@@ -13,6 +13,7 @@ from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
 from mnist_dist.data.idx import SIDE
 from mnist_dist.errors import UserError
+from mnist_dist.output import say
 from mnist_dist.training.results import load_model, random_indices
 from mnist_dist.training.results import predict as probabilities_of
 
@@ -53,13 +54,13 @@ def predict(config: TrainConfig, run_dir: Path, paths: Sequence[Path], output: s
     model = load_model(run_dir)
     cpu = torch.device("cpu")
     if paths:
-        print(f"{'digit':>5} {'sure':>7}   " + " ".join(f"p({digit})".rjust(6) for digit in range(10)) + "   image")
+        say(f"{'digit':>5} {'sure':>7}   " + " ".join(f"p({digit})".rjust(6) for digit in range(10)) + "   image")
         for path in paths:
             image, inverted = read_image(path)
             row = probabilities_of(model, image.unsqueeze(0), cpu, torch.float32)[0]
             numbers = " ".join(f"{probability:6.4f}" for probability in row)
             note = "  (inverted: dark on light)" if inverted else ""
-            print(f"{int(row.argmax()):5d} {100 * row.max():5.1f} %   {numbers}   {path}{note}")
+            say(f"{int(row.argmax()):5d} {100 * row.max():5.1f} %   {numbers}   {path}{note}")
         return
     from mnist_dist.record.pictures import draw_predictions
 
@@ -71,7 +72,7 @@ def predict(config: TrainConfig, run_dir: Path, paths: Sequence[Path], output: s
         draw_predictions(images, labels, probabilities, target, f"{sets.name}: 16 random test images")
     except (OSError, ValueError) as error:
         raise UserError(f"--output {target} cannot be written ({error}): give another .png") from None
-    print("label     ", *(f"{label:5d}" for label in labels.tolist()))
-    print("prediction", *(f"{guess:5d}" for guess in probabilities.argmax(dim=1).tolist()))
-    print("sure (%)  ", *(f"{100 * sure:5.1f}" for sure in probabilities.max(dim=1).values.tolist()))
-    print(f"drawn: {target}")
+    say("label      " + " ".join(f"{label:5d}" for label in labels.tolist()))
+    say("prediction " + " ".join(f"{guess:5d}" for guess in probabilities.argmax(dim=1).tolist()))
+    say("sure (%)   " + " ".join(f"{100 * sure:5.1f}" for sure in probabilities.max(dim=1).values.tolist()))
+    say(f"drawn: {target}")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mnist_dist import runner
 from mnist_dist.config import flag_of
 from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.output import say
 from mnist_dist.record.files import replace_synced
 from mnist_dist.record.folder import RESULT
 from mnist_dist.record.result import RunResult, read_result
@@ -60,14 +61,14 @@ def reproduce(options: Mapping[str, Any], *, quick: bool, output_dir: str | None
         shutil.copyfile(root / "batch-200" / "predictions.png", root / "predictions.png")
     except OSError as error:
         raise UserError(f"--output-dir {root} cannot be written ({error.strerror}): give another") from None
-    print(f"\n{report}\n\nwritten: {root / 'report.md'}, {root / 'predictions.png'}")
+    say(f"\n{report}\n\nwritten: {root / 'report.md'}, {root / 'predictions.png'}")
 
 
 def run_protocol(protocol: Protocol, folder: Path, options: Mapping[str, Any], quick: bool) -> RunResult:
     """The result of one protocol, run in a fresh process unless it is there already. Raises `MnistDistError`."""
     if (folder / RESULT).exists():
         return read_result(folder)
-    print(f"\n{protocol.title}:", flush=True)
+    say(f"\n{protocol.title}:")
     words = [*protocol.options, *(protocol.quick if quick else ()), "--resume"]
     words += [f"{flag_of(name)}={value}" for name, value in options.items()]
     outcome = runner.train(words, folder, show=True)

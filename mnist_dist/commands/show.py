@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, check_name, load, obtain, scale
 from mnist_dist.errors import UserError
+from mnist_dist.output import say
 from mnist_dist.training.model import MLP, flop_per_sample, num_parameters
 
 ROW = 7  # counted from 1, as a person does
@@ -45,24 +45,23 @@ def show(config: TrainConfig, output_dir: Path) -> None:
     except OSError as error:
         raise UserError(f"--output-dir {output_dir} cannot be written ({error.strerror}): give another") from None
 
-    print(f"1. {sets.name}: {len(sets.train):,} training and {len(sets.test):,} test images")
-    print(*(f"   warning: {line}\n" for line in notes), sep="", end="")
-    print(f"   an image is {list(images[0].shape)} in [0, 1], its label a scalar; the first label is {labels[0]}")
-    print(f"   row {ROW} of the first image:\n{_row(images[0, 0, ROW - 1] / 255)}")
-    print(f"   the same scaled to [-1, 1] (mean 0.5, deviation 0.5):\n{_row(scale(images[:1])[0, 0, ROW - 1])}")
-    print(f"2. drawn: {output_dir / 'digit.png'} (the first image), {output_dir / 'digits.png'} (the first {GRID})")
+    say(f"1. {sets.name}: {len(sets.train):,} training and {len(sets.test):,} test images")
+    say("".join(f"   warning: {line}\n" for line in notes), end="")
+    say(f"   an image is {list(images[0].shape)} in [0, 1], its label a scalar; the first label is {labels[0]}")
+    say(f"   row {ROW} of the first image:\n{_row(images[0, 0, ROW - 1] / 255)}")
+    say(f"   the same scaled to [-1, 1] (mean 0.5, deviation 0.5):\n{_row(scale(images[:1])[0, 0, ROW - 1])}")
+    say(f"2. drawn: {output_dir / 'digit.png'} (the first image), {output_dir / 'digits.png'} (the first {GRID})")
 
     torch.manual_seed(config.seed)
     model = MLP()
     alone = model.probabilities(scale(images[:1]))
-    print(f"3. the MLP {'-'.join(map(str, model.sizes))}: {num_parameters(model.sizes):,} parameters, "
+    say(f"3. the MLP {'-'.join(map(str, model.sizes))}: {num_parameters(model.sizes):,} parameters, "
           f"{flop_per_sample(model.sizes):,} FLOP per sample and step")
-    print("   untrained, its probabilities for the first image are all near 0.1:")
-    print("  " + " ".join(f"{probability:.4f}" for probability in alone[0]))
+    say("   untrained, its probabilities for the first image are all near 0.1:")
+    say("  " + " ".join(f"{probability:.4f}" for probability in alone[0]))
 
     batch = scale(images[:REFERENCE_BATCH_SIZE])
     within = model.probabilities(batch)
-    print(f"5. a batch is {list(batch.shape)}, its prediction {list(within.shape)}")
-    print(f"   the first image's prediction within the batch and alone differ by at most "
-          f"{(within[0] - alone[0]).abs().max():.1e}")
-    sys.stdout.flush()
+    say(f"5. a batch is {list(batch.shape)}, its prediction {list(within.shape)}")
+    say(f"   the first image's prediction within the batch and alone differ by at most "
+        f"{(within[0] - alone[0]).abs().max():.1e}")

@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mnist_dist.data.layouts import find
-from mnist_dist.errors import UserError, without_passwords
+from mnist_dist.errors import UserError
+from mnist_dist.text import cut, without_passwords
 
 TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 STALL_SECONDS = 10.0  # a mirror that sends nothing for so long is given up
@@ -77,7 +78,7 @@ def answers(name: str, mirror: str | None) -> str | None:
             failures.append(f"{base}: sends something else")
         except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{base}: {str(error) or type(error).__name__}")
-    return "; ".join(failures)
+    return _first(failures)
 
 
 def _mirrors(kind: Any, mirror: str | None) -> list[str]:
@@ -103,8 +104,15 @@ def _fetch_from_any(mirrors: Sequence[str], file_name: str, md5: str, folder: Pa
         except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL, or damaged in transfer
             failures.append(f"{mirror}: {str(error) or type(error).__name__}")
             (folder / file_name).unlink(missing_ok=True)
-    raise UserError(f"{file_name} could not be downloaded ({'; '.join(failures)}): check --mirror, or put the four "
-                    "files into --data-dir")
+    raise UserError(f"{file_name} could not be downloaded ({_first(failures)}): check --mirror, or put the files "
+                    "there")
+
+
+def _first(failures: Sequence[str]) -> str:
+    """The first failure: of the mirror that is given, if one is."""
+    others = len(failures) - 1
+    more = f"; {others} more mirror{'s' * (others > 1)} failed too" if others else ""
+    return cut(without_passwords(failures[0])) + more
 
 
 def _fetch(url: str, md5: str, path: Path) -> None:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from mnist_dist.data.idx import STEMS
 from mnist_dist.errors import UserError
+from mnist_dist.text import cut
 
 NPZ = "mnist.npz"  # with x_train, y_train, x_test, y_test, as Keras has it
-NEEDED = (f"needed are {next(iter(STEMS.values()))} and the three other IDX files, .gz or not, in it or in its raw/ or "
-          f"MNIST/raw/, or {NPZ}")
+NEEDED = (f"needed are {next(iter(STEMS.values()))} and the three other IDX files, .gz or not, there or in MNIST/raw/, "
+          f"or {NPZ}")
 # of sets whose files have the same names and sizes: SHA-256 of images and labels, as `ImageSets.digest` makes it
 DIGESTS = {
     "mnist": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
@@ -68,7 +69,7 @@ def contents(data_dir: Path) -> str:
     if not names:
         return "is empty"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"holds {', '.join(name[:40] for name in names[:4])}{more}"
+    return f"holds {', '.join(cut(name, 20) for name in names[:4])}{more}"
 
 
 def known_name(digest: str, files: Files) -> str | None:

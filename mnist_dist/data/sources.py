@@ -18,6 +18,7 @@ from mnist_dist.data.images import NUM_CLASSES, Images, ImageSets
 from mnist_dist.data.layouts import DIGESTS, NEEDED, contents, find, known_name
 from mnist_dist.data.npz import read_npz
 from mnist_dist.errors import UserError
+from mnist_dist.text import cut
 
 
 def obtain(dataset: str, data_dir: str, mirror: str | None, warn: Callable[[str], None]) -> str:
@@ -35,7 +36,8 @@ def obtain(dataset: str, data_dir: str, mirror: str | None, warn: Callable[[str]
             download(name, Path(data_dir), mirror)
         except UserError as error:
             if dataset != "auto":
-                raise UserError(f"--data-dir {data_dir} {contents(Path(data_dir))}; {NEEDED}; and {error}") from None
+                raise UserError(f"--data-dir {cut(data_dir)} {contents(Path(data_dir))}; {NEEDED}; and {error}"
+                                ) from None
             warn(f"{error}; continuing with the embedded digits, which are NOT MNIST")
             _embedded(data_dir)
             return "synthetic"
@@ -51,8 +53,8 @@ def load(name: str, data_dir: str) -> ImageSets:
     else:
         files = find(Path(data_dir), TORCHVISION_CLASS[name])
         if files is None:
-            raise UserError(f"--data-dir {data_dir} {contents(Path(data_dir))}, and no {name}; {NEEDED}, or a run that "
-                            "downloads them")
+            raise UserError(f"--data-dir {cut(data_dir)} {contents(Path(data_dir))}, and no {name}; {NEEDED}, or a run "
+                            "that downloads them")
         arrays = read_npz(files.npz) if files.npz else {key: read_idx(path, key[1]) for key, path in
                                                         files.paths.items()}
         for split in ("train", "test"):

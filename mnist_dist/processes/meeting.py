@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 from mnist_dist import __version__
 from mnist_dist.errors import UserError
+from mnist_dist.output import say
+from mnist_dist.processes.launch import BEGUN
 from mnist_dist.worker import Worker
 
 T = TypeVar("T")
@@ -28,6 +30,8 @@ ASK_SECONDS = 10.0  # for the store's answer
 POLL_SECONDS = 0.05  # between two looks whether all are there
 NAME_SECONDS = 10.0  # for a name to resolve: on a cluster it may come a little after the machine
 CLOCK_SECONDS = 2.0  # apart: more is said
+LOOPBACK = "127.0.0.1"
+NOTICE_SECONDS = 5.0  # after the command's begin: a line says for whom it waits
 
 
 @functools.cache
@@ -52,6 +56,35 @@ class Facts:
     clock: float = 0.0  # seconds since 1970, when all were there
 
 
+class Wait:
+    """A wait of at most `limit_s` seconds. If it lasts until 5 s after the command's begin, and at least 1 s, a line on
+    standard error says for whom, unless that is "".
+
+    `why` says what makes this process wait, if a person may not know: variables that an earlier command has left.
+    """
+
+    def __init__(self, limit_s: float, for_whom: Callable[[], str], why: str = "") -> None:
+        self.limit_s, self.for_whom, self.why = limit_s, for_whom, why
+        self._begin, self._is_said = time.monotonic(), False
+        self._notice_s = max(1.0, NOTICE_SECONDS - (self._begin - BEGUN))
+
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        waited = time.monotonic() - self._begin
+        if waited > self._notice_s and not self._is_said:
+            self._is_said = True
+            if whom := self.for_whom():
+                because = f" ({self.why} say so: unset these to run one process)" if self.why else ""
+                say(f"mnist-dist: {platform.node()} waits for {whom}, for {self.limit_s:g} s at most{because}",
+                    is_error=True)
+        return waited > self.limit_s
+
+    @property
+    def rest_s(self) -> float:
+        """Seconds that are left."""
+        return self._begin + self.limit_s - time.monotonic()
+
+
 def within(seconds: float, task: Callable[[], T]) -> T:
     """What `task` returns. Raises `TimeoutError` if it takes longer; it is then left behind in its thread."""
     worker = Worker()
@@ -63,23 +96,24 @@ def within(seconds: float, task: Callable[[], T]) -> T:
         worker.close()
 
 
-def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, timeout_s: float) -> Any:
-    """The store at machine 0, made by this process or found. Raises `UserError`.
+def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, timeout_s: float, why: str = "") -> Any:
+    """The store at machine 0, made by this process or found. Raises `UserError`. `why`: as in `Wait`.
 
     `is_elsewhere`: machine 0 is another machine than this one, so that its address cannot be a loopback one.
     """
     from torch.distributed import TCPStore
 
     if not hosts_it:
-        reach(address, port, is_elsewhere=is_elsewhere, timeout_s=timeout_s)
+        reach(address, port, is_elsewhere=is_elsewhere, timeout_s=timeout_s, why=why)
     try:
         # with our own look at the port first: torch prints a page about a port that does not answer
         store = within(ASK_SECONDS, lambda: TCPStore(
-            "localhost" if hosts_it else address, port, is_master=hosts_it, timeout=timedelta(seconds=timeout_s),
-            multi_tenant=True, wait_for_workers=False))
-        if hosts_it and port:
-            _resolved(address)
-            _wait_for_port(address, port, ASK_SECONDS)
+            LOOPBACK if hosts_it else address, port, is_master=hosts_it, timeout=timedelta(seconds=timeout_s),
+            multi_tenant=True, wait_for_workers=False,
+            master_listen_fd=_listening(port) if hosts_it and address == LOOPBACK else None))
+        if hosts_it and port and address != LOOPBACK:
+            _resolved(address, why)
+            _wait_for_port(address, port, ASK_SECONDS, why)
         return store
     except (RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
@@ -93,39 +127,67 @@ def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, tim
                         ) from None
 
 
-def reach(address: str, port: int, *, is_elsewhere: bool, timeout_s: float) -> None:
+def local_store(timeout_s: float) -> Any:
+    """A store for the processes of this machine alone, at a free port of the loopback interface. Raises `UserError`.
+
+    A launcher of torch's in this process that makes a store at that port shares this one's: torch keeps one for each
+    port (`multi_tenant`). It would listen on every interface.
+    """
+    return store_at(LOOPBACK, _free_port(), hosts_it=True, is_elsewhere=False, timeout_s=timeout_s)
+
+
+def _free_port() -> int:
+    with socket.socket() as any_free:
+        any_free.bind((LOOPBACK, 0))
+        return any_free.getsockname()[1]
+
+
+def _listening(port: int) -> int:
+    """A socket that listens at this port of the loopback interface; the store takes and closes it."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((LOOPBACK, port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener.detach()
+
+
+def reach(address: str, port: int, *, is_elsewhere: bool, timeout_s: float, why: str = "") -> None:
     """Wait until machine 0 takes a connection there. Raises `UserError` after the time limit."""
-    if is_elsewhere and all(one.startswith("127.") or one == "::1" for one in _resolved(address)):
+    if is_elsewhere and all(one.startswith("127.") or one == "::1" for one in _resolved(address, why)):
         raise UserError(f"machine 0's address {address} is a loopback address on {platform.node()}, which is another "
                         "machine: give an address that every machine reaches")
-    _resolved(address)
+    _resolved(address, why)
     try:
-        _wait_for_port(address, port, timeout_s)
+        _wait_for_port(address, port, timeout_s, why)
     except OSError as error:
         raise UserError(f"{platform.node()} does not reach machine 0 at {address}:{port} within {timeout_s:g} s "
                         f"({error}): start the run there too, check the address, and that the port is open") from None
 
 
-def _wait_for_port(address: str, port: int, timeout_s: float) -> None:
+def _wait_for_port(address: str, port: int, timeout_s: float, why: str) -> None:
     """Wait until it takes a connection. Raises `OSError`, the last one, after the time limit."""
-    deadline = time.monotonic() + timeout_s
+    wait = Wait(timeout_s, lambda: f"machine 0 at {address}:{port}", why)
     while True:
         try:
-            socket.create_connection((address, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))).close()
+            socket.create_connection((address, port), timeout=max(0.1, min(5.0, wait.rest_s))).close()
             return
         except OSError:
-            if time.monotonic() > deadline:
+            if wait.is_over():
                 raise
             time.sleep(0.2)
 
 
-def _resolved(address: str) -> list[str]:
-    deadline = time.monotonic() + NAME_SECONDS
+def _resolved(address: str, why: str) -> list[str]:
+    wait = Wait(NAME_SECONDS, lambda: f"the address of machine 0, {address}", why)
     while True:
         try:
             return [str(found[4][0]) for found in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
-        except OSError:
-            if time.monotonic() > deadline:
+        except (OSError, UnicodeError):  # UnicodeError: of a name that cannot be one
+            if wait.is_over():
                 raise UserError(f"machine 0's address {address} does not resolve on {platform.node()}: give an IP "
                                 "address, or a name that every machine knows") from None
             time.sleep(0.5)
@@ -134,11 +196,12 @@ def _resolved(address: str) -> list[str]:
 class Meeting:
     """One process, or machine, among the `number` that meet in the store. Every method raises `UserError`."""
 
-    def __init__(self, store: Any, own: int, number: int, timeout_s: float, kind: str = "process") -> None:
+    def __init__(self, store: Any, own: int, number: int, timeout_s: float, kind: str = "process", why: str = "",
+                 ) -> None:
         from torch.distributed import PrefixStore
 
         self.store = PrefixStore(f"mnist_dist/{kind}", store)
-        self.own, self.number, self.timeout_s, self.kind = own, number, timeout_s, kind
+        self.own, self.number, self.timeout_s, self.kind, self.why = own, number, timeout_s, kind, why
         self.worker = Worker()
 
     def facts(self, own: Facts) -> list[Facts]:
@@ -172,15 +235,22 @@ class Meeting:
         self._ask(lambda: self.store.add(name, 1))
 
     def _all(self, name: str) -> list[Any]:
-        deadline = time.monotonic() + self.timeout_s
+        wait = Wait(self.timeout_s, lambda: self._missing(name) if self._is_first(name) else "", self.why)
         while self._ask(lambda: self.store.add(name, 0)) < self.number:
-            if time.monotonic() > deadline:
-                missing = ", ".join(str(n) for n in range(self.number) if not self._has(n, name))
-                raise UserError(f"{self.kind} {missing} of {self.number} did not come within {self.timeout_s:g} s: "
-                                "start it, or see what it says (the first is 0)")
+            if wait.is_over():
+                raise UserError(f"{self._missing(name)} did not come within {self.timeout_s:g} s: start it, or see "
+                                "what it says (the first is 0)")
             time.sleep(POLL_SECONDS)
         names = [f"{n}/{name}" for n in range(self.number)]
         return [json.loads(text) for text in self._ask(lambda: self.store.multi_get(names))]
+
+    def _missing(self, name: str) -> str:
+        missing = ", ".join(str(n) for n in range(self.number) if not self._has(n, name))
+        return f"{self.kind} {missing} of {self.number}"
+
+    def _is_first(self, name: str) -> bool:
+        """Whether this is the first of those that are there."""
+        return not any(self._has(n, name) for n in range(self.own))
 
     def _has(self, number: int, name: str) -> bool:
         return self._ask(lambda: self.store.check([f"{number}/{name}"]))

@@ -21,13 +21,17 @@ ELSEWHERE = "192.0.2.1"  # no machine has this address (RFC 5737); the default r
 def choose_interface(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> str | None:
     """Name gloo the interface that routes to the master, unless the variable is set; returns what it has named.
 
-    On the master itself its name may be a loopback address; then it is the interface of the default route. Nothing is
-    named if all is on one machine. Raises `MnistDistError` if the variable names an interface that is not there.
+    On the master itself its name may be a loopback address; then it is the interface of the default route. If all is on
+    one machine it is the loopback interface, so that no other machine reaches a port of the run. Raises
+    `MnistDistError` if the variable names an interface that is not there.
     """
     if launch.size == 1:
         return None
     if given := environment.get(VARIABLE):
         _check(given, launch)
+        return None
+    if launch.is_one_machine:
+        environment[VARIABLE] = _loopback()
         return None
     places = [launch.master_address]
     if launch.num_machines > 1:
@@ -36,6 +40,13 @@ def choose_interface(launch: Launch, environment: MutableMapping[str, str] = os.
     if found:
         environment[VARIABLE] = found
     return found
+
+
+def _loopback() -> str:
+    import psutil
+
+    return next((name for name, addresses in psutil.net_if_addrs().items()
+                 if "127.0.0.1" in [address.address for address in addresses]), "lo")
 
 
 def _check(given: str, launch: Launch) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.output import say
 from mnist_dist.processes.launch import child_environment, num_cores, variables_of
 from mnist_dist.processes.signals import StopSignals
 
@@ -255,7 +256,7 @@ def _follow(trainer: Any, board: Any, max_restarts: int) -> int:
                 break
             if told < len(starts) <= max_restarts and not set(FINAL).issuperset(starts[-1].values()):
                 told = len(starts)
-                print(f"mnist-dist: Ray looks for a new group: for {GROUP_SECONDS} s of the same size", file=sys.stderr)
+                say(f"mnist-dist: Ray looks for a new group: for {GROUP_SECONDS} s of the same size", is_error=True)
             time.sleep(POLL_SECONDS)
     if signals.number:
         return 128 + signals.number

@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from mnist_dist.processes.launch import Launch
-from mnist_dist.processes.meeting import Facts, Meeting, store_at
+from mnist_dist.processes.meeting import LOOPBACK, Facts, Meeting, store_at
 
 FOLDER, END = "mnist_dist/folder", "mnist_dist/end"
 
@@ -20,7 +20,10 @@ class Starts:
 
     def __init__(self, launch: Launch, timeout_s: float) -> None:
         self.launch, self.timeout_s = launch, timeout_s
-        self._store = store_at(launch.master_address, launch.master_port, timeout_s=timeout_s,
+        # a launcher of torch's has the store; its variables are no surprise to the person who has started it
+        self._why = "" if launch.has_store else launch.variables
+        self._store = store_at(LOOPBACK if launch.is_one_machine and not launch.has_store else launch.master_address,
+                               launch.master_port, timeout_s=timeout_s, why=self._why,
                                hosts_it=launch.rank == 0 and not launch.has_store,
                                is_elsewhere=launch.rank >= launch.local_size)
 
@@ -34,7 +37,7 @@ class Starts:
         # launchers have counted differently
         start = self.launch.restart if self.launch.has_store else 0
         store = PrefixStore(f"start-{start}", self._store)
-        found = Meeting(store, self.launch.rank, self.launch.size, self.timeout_s).facts(own)
+        found = Meeting(store, self.launch.rank, self.launch.size, self.timeout_s, why=self._why).facts(own)
         init_process_group(backend, store=store, rank=self.launch.rank, world_size=self.launch.size,
                            timeout=timedelta(seconds=self.timeout_s))
         return found

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.processes.launch import Launch, child_environment, num_cores
+from mnist_dist.processes.meeting import LOOPBACK, Facts, Meeting, local_store, reach, store_at
+from mnist_dist.text import cut, whole
 
 if TYPE_CHECKING:
     from mnist_dist.processes.watch import Watch
@@ -38,10 +40,9 @@ class Machines(NamedTuple):
 
 def least_and_most(text: str) -> tuple[int, int] | None:
     """`N` is (N, N), and `LEAST:MOST` what it says; None if it is neither, or less than 1."""
-    least, _, most = text.rpartition(":")
-    least = least or most
-    return (int(least), int(most)) if (
-        least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)) else None
+    first, _, last = text.rpartition(":")
+    least, most = whole(first or last), whole(last)
+    return (least, most) if least and most and least <= most else None
 
 
 def read_machines(number: str | None, rank: str | None, address: str | None) -> Machines:
@@ -49,12 +50,13 @@ def read_machines(number: str | None, rank: str | None, address: str | None) -> 
     if number is None and rank is None and address is None:
         return Machines()
     if (several := least_and_most(number or "")) is None:
-        raise UserError(f"--machines must be a whole number at least 1, or LEAST:MOST, got {number or ''!r}: give "
+        raise UserError(f"--machines must be a whole number at least 1, or LEAST:MOST, got {cut(number or '')!r}: give "
                         "the same on each machine")
     least, most = several
-    if rank is None or not rank.isdecimal() or int(rank) >= most:
+    machine_rank = whole(rank or "")
+    if machine_rank is None or machine_rank >= most:
         raise UserError(f"--machine-rank must be a whole number from 0 to {most - 1} with --machines {most}, "
-                        f"got {rank!r}: give another one on each machine")
+                        f"got {cut(rank or '')!r}: give another one on each machine")
     if address is None:
         raise UserError("--machines needs --address HOST or HOST:PORT, which all machines reach machine 0 by: give the "
                         "same on each machine")
@@ -62,9 +64,10 @@ def read_machines(number: str | None, rank: str | None, address: str | None) -> 
     if re.fullmatch(r"\[.*\]:.*|[^:]*:[^:]*", address):  # an IPv6 address has colons of its own
         host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--address must be HOST or HOST:PORT with a port from 1 to 65535, got {address!r}")
-    return Machines(most, int(rank), host, int(port), least)
+    number_of_port = whole(port)
+    if not host or not number_of_port or number_of_port > 65535:
+        raise UserError(f"--address must be HOST or HOST:PORT with a port from 1 to 65535, got {cut(address)!r}")
+    return Machines(most, machine_rank, host, number_of_port, least)
 
 
 def runs_on_cpu(launch: Launch) -> bool:
@@ -94,10 +97,13 @@ def local_number(launch: Launch, asked: int) -> int:
     return asked
 
 
-def _meeting_place(machines: Machines, timeout_s: float) -> dict[str, Any]:
-    """How torch's launchers on the machines find each other. On several they have the order of their ranks."""
+def _meeting_place(machines: Machines, timeout_s: float, port: int) -> dict[str, Any]:
+    """How torch's launchers on the machines find each other: on one, at this port of a store that is there. On several
+    they have the order of their ranks.
+    """
     if machines.number == 1:
-        return {"run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+        return {"run_id": uuid.uuid4().hex, "rdzv_backend": "static", "rdzv_endpoint": f"{LOOPBACK}:{port}",
+                "rdzv_configs": {"rank": 0, "timeout": max(1, round(timeout_s))}}
     host = f"[{machines.address}]" if ":" in machines.address else machines.address
     if machines.come_and_go:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch tells a later machine no shared store's address
@@ -113,7 +119,6 @@ def _meeting_place(machines: Machines, timeout_s: float) -> dict[str, Any]:
 
 def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> Watch | None:
     """Wait for the other machines, and from then on watch them; None if they may come and go. Raises `UserError`."""
-    from mnist_dist.processes.meeting import Facts, Meeting, reach, store_at
     from mnist_dist.processes.watch import Watch
 
     if machines.come_and_go:  # its processes compare themselves, each time that they start
@@ -149,9 +154,11 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
     for name in logging.root.manager.loggerDict:  # each has a level of its own
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes print what went wrong
+    local = local_store(timeout_s) if machines.number == 1 else None  # kept to the end
     elastic = LaunchConfig(
         min_nodes=machines.least, max_nodes=machines.number, nproc_per_node=num_processes,
-        max_restarts=max_restarts, monitor_interval=0.1, **_meeting_place(machines, timeout_s),
+        max_restarts=max_restarts, monitor_interval=0.1,
+        **_meeting_place(machines, timeout_s, local.port if local else 0),
     )
 
     watch = _meet(machines, {"processes": num_processes, **options}, timeout_s) if machines.number > 1 else None

@@ -38,7 +38,7 @@ def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, Fo
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         lock = FolderLock(folder)
         lock.acquire(wait_s)
-        if not config.resume and any((folder / name).exists() for name in (RESULT, METRICS, CHECKPOINTS)):
+        if not config.resume and _holds_a_run(folder):
             lock.release()
             raise UserError(f"--output-dir {folder} already holds a run: give another, or continue that one with "
                             "--resume")
@@ -50,6 +50,13 @@ def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, Fo
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
     return folder, run_id, lock
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether a run in this folder has left anything: not one that was stopped before its first checkpoint or epoch."""
+    checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
+    return (folder / RESULT).exists() or (metrics.exists() and metrics.stat().st_size > 0) or (
+        checkpoints.exists() and any(checkpoints.iterdir()))
 
 
 def check_place(config: TrainConfig) -> None:

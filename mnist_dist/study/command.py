@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mnist_dist.config import TrainConfig, checked, flag_of
-from mnist_dist.errors import UserError, without_passwords
+from mnist_dist.errors import UserError
+from mnist_dist.output import say
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.record.config_file import from_environment
 from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid, HoldOut
@@ -20,6 +21,7 @@ from mnist_dist.study.launches import Machine, look_at_machine
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
 from mnist_dist.study.study import Request, print_scripts, run_study
 from mnist_dist.study.table import JSONL, hold_out_of, read_table
+from mnist_dist.text import cut, whole, without_passwords
 
 T = TypeVar("T")
 TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too; another script does not get them
@@ -67,7 +69,7 @@ def report(given: argparse.Namespace) -> int:
         raise UserError(f"{' or '.join(str(folder / JSONL) for folder in folders)} holds what no study writes "
                         f"({type(error).__name__}: {error}): run the study again, which makes it from its runs"
                         ) from error
-    print(f"written: {', '.join(map(str, written))}")
+    say(f"written: {', '.join(map(str, written))}")
     return 0
 
 
@@ -79,10 +81,11 @@ def hold_out(text: str | None) -> HoldOut | None:
     values = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
-        if name not in names or not value.isdecimal():
+        number = whole(value)
+        if name not in names or number is None:
             raise UserError("--hold-out must be processes=N, batch-size=N, or both separated by a comma, got "
-                            f"{text!r}")
-        values[names[name]] = int(value)
+                            f"{cut(text)!r}")
+        values[names[name]] = number
     return HoldOut(values)
 
 
@@ -174,14 +177,15 @@ def _one(flag: str, text: str, read: Callable[[str], T]) -> T:
     try:
         return read(text.strip())
     except ValueError as error:
-        raise UserError(f"{flag} must be {error}, got {text!r}") from None
+        raise UserError(f"{flag} must be {error}, got {cut(text)!r}") from None
 
 
 def _whole(minimum: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
+        number = whole(text)
+        if number is None or number < minimum:
             raise ValueError(f"a whole number at least {minimum}, or some of these separated by commas")
-        return int(text)
+        return number
 
     return read
 

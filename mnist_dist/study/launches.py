@@ -22,11 +22,12 @@ from typing import Any
 
 from mnist_dist import runner
 from mnist_dist.config import flag_of
-from mnist_dist.errors import UserError, without_passwords
+from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
 from mnist_dist.record.files import replace_json
 from mnist_dist.study.grid import LAUNCHERS, PlannedRun
 from mnist_dist.study.table import read_contract
+from mnist_dist.text import without_passwords
 
 OUTPUT, OUTCOME = "output.txt", "outcome.json"
 DOCTOR_SECONDS = 180.0  # it takes less than 60

@@ -22,9 +22,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mnist_dist import runner
+from mnist_dist import output, runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.processes.signals import number_of
 from mnist_dist.record.files import read_json, replace_json
 from mnist_dist.record.folder import RESULT
 from mnist_dist.record.lock import FolderLock, Held
@@ -256,7 +257,7 @@ def print_scripts(request: Request, machine: Machine) -> None:
     study = open_study(request.folder)
     extend(study, request, machine)
     for _, script in slurm.scripts(study.runs, study.folder, request.options, request.cell_timeout):
-        print(script)
+        output.say(script)
 
 
 def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
@@ -265,9 +266,9 @@ def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
         study = open_study(request.folder)
         extend(study, next(requests(request, study, machine)), machine)
         pending = show_plan(study, machine, print)
-        print("in this order: " + ", ".join(run.name for run in pending))
+        output.say("in this order: " + ", ".join(run.name for run in pending))
         if request.quick:
-            print(f"these decide what follows; all runs together take {SECONDS:.0f} s at most")
+            output.say(f"these decide what follows; all runs together take {SECONDS:.0f} s at most")
         return 0
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
@@ -296,12 +297,11 @@ def _run(request: Request, machine: Machine) -> int:
         _write_outcomes(study, request, machine)
     with open(study.folder / LOG, "a", encoding="utf-8") as log:
         def say(line: str) -> None:
-            print(line, flush=True)
+            output.say(line)
             log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
             log.flush()
 
         say(request.command)
-        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             _do_pending(study, grid, machine, say)
             for further in grids:
@@ -309,10 +309,8 @@ def _run(request: Request, machine: Machine) -> int:
                 study.save()
                 _do_pending(study, further, machine, say)
         except KeyboardInterrupt as stop:
-            raise Interrupted(signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT, study.jobs
-                              ) from None
+            raise Interrupted(number_of(stop), study.jobs) from None
         finally:
-            signal.signal(signal.SIGTERM, before)
             rows = study.rows()
             write_table(study.folder, rows)
             from mnist_dist.study.report import write_report  # scipy and matplotlib take a second to import
@@ -349,14 +347,6 @@ class Interrupted(MnistDistError):
                  if jobs else "")
         super().__init__(f"stopped by {signal.Signals(number).name}: the same command continues the study{there}")
         self.exit_status = 128 + number
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends the study as Ctrl-C does."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
 
 
 def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[[str], None]) -> None:
@@ -408,7 +398,7 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
     outcome: dict[str, Any] = {"status": "failed", "reason": "stopped by Ctrl-C or SIGTERM", "started": None,
                                "seconds": None}
     if sys.stdout.isatty():
-        print(f"{place} {run.name} …", end="\r", flush=True)
+        output.say(f"{place} {run.name} …", end="\r")
     try:
         outcome = start(run, folder, command, environment_of(run, machine, study.mark, request.script),
                         request.cell_timeout)

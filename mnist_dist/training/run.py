@@ -20,7 +20,7 @@ import torch
 from mnist_dist.config import TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, check_name, load, obtain
-from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError, without_passwords
+from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.network import choose_interface
 from mnist_dist.processes.signals import stop_with_launcher
@@ -41,6 +41,7 @@ from mnist_dist.record.lock import FolderLock
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result
+from mnist_dist.text import without_passwords
 from mnist_dist.training.marks import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from support import (
     mnist_dist_launched,
     result_of,
     run,
+    wait_for_epochs,
 )
 
 
@@ -84,7 +84,7 @@ def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
     (signal.SIGINT, 130, 1),
     pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.faults),
     pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.long),
-    pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.long),
+    pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.faults),
 ])
 def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, small_dir, tmp_path):
     words = ["--data-dir", small_dir, "--batch-size", 10, "--wandb", "disabled", "--dtype", "float64", "--processes",
@@ -112,10 +112,3 @@ def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, s
     assert [e["test_nll_sum"] for e in cut["epochs"]] == [e["test_nll_sum"] for e in whole["epochs"]]
     assert [e["train_loss"] for e in cut["epochs"]] == pytest.approx([e["train_loss"] for e in whole["epochs"]])
     assert len(metrics.read_text().splitlines()) == epochs, "no line is doubled or missing"
-
-
-def wait_for_epochs(folder, number):
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 60
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < number:
-        assert time.monotonic() < deadline, "the run did not get under way"
-        time.sleep(0.05)

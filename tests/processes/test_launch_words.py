@@ -10,25 +10,77 @@ from mnist_dist.processes.launch import Launch, first_host, read_launch, tasks_p
 from mnist_dist.training.run import mixed_precision
 
 ALONE = Launch()
+OF_TORCH = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "host0"}
+OF_OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+               "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "host0"}
+OF_INTEL_MPI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 
 @pytest.mark.parametrize(("environment", "expected"), [
     ({}, ALONE),
     ({"WORLD_SIZE": "1", "RANK": "0"}, ALONE),
     ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, Launch(is_launched=True)),
-    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-     Launch(rank=5, size=8, local_rank=1, local_size=4, is_launched=True)),
-    ({"RANK": "1", "WORLD_SIZE": "2"}, Launch(rank=1, size=2, local_size=2, is_launched=True)),
-    ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-      "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Launch(rank=3, size=4, local_rank=1, local_size=2, is_launched=True)),
-    ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
-     Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True)),
+    ({"WORLD_SIZE": "1", "MASTER_ADDR": "gone.example"}, ALONE),
+    ({"RANK": "0"}, ALONE),
+    ({"LOCAL_RANK": "0"}, ALONE),
+    ({"RANK": "-1", "LOCAL_RANK": "-1", "WORLD_SIZE": ""}, ALONE),
+    ({"MASTER_ADDR": "gone.example", "MASTER_PORT": "1"}, ALONE),
+    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host0"},
+     Launch(rank=5, size=8, local_rank=1, local_size=4, is_launched=True, master_address="host0")),
+    ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host0"},
+     Launch(rank=1, size=2, local_size=2, is_launched=True, master_address="host0")),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, Launch(size=2, local_size=2, is_launched=True)),
+    (OF_TORCH, Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True, is_one_machine=True,
+                      master_address="host0")),
+    (OF_OPEN_MPI, Launch(rank=3, size=4, local_rank=1, local_size=2, is_launched=True, master_address="host0")),
+    ({**OF_OPEN_MPI, "WORLD_SIZE": "4"},
+     Launch(rank=3, size=4, local_rank=1, local_size=2, is_launched=True, master_address="host0")),
+    (OF_INTEL_MPI, Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True, is_one_machine=True)),
+    ({**OF_OPEN_MPI, **OF_TORCH}, Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True,
+                                         is_one_machine=True, master_address="host0")),
+    ({**OF_OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, ALONE),
     ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
      Launch(use_cpu=True, mixed_precision="bf16", compiles=True)),
     ({"ACCELERATE_USE_CPU": "false", "ACCELERATE_DYNAMO_BACKEND": "NO"}, ALONE),
 ])
 def test_launchers(environment, expected):
-    assert read_launch(dict(environment)) == expected
+    environment = dict(environment)
+    assert read_launch(environment) == expected
+    if expected.size == 1:
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *OF_OPEN_MPI} & environment.keys() - {
+            "MASTER_ADDR"}, "Accelerate would wait for others"
+
+
+@pytest.mark.parametrize(("environment", "said"), [
+    ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 without RANK: to run one process, type `unset WORLD_SIZE`;"),
+    ({"RANK": "1"}, "RANK=1 without WORLD_SIZE: to run one process, type `unset RANK`;"),
+    ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 without WORLD_SIZE"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+     "RANK=1, WORLD_SIZE=2 and LOCAL_RANK=1 without MASTER_ADDR, the host of rank 0: to run one process, type `unset "
+     "RANK WORLD_SIZE LOCAL_RANK`;"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "RANK=2 and WORLD_SIZE=2 cannot be"),
+    ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK=1 and WORLD_SIZE=1 cannot be"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0 cannot be"),
+    ({**OF_TORCH, "LOCAL_RANK": "2"}, "LOCAL_RANK=2 and LOCAL_WORLD_SIZE=2 cannot be"),
+    ({**OF_TORCH, "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3 cannot be"),
+    ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK must be a whole number at least 0, got 'one'"),
+    ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE must be a whole number at least 0, got '99"),
+    ({"WORLD_SIZE": "2", **OF_OPEN_MPI}, "WORLD_SIZE=2 and OMPI_COMM_WORLD_RANK=3, "),
+    ({name: value for name, value in OF_OPEN_MPI.items() if name != "MASTER_ADDR"}, "without MASTER_ADDR"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true asks for a way to train"),
+    ({"ACCELERATE_USE_FSDP": "1"}, "ACCELERATE_USE_FSDP=1 asks for a way to train"),
+])
+def test_incomplete_and_impossible_variables(environment, said):
+    with pytest.raises(UserError) as raised:
+        read_launch(dict(environment))
+    assert said in str(raised.value) and "unset" in str(raised.value)
+    assert len(str(raised.value)) <= 400
+
+
+def test_threads_by_level_of_nesting():
+    environment = {"OMP_NUM_THREADS": "4,2"}
+    read_launch(environment)
+    assert environment["OMP_NUM_THREADS"] == "4"
 
 
 def slurm(rank, **more):
@@ -63,6 +115,12 @@ def test_what_is_set_wins_over_slurm():
     assert environment["OMP_NUM_THREADS"] == "3"
     assert read_launch(slurm(1, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")) == Launch(
         size=2, is_launched=True), "torchrun under srun, one task per node"
+    assert read_launch(slurm(1, WORLD_SIZE="5", MASTER_ADDR="gpu07")).rank == 1, "as job scripts export it"
+    with pytest.raises(UserError, match=r"WORLD_SIZE=4 and SLURM_PROCID=1, .* disagree"):
+        read_launch(slurm(1, WORLD_SIZE="4"))
+    with pytest.raises(UserError, match=r"SLURM_PROCID=5, .* cannot be"):
+        read_launch(slurm(1, SLURM_PROCID="5"))
+    assert read_launch(slurm(1, PMI_RANK="1", PMI_SIZE="5")).local_size == 2, "srun --mpi=pmi2 sets these too"
     cores = slurm(1, SLURM_CPUS_PER_TASK="7")
     read_launch(cores)
     assert cores["OMP_NUM_THREADS"] == "7"
@@ -73,6 +131,9 @@ def test_a_batch_script_and_a_step_of_one_task_are_one_process():
     del script["SLURM_STEP_NUM_TASKS"]
     assert read_launch(script) == ALONE and "RANK" not in script
     assert read_launch(slurm(0, SLURM_STEP_NUM_TASKS="1")) == ALONE
+    shell = slurm(0, SLURM_PTY_PORT="40001", PMI_RANK="0", PMI_SIZE="5", SLURM_STEP_ID="4294967290")
+    assert read_launch(shell) == ALONE and "RANK" not in shell and "PMI_SIZE" not in shell, "srun --pty"
+    assert read_launch({**shell, "RANK": "0", "WORLD_SIZE": "5"}).size == 5
 
 
 @pytest.mark.parametrize(("text", "tasks"), [

@@ -115,7 +115,7 @@ def alone(small_dir, tmp_path_factory):
 # CI tries each launcher once, and one fault of each kind; the others take some minutes more
 @pytest.mark.parametrize(("launcher", "processes"), [
     pytest.param(launcher, processes, marks=pytest.mark.long if (launcher, processes) in (
-        (ours, 2), (accelerate, 2), (torchrun, 1)) else pytest.mark.faults)
+        (ours, 2), (accelerate, 2)) else pytest.mark.faults)
     for launcher in LAUNCHERS for processes in (1, 2)])
 def test_two_machines_are_one_run(launcher, processes, alone, small_dir, tmp_path):
     folders = [tmp_path / f"machine{number}" for number in (1, 2)]

@@ -53,7 +53,7 @@ def test_an_interface_that_is_not_there():
 
 
 @pytest.mark.parametrize("master", [pytest.param("10.77.0.1", marks=pytest.mark.faults),
-                                    pytest.param("machine1", marks=pytest.mark.long)])
+                                    pytest.param("machine1", marks=pytest.mark.faults)])
 def test_two_machines_whose_names_are_loopback_addresses(master, small_dir, tmp_path):
     """`machine1` is 127.0.1.1 on machine 1 itself, and the right address on machine 2."""
     with Hosts(tmp_path, 2) as hosts:

@@ -71,9 +71,9 @@ def test_a_killed_rank_is_started_again_as_often_as_was_asked_for(alone, small_d
     assert_same(folder, alone)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("command", "victims"), [(TORCHS, (0, 1)), (ACCELERATES, (1,))],
-                         ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(("command", "victims"), [
+    pytest.param(TORCHS, (0, 1), marks=pytest.mark.faults, id="torchrun"),
+    pytest.param(ACCELERATES, (1,), marks=pytest.mark.long, id="accelerate")])
 def test_other_launchers_start_again_too(command, victims, alone, small_dir, tmp_path):
     """A rank in the first start, the other one in the second: the last start ends the run."""
     folder = tmp_path / "run"
@@ -134,7 +134,7 @@ def test_a_number_is_needed(words, tmp_path):
 
 def test_what_the_launcher_says_of_restarts():
     launch = read_launch({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-                          "MASTER_PORT": "1234", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                          "MASTER_ADDR": "host0", "MASTER_PORT": "1234", "TORCHELASTIC_USE_AGENT_STORE": "True",
                           "TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": "1"})
     assert (launch.master_port, launch.has_store, launch.max_restarts, launch.restart) == (1234, True, 2, 1)
     assert launch.starts_again and not Launch(max_restarts=2, restart=2).starts_again and not Launch().starts_again

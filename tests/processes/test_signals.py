@@ -24,10 +24,10 @@ OPTIONS = ["--reproducible", "--batch-size", "50", "--epochs", str(EPOCHS), "--w
 MOMENTS = {"start": (0, "1000s"), "joining": (0, "1000s"), "data": (0, "1000s"), "compiling": (0, "1000s"),
            "step": (29, "1000s"), "evaluation": (2 * BATCHES, "1000s"), "checkpoint": (10, "5steps"),
            "record": (2 * BATCHES, "1000s"), "results": (EPOCHS * BATCHES, "1epoch")}
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EVERY_CASE = list(itertools.product(MOMENTS, SIGNALS, ("launcher", "rank")))
 # each moment and each signal, to the launcher and to a rank; the others take three minutes more
-IN_CI = [(moment, SIGNALS[number % 3], ("launcher", "rank")[number % 2]) for number, moment in enumerate(MOMENTS)]
+IN_CI = [(moment, SIGNALS[number % 4], ("launcher", "rank")[number % 2]) for number, moment in enumerate(MOMENTS)]
 WAITS_SECONDS = 1.0
 
 

@@ -23,7 +23,7 @@ def on_stand_in(data_dir, name, *words, cwd, size, **environment):
 
 
 @pytest.mark.parametrize(("size", "words"), [
-    pytest.param(1, [], marks=pytest.mark.long), pytest.param(2, [], marks=pytest.mark.faults),
+    pytest.param(1, [], marks=pytest.mark.faults), pytest.param(2, [], marks=pytest.mark.faults),
     pytest.param(3, [], marks=pytest.mark.faults),
     pytest.param(2, ["--gradient-accumulation-steps", 3], marks=pytest.mark.long),
 ])

@@ -1,0 +1,35 @@
+"""Text from outside: numbers are read from it, and messages show it. What is shown is printable, short, and without
+passwords.
+"""
+
+from __future__ import annotations
+
+import re
+
+MOST_OF_A_VALUE, MOST_OF_A_MESSAGE = 80, 400  # characters
+
+
+def without_passwords(text: str) -> str:
+    """The text, with every URL in it without its user and password."""
+    return re.sub(r"(?<=://)[^/?#\s'\"]*@", "", text)
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates escaped, as \\x1b: a terminal carries none of them out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cut(value: object, most: int = MOST_OF_A_VALUE) -> str:
+    """A value from outside as a message shows it: printable, and the middle of a long one left out."""
+    text = printable(str(value))
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[3 - most + most * 2 // 3:]}"
+
+
+def one_line(text: str) -> str:
+    """A message as it is printed: one printable line of at most 400 characters, without passwords."""
+    return cut(" ".join(without_passwords(text).split()), MOST_OF_A_MESSAGE)
+
+
+def whole(text: str) -> int | None:
+    """The whole number of at least 0 that the text is; None if it is none, or has more than 18 digits."""
+    return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
