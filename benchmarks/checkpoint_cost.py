@@ -19,8 +19,8 @@ from benchmarks.machine import describe
 from benchmarks.variants import trainer
 from mnist_dist.config import Every
 from mnist_dist.data import ImageSets, load
+from mnist_dist.disk.files import replace_json
 from mnist_dist.record.checkpoint import CheckpointWriter
-from mnist_dist.record.files import replace_json
 from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer

@@ -32,8 +32,8 @@ import psutil
 
 from benchmarks.machine import describe
 from mnist_dist import runner
+from mnist_dist.disk.files import replace_json
 from mnist_dist.processes.launch import child_environment
-from mnist_dist.record.files import replace_json
 from mnist_dist.tables import table
 
 EPOCHS, PROCESSES = 2, (1, 2, 3, 4)

@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.hosts import Hosts
 from benchmarks.machine import describe
+from mnist_dist.disk.files import read_json, replace_json
 from mnist_dist.errors import UserError
-from mnist_dist.record.files import read_json, replace_json
 from mnist_dist.study.fabric import from_doctor
 from mnist_dist.tables import cell, spread, table
 

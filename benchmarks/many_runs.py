@@ -28,8 +28,8 @@ from torch.func import stack_module_state, vmap
 from benchmarks.machine import describe
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import ImageSets, load
+from mnist_dist.disk.files import replace_json
 from mnist_dist.processes.team import Team
-from mnist_dist.record.files import replace_json
 from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.steps.compiled import CompiledStep
 from mnist_dist.training.trainer import Trainer

@@ -24,7 +24,7 @@ from benchmarks.machine import describe
 from benchmarks.measure import measure, torchvision_root
 from benchmarks.report import values
 from benchmarks.rows import BY_NAME, num_samples
-from mnist_dist.record.files import replace_json
+from mnist_dist.disk.files import replace_json
 from mnist_dist.tables import cell, spread, table
 
 ROWS = "mnist_dist,mnist_dist_plain,pytorch,jax_scan"

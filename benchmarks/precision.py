@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.machine import describe
 from mnist_dist import runner
 from mnist_dist.commands.reproduce import PROTOCOLS
-from mnist_dist.record.files import replace_json
+from mnist_dist.disk.files import replace_json
 from mnist_dist.tables import cell, spread, table
 
 PROTOCOL = PROTOCOLS[1]

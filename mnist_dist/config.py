@@ -11,6 +11,7 @@ import re
 from dataclasses import Field, asdict, dataclass, field, fields
 from decimal import Decimal
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from mnist_dist.errors import UserError
 from mnist_dist.text import cut
@@ -48,7 +49,7 @@ class TrainConfig:
     data_dir: str = knob("data", str, "folder that holds torchvision's MNIST/raw or the four IDX files themselves, .gz "
                          "or not; downloads go there", metavar="DIR")
     mirror: str | None = knob(None, str, "base URL to download from, tried before torchvision's (also: environment "
-                              "variable MNIST_DIST_MIRROR)", metavar="URL")
+                              "variable MNIST_DIST_MIRROR)", metavar="URL", url=True)
     batch_size: int | None = knob(None, int, "global batch: samples that one optimizer step averages over, whatever "
                                   f"the number of processes (default {REFERENCE_BATCH_SIZE})", minimum=1)
     per_device_batch_size: int | None = knob(None, int, "samples per process in one optimizer step; alternative to "
@@ -247,7 +248,23 @@ def checked(option: Field, value: Any) -> Any:
         raise UserError(f"{flag} must not be empty")
     if kind is str and any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{flag} must not have control characters, or bytes that are no text; got {_shown(value)}")
+    if rule.get("url"):
+        _check_url(flag, value)
     return value
+
+
+def _check_url(flag: str, text: str) -> None:
+    """Raises `UserError`, without the text, unless it is plain where user and password end and the host begins."""
+    try:
+        url = urlsplit(text)
+        is_plain = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        is_plain &= "@" not in url.path + url.query + url.fragment and url.netloc.count("@") <= 1
+    except ValueError:
+        is_plain = False
+    if not is_plain or not re.fullmatch(r"[!$%&()*+,./:;=?@\[\]\w~-]+", text, re.ASCII):
+        raise UserError(f"{flag} must be a URL like http://HOST/FOLDER/ or https://USER:PASSWORD@HOST/, with special "
+                        "characters in user and password as %2F (/), %23 (#), %40 (@), %20 (blank); the value is not "
+                        "shown, because it may hold a password")
 
 
 def _shown(value: Any) -> str:

@@ -10,8 +10,8 @@ MOST_OF_A_VALUE, MOST_OF_A_MESSAGE = 80, 400  # characters
 
 
 def without_passwords(text: str) -> str:
-    """The text, with every URL in it without its user and password."""
-    return re.sub(r"(?<=://)[^/?#\s'\"]*@", "", text)
+    """The text, with every URL in it without its user and password: whatever is before the last @ of a word."""
+    return re.sub(r"(?<=://)\S*@", "", text)
 
 
 def printable(text: str) -> str:

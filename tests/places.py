@@ -21,7 +21,7 @@ import mnist_dist
 
 PACKAGE = str(Path(mnist_dist.__file__).parent)
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
-FILES = os.path.join(PACKAGE, "record", "files.py")
+FILES = os.path.join(PACKAGE, "disk", "files.py")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -64,11 +64,9 @@ class Places:
 
     def hook(self, event: str, words: tuple) -> None:
         if event == "open" and isinstance(words[2], int) and words[2] & WRITES:
-            # an opener makes a second event for the same file
-            if self.is_below(words[0]) and getattr(self.local, "opening", None) != words[0]:
-                self.local.opening = words[0]
+            # our own opener tells of it with the folder's handle, which this event lacks
+            if not getattr(self.local, "opens", False) and self.is_below(words[0]):
                 self.visit("open")
-                self.local.opening = None if words[1] is None else words[0]
         elif event in CHANGES:
             dir_fds = words[2:4] if event == "os.rename" else words[-1:]
             if any(map(self.is_below, words[:2] if event == "os.rename" else words[:1], dir_fds)):
@@ -79,10 +77,16 @@ class Places:
         before = os.open
 
         def opened(path: str, flags: int, *words: int, **named: int) -> int:
-            descriptor = before(path, flags, *words, **named)
-            if flags & WRITES and self.is_below(path):
+            writes = flags & WRITES and self.is_below(path, named.get("dir_fd", -1))
+            if writes:
+                self.visit("open")
+            self.local.opens = True
+            try:
+                descriptor = before(path, flags, *words, **named)
+            finally:
+                self.local.opens = False
+            if writes:
                 self.visit("opened")
-                self.local.opening = None
             return descriptor
 
         os.open = opened

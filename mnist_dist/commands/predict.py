@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
 from mnist_dist.data.idx import SIDE
+from mnist_dist.disk.files import read_limited, real
 from mnist_dist.errors import UserError
 from mnist_dist.output import say
+from mnist_dist.text import cut
 from mnist_dist.training.results import load_model, random_indices
 from mnist_dist.training.results import predict as probabilities_of
 
@@ -29,7 +32,8 @@ def read_image(path: Path) -> tuple[Tensor, bool]:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        content = io.BytesIO(read_limited(path.resolve()))
+        with Image.open(content, formats=("PNG", "JPEG")) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise UserError(f"{path} has {opened.width} x {opened.height} pixels: cut the digit out")
             if "A" in opened.getbands():  # what is transparent is paper
@@ -37,8 +41,9 @@ def read_image(path: Path) -> tuple[Tensor, bool]:
                 grey = Image.alpha_composite(paper, opened.convert("RGBA")).convert("L")
             else:
                 grey = opened.convert("L")
-    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG of one digit") from None
+    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError, RuntimeError, EOFError) as error:
+        raise UserError(f"{cut(path)} cannot be read as an image ({cut(error)}): give a PNG or JPEG of one digit"
+                        ) from None
     pixels = np.asarray(grey)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     inverted = bool(np.median(border) > 127)
@@ -68,6 +73,7 @@ def predict(config: TrainConfig, run_dir: Path, paths: Sequence[Path], output: s
     images, labels = sets.test.__getitems__(random_indices(sets.test, config.seed))
     probabilities = probabilities_of(model, images, cpu, torch.float32)
     target = Path(output) if output else run_dir / "predict.png"
+    target = real(target.parent) / target.name
     try:
         draw_predictions(images, labels, probabilities, target, f"{sets.name}: 16 random test images")
     except (OSError, ValueError) as error:

@@ -6,7 +6,6 @@ whole already is not run again. Writes `report.md` and the prediction grid.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 
 from mnist_dist import runner
 from mnist_dist.config import flag_of
+from mnist_dist.disk.files import read_limited, real, replace_synced
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
-from mnist_dist.record.files import replace_synced
 from mnist_dist.record.folder import RESULT
 from mnist_dist.record.result import RunResult, read_result
 
@@ -49,7 +48,7 @@ PROTOCOLS = (
 
 def reproduce(options: Mapping[str, Any], *, quick: bool, output_dir: str | None) -> None:
     """Run both protocols with these options of training, print and write the report. Raises `MnistDistError`."""
-    root = Path(output_dir or f"runs/reproduce-{time.strftime('%Y%m%d-%H%M%S')}")
+    root = real(Path(output_dir or f"runs/reproduce-{time.strftime('%Y%m%d-%H%M%S')}"))
     results: list[RunResult] = []
     for protocol in PROTOCOLS:
         results.append(run_protocol(protocol, root / protocol.folder, options, quick))
@@ -58,7 +57,7 @@ def reproduce(options: Mapping[str, Any], *, quick: bool, output_dir: str | None
     report = "\n".join(report_lines(results, quick))
     try:
         replace_synced(root / "report.md", (report + "\n").encode())
-        shutil.copyfile(root / "batch-200" / "predictions.png", root / "predictions.png")
+        replace_synced(root / "predictions.png", read_limited(root / "batch-200" / "predictions.png"))
     except OSError as error:
         raise UserError(f"--output-dir {root} cannot be written ({error.strerror}): give another") from None
     say(f"\n{report}\n\nwritten: {root / 'report.md'}, {root / 'predictions.png'}")

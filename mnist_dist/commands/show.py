@@ -10,6 +10,7 @@ import torch
 from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, check_name, load, obtain, scale
+from mnist_dist.disk.files import make_folder, real
 from mnist_dist.errors import UserError
 from mnist_dist.output import say
 from mnist_dist.training.model import MLP, flop_per_sample, num_parameters
@@ -38,8 +39,9 @@ def show(config: TrainConfig, output_dir: Path) -> None:
     notes: list[str] = []
     sets = open_images(config, notes.append)
     images, labels = sets.train.images, sets.train.labels
+    output_dir = real(output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
         draw_digit(images[0], int(labels[0]), output_dir / "digit.png")
         draw_grid(images[:GRID], [str(label) for label in labels[:GRID].tolist()], output_dir / "digits.png", columns=5)
     except OSError as error:

@@ -8,19 +8,28 @@ import hashlib
 import os
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one from Python 3.11 on
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mnist_dist.data.layouts import find
+from mnist_dist.disk.files import make_folder, rename
+from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import UserError
 from mnist_dist.text import cut, without_passwords
+from mnist_dist.worker import Worker
 
 TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-STALL_SECONDS = 10.0  # a mirror that sends nothing for so long is given up
+LOCK_SECONDS = 3600.0  # for another process that fetches the same
+STALL_SECONDS = 10.0  # a mirror that sends nothing for so long is given up, or on average less than
+LEAST_BYTES_PER_SECOND = 5_000
+MOST_BYTES = 50_000_000  # of a file: twice the largest one of these data sets
+POLL_SECONDS = 0.5
 
 
 def download(name: str, data_dir: Path, mirror: str | None) -> None:
@@ -31,16 +40,16 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
     there, they are in a temporary folder: in `data_dir`, or in its parent if it does not exist yet. A lock keeps other
     runs from fetching the same. Raises `UserError`.
     """
-    from filelock import FileLock
     from torchvision import datasets
 
     kind = getattr(datasets, TORCHVISION_CLASS[name])
     mirrors = _mirrors(kind, mirror)
-    data_dir = data_dir.absolute()
+    data_dir = data_dir.resolve()
     there = next(folder for folder in (data_dir, *data_dir.parents) if folder.is_dir())
-    lock = there / f".{data_dir.name}.{name}.lock"
+    lock = FolderLock(there, f".{data_dir.name}.{name}.lock")
     try:
-        with FileLock(lock):
+        lock.acquire(LOCK_SECONDS)
+        with contextlib.closing(lock):
             if find(data_dir, TORCHVISION_CLASS[name]) is not None:
                 return
             with tempfile.TemporaryDirectory(prefix=".download-", dir=there) as root:
@@ -53,15 +62,15 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
                 target = data_dir / TORCHVISION_CLASS[name]
-                target.mkdir(parents=True, exist_ok=True)
-                os.replace(raw, target / "raw")  # fails if a folder of other files is in its place
+                make_folder(target)
+                rename(raw, target / "raw")  # fails if a folder of other files is in its place
+    except Held as error:
+        raise UserError(f"{error} has fetched {name} into --data-dir {data_dir} for {LOCK_SECONDS:g} s: end it, or "
+                        "name another folder") from None
     except OSError as error:
         if find(data_dir, TORCHVISION_CLASS[name]) is not None:  # a run with its lock elsewhere was first
             return
         raise UserError(f"{name} cannot be stored in --data-dir {data_dir} ({error}): name another") from None
-    finally:
-        with contextlib.suppress(OSError):
-            lock.unlink()  # a run that waits for it finds the files, or tries itself
 
 
 def answers(name: str, mirror: str | None) -> str | None:
@@ -72,13 +81,27 @@ def answers(name: str, mirror: str | None) -> str | None:
     failures = []
     for base in _mirrors(kind, mirror):
         try:
-            with urllib.request.urlopen(_request(base + kind.resources[-1][0]), timeout=STALL_SECONDS) as response:
-                if response.read(2) == b"\x1f\x8b":  # as gzip begins
-                    return None
+            if _begins(base + kind.resources[-1][0]) == b"\x1f\x8b":  # as gzip begins
+                return None
             failures.append(f"{base}: sends something else")
         except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{base}: {str(error) or type(error).__name__}")
     return _first(failures)
+
+
+def _begins(url: str) -> bytes:
+    """The first two bytes there. Raises as `_fetch`, and `TimeoutError`."""
+    def read() -> bytes:
+        with urllib.request.urlopen(_request(url), timeout=STALL_SECONDS) as response:
+            return response.read(2)
+
+    worker = Worker()
+    future = worker.submit(read)
+    worker.close()
+    try:
+        return future.result(STALL_SECONDS)
+    except FutureTimeout:
+        raise TimeoutError(f"no answer within {STALL_SECONDS:g} s") from None
 
 
 def _mirrors(kind: Any, mirror: str | None) -> list[str]:
@@ -91,7 +114,8 @@ def _request(url: str) -> urllib.request.Request:
     request = urllib.request.Request(without_passwords(url))
     if user := urlsplit(url).username:  # urllib would take it for a part of the host's name
         secret = f"{unquote(user)}:{unquote(urlsplit(url).password or '')}"
-        request.add_header("Authorization", f"Basic {base64.b64encode(secret.encode()).decode()}")
+        # not after a redirect, which may lead to another host
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(secret.encode()).decode()}")
     return request
 
 
@@ -116,18 +140,55 @@ def _first(failures: Sequence[str]) -> str:
 
 
 def _fetch(url: str, md5: str, path: Path) -> None:
-    from tqdm import tqdm
+    """Fetch a file. Raises `OSError`, `HTTPException` or `ValueError`, also if the mirror is slow, or sends too much.
 
-    digest = hashlib.md5(usedforsecurity=False)
-    with (
-        urllib.request.urlopen(_request(url), timeout=STALL_SECONDS) as response,
-        open(path, "wb") as file,
-        tqdm(total=response.length, desc=path.name, unit="B", unit_scale=True, file=sys.stderr, leave=False,
-             disable=not sys.stderr.isatty()) as progress,
-    ):
-        while chunk := response.read(1 << 16):
-            file.write(chunk)
-            digest.update(chunk)
-            progress.update(len(chunk))
-    if digest.hexdigest() != md5:
-        raise ValueError(f"sent {path.stat().st_size} bytes whose MD5 is not {md5}")
+    A mirror that sends a byte now and then passes every time limit of a socket. So a thread reads, and this one looks
+    how much has come.
+    """
+    transfer = Transfer(url, md5, path)
+    worker = Worker()
+    future = worker.submit(transfer.run)
+    worker.close()
+    begin, before = time.monotonic(), 0
+    while True:
+        with contextlib.suppress(FutureTimeout):
+            future.result(POLL_SECONDS)
+        if future.done():
+            return future.result()
+        if time.monotonic() - begin > STALL_SECONDS:
+            if transfer.received - before < STALL_SECONDS * LEAST_BYTES_PER_SECOND:
+                transfer.is_given_up = True
+                raise OSError(f"sends less than {LEAST_BYTES_PER_SECOND:,} bytes per second")
+            begin, before = time.monotonic(), transfer.received
+
+
+class Transfer:
+    """A file on its way from a mirror to the disk."""
+
+    def __init__(self, url: str, md5: str, path: Path) -> None:
+        self.url, self.md5, self.path = url, md5, path
+        self.received = 0  # bytes
+        self.is_given_up = False  # by the one who waits for it
+
+    def run(self) -> None:
+        """Fetch the whole file. Raises as `_fetch`."""
+        from tqdm import tqdm
+
+        digest = hashlib.md5(usedforsecurity=False)
+        with (
+            urllib.request.urlopen(_request(self.url), timeout=STALL_SECONDS) as response,
+            open(self.path, "wb") as file,
+            tqdm(total=response.length, desc=self.path.name, unit="B", unit_scale=True, file=sys.stderr, leave=False,
+                 disable=not sys.stderr.isatty()) as progress,
+        ):
+            while chunk := response.read1(1 << 16):
+                self.received += len(chunk)
+                if self.is_given_up:
+                    return
+                if self.received > MOST_BYTES:
+                    raise ValueError(f"sends more than {MOST_BYTES:,} bytes")
+                file.write(chunk)
+                digest.update(chunk)
+                progress.update(len(chunk))
+        if digest.hexdigest() != self.md5:
+            raise ValueError(f"sent {self.received} bytes whose MD5 is not {self.md5}")

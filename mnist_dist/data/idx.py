@@ -51,17 +51,16 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     except (OSError, EOFError, zlib.error, MemoryError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
     if not shape or found != header_bytes + array.size:
+        is_longer = shape and found > header_bytes + array.size
+        held = f"more than {header_bytes + array.size}" if is_longer else str(found)
         said = f"says {header_bytes + array.size} in its header" if shape else "needs a header"
-        raise UserError(f"{path} has {found} bytes and {said}: it is truncated or damaged; {remedy}")
+        raise UserError(f"{path} has {held} bytes and {said}: it is truncated or damaged; {remedy}")
     return array
 
 
 def _fill(file: gzip.GzipFile | io.BufferedReader, place: memoryview) -> int:
-    """Read the rest of the file into `place`; returns the number of bytes read, which may be fewer or more."""
+    """Read the rest of the file into `place`; returns the number of bytes, one more if the file goes on."""
     filled = 0
     while filled < len(place) and (count := file.readinto(place[filled:])):
         filled += count
-    more = 0
-    while chunk := file.read(1 << 20):
-        more += len(chunk)
-    return filled + more
+    return filled + len(file.read(1))  # not the rest of it, of which there may be no end

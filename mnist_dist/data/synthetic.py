@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from filelock import FileLock
 from numpy.random import PCG64, SeedSequence
 from numpy.typing import NDArray
+
+from mnist_dist.disk.files import make_folder, open_file, real, remove, rename
+from mnist_dist.disk.lock import FolderLock, Held
 
 F32: TypeAlias = NDArray[np.float32]
 U8: TypeAlias = NDArray[np.uint8]
@@ -98,13 +100,14 @@ def load_digits(cache_dir: Path, num_train: int = 60_000, num_test: int = 10_000
     Otherwise one of the processes that ask at the same time makes and caches it; if the folder is read-only,
     each makes it. Warns (RuntimeWarning) if the default set is not the pinned one. Raises as make_digits.
     """
-    path = cache_dir / f"digits-v{VERSION}-seed{seed}-{num_train}-{num_test}.bin"
+    path = real(cache_dir) / f"digits-v{VERSION}-seed{seed}-{num_train}-{num_test}.bin"
     pinned = DEFAULT_SHA256 if (num_train, num_test, seed) == (60_000, 10_000, 0) else ""
     with ExitStack() as stack:
-        # A lock that times out is an OSError too; a system without locks may raise NotImplementedError.
-        with suppress(OSError, NotImplementedError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(f"{path}.lock", timeout=LOCK_WAIT_S))
+        with suppress(OSError, Held):
+            make_folder(path.parent)
+            lock = FolderLock(path.parent, f"{path.name}.lock")
+            lock.acquire(LOCK_WAIT_S)
+            stack.callback(lock.release)
         digits = _read(path, num_train, num_test, pinned)
         if digits is None:
             digits = make_digits(num_train, num_test, seed)
@@ -125,7 +128,8 @@ def _read(path: Path, num_train: int, num_test: int, pinned: str) -> Digits | No
     """Read a cache file, 32 bytes of SHA-256 and the four arrays; None unless whole and the right one."""
     sizes = [32, num_train * SIDE * SIDE, num_train, num_test * SIDE * SIDE, num_test]
     try:
-        data = np.fromfile(path, np.uint8, sum(sizes) + 1)  # one more, to see that the file ends there
+        with open(open_file(path, os.O_RDONLY), "rb") as file:
+            data = np.fromfile(file, np.uint8, sum(sizes) + 1)  # one more, to see that the file ends there
         sha, a, b, c, d = np.split(data, np.cumsum(sizes)[:-1])
         digits = Digits(a.reshape(num_train, SIDE, SIDE), b, c.reshape(num_test, SIDE, SIDE), d)
     except (OSError, ValueError):  # no such file, or too short a one
@@ -137,13 +141,13 @@ def _write(path: Path, digits: Digits, sha256: str) -> None:
     # Not tempfile, whose files only their owner can read; the name is random as hosts may share the folder.
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(part, "xb") as file:
+        with open(open_file(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(bytes.fromhex(sha256) + b"".join(array.tobytes() for array in digits))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        rename(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        remove(part)
 
 
 def _read_styles() -> Styles:

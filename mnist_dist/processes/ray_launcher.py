@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import platform
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mnist_dist.disk.files import make_folder, remove, remove_tree, write_synced
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import child_environment, num_cores, variables_of
@@ -168,7 +168,8 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
         return _follow(trainer, board, max_restarts)
     finally:
         ray.shutdown()
-        shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray's own notes: a run continues from its checkpoints
+        with contextlib.suppress(OSError):
+            remove_tree(folder / "ray")  # Ray's own notes: a run continues from its checkpoints
 
 
 def _connect(group: Group) -> None:
@@ -205,9 +206,9 @@ def _check(group: Group, folder: Path) -> None:
     if there < group.least:
         raise UserError(f"{group.least} processes need {group.least} {what}s, and Ray's cluster has {there}: "
                         "give fewer --processes, or add nodes")
-    (folder / "ray").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "ray")
     mark = folder / "ray" / f"seen-{uuid.uuid4().hex}"
-    mark.touch()
+    write_synced(mark, b"")
     look = ray.remote(num_cpus=0)(_sees)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     asked = [look.options(scheduling_strategy=_on_node(node["NodeID"])).remote(str(mark)) for node in nodes]
@@ -218,7 +219,7 @@ def _check(group: Group, folder: Path) -> None:
                 if not ray.get(answer, timeout=LOOK_SECONDS):
                     blind.append(node["NodeManagerHostname"])
     finally:
-        mark.unlink()
+        remove(mark)
     if blind:
         raise UserError(f"{', '.join(blind)} does not see {folder}: give an --output-dir on a file system that all "
                         "nodes of the cluster share, because the processes go on from its checkpoints on any of them")

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import statistics
 import threading
 import time
@@ -26,8 +25,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mnist_dist.disk.files import (
+    MEGABYTE,
+    make_folder,
+    names_in,
+    read_json,
+    read_limited,
+    remove_tree,
+    rename,
+    sync_folder,
+    write_synced,
+)
 from mnist_dist.errors import MnistDistError
-from mnist_dist.record.files import MEGABYTE, read_json, read_limited, sync_folder, write_synced
 
 FORMAT = 4  # of what a run keeps in STATE; a run of another format is not continued
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -80,8 +89,7 @@ class CheckpointWriter:
 
     def tidy(self, step: int) -> None:
         """Finish what an earlier process has left undone, of which the checkpoint of this step was the last one."""
-        with contextlib.suppress(OSError):
-            _remove_left(self.root)
+        _remove_left(self.root)
         _drop_old(self.root, step, self.keep)
 
     def wait(self) -> None:
@@ -139,18 +147,18 @@ def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray]
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[MANIFEST] = json.dumps({"step": step, **checksums}).encode()
     try:
-        root.mkdir(exist_ok=True)  # not its parent: a run's folder that is gone is not made again
+        make_folder(root, parents=False)  # a run's folder that is gone is not made again
         _remove_left(root)
-        temporary.mkdir()
+        make_folder(temporary, parents=False)
         for name, content in files.items():
             write_synced(temporary / name, content)
         sync_folder(temporary)
-        if final.exists():  # of the same step, and damaged, or it would have been resumed from
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+        remove_tree(final)  # if one of the same step is there, it is damaged, or it would have been resumed from
+        rename(temporary, final)
         sync_folder(root)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_tree(temporary)
         raise MnistDistError(f"the checkpoint of step {step} could not be written to {root} ({error}); the ones before "
                              "it are whole: free some space and continue with --resume") from None
     _drop_old(root, step, keep)
@@ -158,15 +166,17 @@ def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray]
 
 def _remove_left(root: Path) -> None:
     """Remove what a process has left that was killed while it wrote a checkpoint."""
-    for left in root.glob(".step-*"):
-        shutil.rmtree(left)
+    for name in names_in(root):
+        if name.startswith(".step-"):
+            with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way
+                remove_tree(root / name)
 
 
 def _drop_old(root: Path, step: int, keep: int) -> None:
     """Drop all but the newest `keep` up to this step: a later one is damaged, or it would have been resumed from."""
     with contextlib.suppress(OSError):  # what cannot be dropped today is dropped another time
         for old in [one for one in _newest_first(root) if 0 <= _step_of(one) < step][keep - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_tree(old)
 
 
 def step_name(step: int) -> str:
@@ -176,7 +186,8 @@ def step_name(step: int) -> str:
 
 def _newest_first(root: Path) -> list[Path]:
     """Everything that is called like a checkpoint; what has no number comes last."""
-    return sorted(root.glob("step-*"), key=lambda path: (_step_of(path), path.name), reverse=True)
+    folders = [root / name for name in names_in(root) if name.startswith("step-")]
+    return sorted(folders, key=lambda path: (_step_of(path), path.name), reverse=True)
 
 
 def _step_of(folder: Path) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 
 from mnist_dist import __version__
 from mnist_dist.config import NOT_IN_FILE, TrainConfig, checked
+from mnist_dist.disk.files import MEGABYTE, read_limited
 from mnist_dist.errors import UserError
-from mnist_dist.record.files import MEGABYTE, read_limited
 
 # of an option, which wandb's own functions would otherwise find and ours override
 VARIABLES = {"mirror": "MNIST_DIST_MIRROR", "wandb_project": "WANDB_PROJECT", "run_name": "WANDB_NAME",

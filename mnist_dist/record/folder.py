@@ -11,11 +11,11 @@ from datetime import datetime
 from pathlib import Path
 
 from mnist_dist.config import TrainConfig
+from mnist_dist.disk.files import append_line, make_folder, names_in, real, remove, remove_left, replace_synced
+from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.config_file import config_text
 from mnist_dist.record.figures import EpochRecord
-from mnist_dist.record.files import append_line, remove_left, replace_synced
-from mnist_dist.record.lock import FolderLock, Held
 
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
 CHECKPOINTS, PREDICTIONS, CURVES, WANDB = "checkpoints", "predictions.png", "curves.png", "wandb"
@@ -27,13 +27,13 @@ def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, Fo
     run in it to end. Raises `UserError`.
     """
     run_id = secrets.token_hex(4)
-    folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}")
+    folder = real(Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{run_id}"))
     for name in (CHECKPOINTS, WANDB):
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name} is a symbolic link: what is written to it would be outside of the run's "
                             "folder; move the folder that it names there, or give another --output-dir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         lock = FolderLock(folder)
@@ -56,7 +56,7 @@ def _holds_a_run(folder: Path) -> bool:
     """Whether a run in this folder has left anything: not one that was stopped before its first checkpoint or epoch."""
     checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
     return (folder / RESULT).exists() or (metrics.exists() and metrics.stat().st_size > 0) or (
-        checkpoints.exists() and any(checkpoints.iterdir()))
+        checkpoints.exists() and any(name.startswith("step-") for name in names_in(checkpoints)))
 
 
 def check_place(config: TrainConfig) -> None:
@@ -88,7 +88,7 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 def remove_result(folder: Path) -> None:
     """Remove the `result.json` of an earlier start: from now on the run is not completed. Raises `MnistDistError`."""
     with writing(folder):
-        (folder / RESULT).unlink(missing_ok=True)
+        remove(folder / RESULT)
 
 
 def write_metrics(folder: Path, records: Sequence[EpochRecord]) -> None:

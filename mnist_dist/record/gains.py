@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mnist_dist.record.files import read_json, replace_json
+from mnist_dist.disk.files import make_folder, read_json, real, replace_json
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def user_cache() -> Path:
 
 def gains_file() -> Path:
     """In the user's cache."""
-    return user_cache() / "gpus.json"
+    return real(user_cache()) / "gpus.json"
 
 
 def read_gain(device_name: str) -> Gain | None:
@@ -46,7 +46,7 @@ def read_gain(device_name: str) -> Gain | None:
 def keep_gain(device_name: str, gain: Gain) -> Path:
     """Write it, beside those of other devices; returns the file."""
     path = gains_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
         others = dict(read_json(path))
     except (OSError, ValueError, TypeError):

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.disk.files import real, replace_json
 from mnist_dist.record.environment import processor_name
-from mnist_dist.record.files import replace_json
 from mnist_dist.record.folder import RESULT
 
 
@@ -93,4 +93,4 @@ class Meter:
             "summary": {"global_batch_size": global_batch_size},
             "epochs": self.epochs,
         }
-        replace_json(Path(folder) / RESULT, result)
+        replace_json(real(Path(folder)) / RESULT, result)

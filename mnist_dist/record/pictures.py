@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from mnist_dist.disk.files import replace_synced
 from mnist_dist.record.figures import EpochRecord
-from mnist_dist.record.files import replace_synced
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
 

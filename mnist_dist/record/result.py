@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.disk.files import read_json, replace_json
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
-from mnist_dist.record.files import read_json, replace_json
 from mnist_dist.record.folder import RESULT
 
 

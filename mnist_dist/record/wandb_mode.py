@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from mnist_dist.disk.files import MEGABYTE, read_limited
+
 Mode = Literal["online", "offline", "disabled"]
 ANSWER_SECONDS = 4.0  # for the W&B server's first answer
 ON = ("1", "true", "yes", "on", "t", "y")  # of WANDB_DISABLED
@@ -42,7 +44,7 @@ def settings_of_folder() -> dict[str, str]:
 def _read(path: Path) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(path.read_text())
+        parser.read_string(read_limited(path.resolve(), MEGABYTE).decode())
         return dict(parser["default"]) if parser.has_section("default") else {}
     except (OSError, ValueError, configparser.Error):
         return {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mnist_dist.config import TrainConfig, checked, flag_of
+from mnist_dist.disk.files import real
 from mnist_dist.errors import UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import read_launch
@@ -49,7 +50,7 @@ def study(given: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def report(given: argparse.Namespace) -> int:
     """Draw the report of a study again, or compare two studies. Raises `UserError`."""
-    folders = [Path(folder) for folder in given.folders]
+    folders = [real(Path(folder)) for folder in given.folders]
     if len(folders) > 2:
         raise UserError(f"report takes one study or two, got {len(folders)} folders: name one or two")
     need_statistics()

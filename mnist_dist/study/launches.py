@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from typing import Any
 
 from mnist_dist import runner
 from mnist_dist.config import flag_of
+from mnist_dist.disk.files import make_folder, remove_tree, replace_json, replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
-from mnist_dist.record.files import replace_json
 from mnist_dist.study.grid import LAUNCHERS, PlannedRun
 from mnist_dist.study.table import read_contract
 from mnist_dist.text import without_passwords
@@ -131,8 +130,8 @@ def examine(processes: int, folder: Path, machine: Machine, mark: str) -> list[d
 def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: dict[str, str],
           timeout: float) -> dict[str, Any]:
     """Do the run in its folder, from nothing; returns its status, the reason of a failure, its begin and seconds."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    remove_tree(folder)
+    make_folder(folder)
     begun, clock = datetime.now(timezone.utc), time.monotonic()
     reason = ""
     try:
@@ -146,7 +145,7 @@ def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: di
     except subprocess.TimeoutExpired:
         printed, reason = "", f"no result after {timeout:g} s (--cell-timeout): ended"
     if folder.is_dir():
-        (folder / OUTPUT).write_text(printed, encoding="utf-8", errors="replace")
+        replace_synced(folder / OUTPUT, printed.encode(errors="replace"))
     if not reason:
         try:
             whole_result(run, folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.config import TrainConfig
+from mnist_dist.disk.files import names_in
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.grid import cell_of
@@ -43,7 +44,7 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
         values["throughput"] = wandb.plot.line_series(
             xs=[sizes for sizes, _ in lines.values()], ys=[rates for _, rates in lines.values()], keys=list(lines),
             title="samples/s per batch size (medians)", xname="global batch size")
-    pictures = sorted((folder / PICTURES).glob("*.png"))
+    pictures = [folder / PICTURES / name for name in sorted(names_in(folder / PICTURES)) if name.endswith(".png")]
     values |= {f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures}
     run.log(values)
     run.summary.update({
@@ -54,8 +55,9 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
     artifact = wandb.Artifact(f"study-{run.id}", type="study")
     for name in (f"{REPORT}.md", f"{REPORT}.html", JSONL, CSV):
         artifact.add_file(str(folder / name))
-    for path in (folder / PICTURES).iterdir():
-        artifact.add_file(str(path), name=f"{PICTURES}/{path.name}")
+    for name in names_in(folder / PICTURES):
+        if not (folder / PICTURES / name).is_symlink():  # what it names stays here
+            artifact.add_file(str(folder / PICTURES / name), name=f"{PICTURES}/{name}")
     run.log_artifact(artifact)
 
 

@@ -18,7 +18,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from mnist_dist.record.files import replace_synced
+from mnist_dist.disk.files import replace_synced
 from mnist_dist.study.pages import Picture
 from mnist_dist.study.statistics import Interval
 

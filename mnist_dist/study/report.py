@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.record.files import replace_synced
+from mnist_dist.disk.files import make_folder, replace_synced
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
 from mnist_dist.study.answer import Answer, add_answers, answer, in_words
@@ -37,7 +37,7 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     The cells of `hold_out` are left out of the fit of the model, to check it.
     """
     analysis = Analysis(rows)
-    (folder / PICTURES).mkdir(exist_ok=True)
+    make_folder(folder / PICTURES)
     page = Page(f"Scaling study {folder.resolve().name}")
     fabric = _fabric_of(rows)
     targets, models = targets_of(analysis), judge(analysis.cells, hold_out, fabric)

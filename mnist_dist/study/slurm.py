@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.disk.files import make_folder
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.study.grid import PlannedRun
@@ -122,7 +123,7 @@ def see_to_outcome(task: str, folder: Path, command: Sequence[str]) -> None:
         reason = ended_by_the_queue(facts(task)) or (
             f"it left the queue without a result: see `sacct -j {task}`" if folder.exists() else
             "it left the queue before it started, as after scancel")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_outcome(folder, {"status": "failed", "reason": reason, "started": None, "seconds": None}, command)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import secrets
-import shutil
 import signal
 import statistics
 import sys
@@ -24,11 +24,11 @@ from typing import Any
 
 from mnist_dist import output, runner
 from mnist_dist.config import TrainConfig
+from mnist_dist.disk.files import make_folder, open_file, read_json, remove_tree, replace_json
+from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.processes.signals import number_of
-from mnist_dist.record.files import read_json, replace_json
 from mnist_dist.record.folder import RESULT
-from mnist_dist.record.lock import FolderLock, Held
 from mnist_dist.study import slurm
 from mnist_dist.study.fabric import fabric_of, from_doctor
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRun, cell_of, plan, possible, run_of
@@ -271,7 +271,7 @@ def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
             output.say(f"these decide what follows; all runs together take {SECONDS:.0f} s at most")
         return 0
     try:
-        request.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(request.folder)
         lock = FolderLock(request.folder)
         lock.acquire()
         try:
@@ -295,7 +295,8 @@ def _run(request: Request, machine: Machine) -> int:
     study.save()
     if machine.launcher != "slurm":
         _write_outcomes(study, request, machine)
-    with open(study.folder / LOG, "a", encoding="utf-8") as log:
+    with open(open_file(study.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8",
+              errors="backslashreplace") as log:
         def say(line: str) -> None:
             output.say(line)
             log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
@@ -433,7 +434,7 @@ def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, 
     new = [run for run in pending if run.name not in submitted]
     for names, script in slurm.scripts(new, study.folder, request.options, request.cell_timeout):
         for name in names:
-            shutil.rmtree(study.folder / RUNS / name, ignore_errors=True)
+            remove_tree(study.folder / RUNS / name)
         study.jobs.append(slurm.submit(names, script, request.sbatch))
         study.forget()
         study.save()

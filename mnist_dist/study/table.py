@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mnist_dist.disk.files import read_json, read_limited, replace_synced
 from mnist_dist.errors import UserError
-from mnist_dist.record.files import read_json, read_limited, replace_synced
 from mnist_dist.record.folder import RESULT
 from mnist_dist.study.grid import MOST_PROCESSES, HoldOut
 

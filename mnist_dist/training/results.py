@@ -16,13 +16,13 @@ from torch import Tensor
 
 import mnist_dist
 from mnist_dist.data import Images, scale
+from mnist_dist.disk.files import read_limited, replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import tensor_bytes
 from mnist_dist.record.environment import Environment, git_commit, processor_name
 from mnist_dist.record.figures import EpochRecord
-from mnist_dist.record.files import read_limited, replace_synced
 from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS
 from mnist_dist.training.model import MLP
 from mnist_dist.training.trainer import Trainer

@@ -20,6 +20,7 @@ import torch
 from mnist_dist.config import TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, check_name, load, obtain
+from mnist_dist.disk.lock import FolderLock
 from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.network import choose_interface
@@ -37,7 +38,6 @@ from mnist_dist.record.folder import (
     write_metrics,
     writing,
 )
-from mnist_dist.record.lock import FolderLock
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.record.result import RunResult, write_result

@@ -71,7 +71,7 @@ def calls(what, worker, folder):
         if (call := re.match(r"(\d+) +(\w+)\(", line)) and "<pipe:" not in line and call[2] not in NOT_OF_THE_DISK:
             counts[call.groups()] = counts.get(call.groups(), 0) + 1
             found.append((call[2], counts[call.groups()]))
-    needed = {"openat", "write"} if what == "line" else {"openat", "write", "fsync", "rename"}
+    needed = {"openat", "write"} if what == "line" else {"openat", "write", "fsync", "renameat"}
     assert needed <= {name for name, _ in found}
     return list(dict.fromkeys(found))
 
@@ -150,7 +150,7 @@ def test_a_file_at_some_calls(worker, tmp_path):
 def test_calls_are_those_of_one_checkpoint(worker, tmp_path):
     """Else the faults above would prove less than they say."""
     found = calls("checkpoint", worker, tmp_path / "whole")
-    assert found.count(("rename", 1)) == 1 and ("rename", 2) not in found
+    assert found.count(("renameat", 1)) == 1 and ("renameat", 2) not in found
     assert ("fsync", 5) in found and ("fsync", 6) not in found, "three files and two folders"
 
 

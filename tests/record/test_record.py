@@ -111,7 +111,10 @@ def test_every_line_of_metrics_has_the_same_shape(tmp_path):
 
 
 def test_a_folder_of_an_earlier_run_is_refused(tmp_path):
-    write_metrics(tmp_path, [])
+    write_metrics(tmp_path, [])  # a run that was stopped before its first step has left this
+    (tmp_path / "checkpoints").mkdir()
+    open_folder(TrainConfig(output_dir=str(tmp_path)))[2].release()
+    write_metrics(tmp_path, [epoch_record()])
     with pytest.raises(UserError, match="already holds a run"):
         open_folder(TrainConfig(output_dir=str(tmp_path)))
     folder, _, lock = open_folder(TrainConfig(output_dir=str(tmp_path), resume=True))

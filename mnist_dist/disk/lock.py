@@ -11,10 +11,10 @@ import errno
 import fcntl
 import os
 import platform
-import stat
 import time
 from pathlib import Path
 
+from mnist_dist.disk.files import open_file, remove
 from mnist_dist.errors import MnistDistError
 
 NAME = ".lock"
@@ -30,8 +30,8 @@ class Held(Exception):
 class FolderLock:
     """The lock of an existing folder, held from `acquire` to `release`, or to the end of the process."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / NAME
+    def __init__(self, folder: Path, name: str = NAME) -> None:
+        self.folder, self.path = folder, folder / name
         self.is_locked = False  # whether the file system has locks
         self._descriptor = -1
 
@@ -39,10 +39,7 @@ class FolderLock:
         """Take the lock; waits so long for another holder. Raises `Held`, and `OSError` if the file cannot be made."""
         deadline = time.monotonic() + max(wait_s, LEAST_SECONDS)
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                os.close(descriptor)
-                raise OSError(errno.EINVAL, "not a regular file", str(self.path))
+            descriptor = open_file(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 is_free = self._lock(descriptor)
             except OSError:
@@ -79,13 +76,17 @@ class FolderLock:
             raise MnistDistError(f"{self.folder} was renamed or removed while this process wrote to it: nothing more "
                                  "is written; move it back, and continue with --resume")
 
+    def close(self) -> None:
+        """As `release`."""
+        self.release()
+
     def release(self) -> None:
         """Give the lock back, and remove its file."""
         if self._descriptor < 0:
             return
         with contextlib.suppress(OSError):
             if _is_at(self._descriptor, self.path):
-                self.path.unlink()
+                remove(self.path)
         os.close(self._descriptor)
         self._descriptor = -1
 

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support import assert_one_line_error, epochs_of, mnist_dist, result_of
 
+from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import MnistDistError
-from mnist_dist.record.lock import FolderLock, Held
 
 ENDLESS = ["--epochs", 100_000, "--batch-size", 2, "--compile", "off", "--wandb", "disabled", "--output-dir",
            "run"]
