@@ -31,13 +31,14 @@ from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_
 from mnist_dist.record.config_file import from_environment, merged, read_config, read_run_config
 from mnist_dist.record.folder import CONFIG, check_place
 from mnist_dist.study.grid import AXES, LAUNCHERS
-from mnist_dist.text import cut, whole, without_passwords
+from mnist_dist.text import cut, is_text, whole, without_passwords
 from mnist_dist.worker import any_left
 
 # options of training that a study sets for each run
 NOT_IN_STUDY = ("batch_size", "per_device_batch_size", "output_dir", "resume", "run_name")
 SHARED = ("dataset", "data_dir", "mirror", "seed")  # options of training that other commands have too
 
+MOST_PROCESSES = 4096  # on a machine
 CLOSE = 0.8  # likeness of an unknown option to a known one, from which on that one is meant
 
 HOLD_OUT: Any = {"metavar": "WHAT", "help": "cells to leave out of the fit of the model of the step time, as a check "
@@ -165,6 +166,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     end = argv.index("--") if "--" in argv and argv[0] == "study" else len(argv)  # what follows is for its --script
     argv, rest = argv[:end], argv[end + 1 :]
     for word in argv:
+        if not is_text(word):
+            raise UserError(f"{cut(word)} has control characters, or bytes that are no text: rename it")
         if re.fullmatch(r"--local[-_]rank=\d+", word):  # of torch.distributed.launch, which sets LOCAL_RANK too
             continue
         if match := re.match(r"--[a-z][a-z_-]*", word):  # --batch_size is --batch-size
@@ -238,8 +241,8 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
         if not launch.is_launched:
             return _on_ray(given, argv, launch, config)
         asked = wanted_restarts = None  # this is a process that Ray has started
-    if asked is not None and not whole(asked):
-        raise UserError(f"--processes must be a whole number at least 1, got {cut(asked)!r}")
+    if asked is not None and not 0 < (whole(asked) or 0) <= MOST_PROCESSES:
+        raise UserError(f"--processes must be a whole number from 1 to {MOST_PROCESSES:,}, got {cut(asked)!r}")
     restarts, machines = int(wanted_restarts or 0), read_machines(given.machines, given.machine_rank, given.address)
     if launch.is_launched:
         started = launch.size if machines.number == 1 else launch.local_size
@@ -389,6 +392,10 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
         if rank == 0:
             complain("error", f"stopped by {signal.Signals(number_of(stop)).name}: the same command starts again")
         return 128 + number_of(stop), at_once
+    except (OSError, MemoryError) as error:  # of a kind that no command expects
+        name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        complain("error", f"{reason or str(error) or 'no memory left'}{f': {cut(name)}' if name else ''}")
+        return MnistDistError.exit_status, at_once
     except Exception:
         if size == 1:
             raise

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from mnist_dist.errors import UserError
-from mnist_dist.text import cut
+from mnist_dist.text import cut, is_text
 
 REFERENCE_BATCH_SIZE = 200  # the tutorial's mini-batch: the default, and what --lr-rule scales from
 DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "synthetic")
@@ -70,7 +70,8 @@ class TrainConfig:
     lr_rule: str = knob("none", str, f"scale --lr from a batch of {REFERENCE_BATCH_SIZE} to the global batch: by the "
                         "square root of the ratio, or by the ratio", choices=("none", "sqrt", "linear"), fixed=True)
     gradient_accumulation_steps: int = knob(1, int, "cut each process's share of a batch into this many passes; the "
-                                            "result is the same and needs less memory", minimum=1)
+                                            "result is the same and needs less memory", minimum=1,
+                                            maximum=1_000_000)
     mixed_precision: str | None = knob(None, str, "default: the launcher's choice, else no; fp16 needs a GPU",
                                        choices=("no", "fp16", "bf16"), fixed=True)
     dtype: str = knob("float32", str, "float64 is for proving exactness: 1 and N processes agree to 1e-12; in float32 "
@@ -95,7 +96,7 @@ class TrainConfig:
     resume: bool = knob(False, bool, "continue from the newest whole checkpoint in --output-dir; without one, start "
                         "from the beginning")
     timeout: float = knob(300.0, float, "seconds that a process waits for another one before it ends with an error",
-                          above=0.0, metavar="SECONDS")
+                          above=0.0, maximum=1e7, metavar="SECONDS")
     reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
                               "exact, and so has no order; slower", fixed=True)
     logical_shards: int = knob(8, int, "of no effect: --reproducible does not need it any more", minimum=1)
@@ -175,7 +176,7 @@ class TrainConfig:
         """`evaluate_every`, read: `10000samples` is 10000."""
         if self.evaluate_every is None:
             return None
-        match = re.fullmatch(r"(\d+)\s*samples?", self.evaluate_every.strip())
+        match = re.fullmatch(r"(\d{1,18})\s*samples?", self.evaluate_every.strip())
         if not match or int(match[1]) == 0:
             raise UserError("--evaluate-every must be a number of samples of at least 1 with its unit, like "
                             f"10000samples; got {_shown(self.evaluate_every)}")
@@ -187,7 +188,7 @@ class TrainConfig:
         text = self.checkpoint_every.strip()
         if text == "never":
             return Every(0, "epochs")
-        match = re.fullmatch(r"(\d+)\s*(epochs?|steps?|s)", text)
+        match = re.fullmatch(r"(\d{1,18})\s*(epochs?|steps?|s)", text)
         if not match or int(match[1]) == 0:
             raise UserError(
                 f"--checkpoint-every must be a number of at least 1 with its unit, like 2epochs, 100steps or 30s, "
@@ -208,7 +209,11 @@ class TrainConfig:
     def learning_rate(self, global_batch_size: int) -> float:
         """The rate in force: --lr scaled by --lr-rule from the reference batch of 200 to this one."""
         power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.lr_rule]
-        return self.lr * (global_batch_size / REFERENCE_BATCH_SIZE) ** power
+        rate = self.lr * (global_batch_size / REFERENCE_BATCH_SIZE) ** power
+        if not 0 < rate < math.inf:
+            raise UserError(f"--lr {self.lr:g} with --lr-rule {self.lr_rule} is {rate:g} at a batch of "
+                            f"{global_batch_size}: give another --lr")
+        return rate
 
 
 def checked(option: Field, value: Any) -> Any:
@@ -243,10 +248,10 @@ def checked(option: Field, value: Any) -> Any:
         or ("maximum" in rule and value > rule["maximum"])
         or ("above" in rule and value <= rule["above"])
     ):
-        raise UserError(f"{flag} must be {_rule(option).removeprefix(' ')}, got {value}")
+        raise UserError(f"{flag} must be {_rule(option).removeprefix(' ')}, got {_shown(value)}")
     if kind is str and not value.strip():
         raise UserError(f"{flag} must not be empty")
-    if kind is str and any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in value):
+    if kind is str and not is_text(value):
         raise UserError(f"{flag} must not have control characters, or bytes that are no text; got {_shown(value)}")
     if rule.get("url"):
         _check_url(flag, value)
@@ -286,6 +291,8 @@ def _whole(value: str | int | float) -> int:
 
 def _rule(option: Field) -> str:
     rule = option.metadata
+    if "maximum" in rule and "above" in rule:
+        return f" above {rule['above']:g} and at most {rule['maximum']:,.0f}"
     if "maximum" in rule:
         return f" from {rule['minimum']} to {rule['maximum']}"
     if "minimum" in rule:

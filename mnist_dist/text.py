@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_text(text: str) -> bool:
+    """Whether it is what a person types: no control characters, and no bytes that are no text (lone surrogates)."""
+    return not re.search("[\x00-\x1f\x7f\ud800-\udfff]", text)
+
+
 def cut(value: object, most: int = MOST_OF_A_VALUE) -> str:
     """A value from outside as a message shows it: printable, and the middle of a long one left out."""
     text = printable(str(value))

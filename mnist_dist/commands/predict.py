@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
 from mnist_dist.data.idx import SIDE
-from mnist_dist.disk.files import read_limited, real
+from mnist_dist.disk.files import opened_regular, real
 from mnist_dist.errors import UserError
 from mnist_dist.output import say
 from mnist_dist.text import cut
@@ -32,8 +31,7 @@ def read_image(path: Path) -> tuple[Tensor, bool]:
     from PIL import Image, ImageOps
 
     try:
-        content = io.BytesIO(read_limited(path.resolve()))
-        with Image.open(content, formats=("PNG", "JPEG")) as opened:
+        with opened_regular(path) as file, Image.open(file, formats=("PNG", "JPEG")) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise UserError(f"{path} has {opened.width} x {opened.height} pixels: cut the digit out")
             if "A" in opened.getbands():  # what is transparent is paper

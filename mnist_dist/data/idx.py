@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
-import io
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mnist_dist.disk.files import opened_regular
 from mnist_dist.errors import UserError
 
 IDX_MAGIC = {"images": 0x00000803, "labels": 0x00000801}  # unsigned bytes in three dimensions, in one
@@ -32,7 +34,8 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     num_dimensions = 3 if what == "images" else 1
     header_bytes = 4 + 4 * num_dimensions
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with opened_regular(path) as opened, (
+                gzip.open(opened) if path.suffix == ".gz" else contextlib.nullcontext(opened)) as file:
             head = file.read(header_bytes)
             header = np.frombuffer(head if len(head) == header_bytes else b"", dtype=">u4")
             if len(header) and header[0] != IDX_MAGIC[what]:
@@ -58,7 +61,7 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     return array
 
 
-def _fill(file: gzip.GzipFile | io.BufferedReader, place: memoryview) -> int:
+def _fill(file: Any, place: memoryview) -> int:
     """Read the rest of the file into `place`; returns the number of bytes, one more if the file goes on."""
     filled = 0
     while filled < len(place) and (count := file.readinto(place[filled:])):

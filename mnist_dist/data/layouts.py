@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mnist_dist.data.idx import STEMS
+from mnist_dist.disk.files import opened_regular
 from mnist_dist.errors import UserError
 from mnist_dist.text import cut
 
@@ -87,7 +88,7 @@ def known_name(digest: str, files: Files) -> str | None:
 
 def _md5(path: Path) -> str:
     found = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
+    with opened_regular(path) as file:
         while chunk := file.read(1 << 20):
             found.update(chunk)
     return found.hexdigest()

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from mnist_dist.data.idx import MOST, SIDE
+from mnist_dist.disk.files import opened_regular
 from mnist_dist.errors import UserError
+from mnist_dist.text import cut
 
 NAMES = {("train", "images"): "x_train", ("train", "labels"): "y_train",
          ("test", "images"): "x_test", ("test", "labels"): "y_test"}
@@ -20,11 +22,14 @@ def read_npz(path: Path) -> dict[tuple[str, str], np.ndarray]:
     """The arrays uint8 [N, 28, 28] and [N] by (split, what). Raises `UserError`."""
     remedy = f"put a file there with {', '.join(NAMES.values())}: images uint8 N x {SIDE} x {SIDE}, labels uint8 N"
     try:
-        with zipfile.ZipFile(path) as archive:
-            large = [info.filename for info in archive.infolist() if info.file_size > MOST * SIDE * SIDE + HEAD_BYTES]
-        if large:
-            raise UserError(f"{path} says that {large[0][:40]} is larger than {MOST:,} images: {remedy}")
-        with np.load(path, allow_pickle=False) as loaded:
+        with opened_regular(path) as file:
+            with zipfile.ZipFile(file) as archive:
+                large = [info.filename for info in archive.infolist()
+                         if info.file_size > MOST * SIDE * SIDE + HEAD_BYTES]
+            if large:
+                raise UserError(f"{path} says that {cut(large[0], 40)} is larger than {MOST:,} images: {remedy}")
+            file.seek(0)
+            loaded = np.load(file, allow_pickle=False)
             missing = [name for name in NAMES.values() if name not in loaded.files]
             if missing:
                 raise UserError(f"{path} has no {', '.join(missing)}: {remedy}")

@@ -14,14 +14,15 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
 from mnist_dist.text import cut, whole
 
 MEGABYTE = 1_000_000
-LIMIT = 100 * MEGABYTE  # of a file that is read: twenty times what a long run leaves
+LIMIT = 500 * MEGABYTE  # of a file that is read: a hundred times what a long run leaves
+JSON_LIMIT = 30 * MEGABYTE  # as values in memory it takes up to 24 times as much; 10,000 epochs have less
 _SEARCH = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
@@ -212,7 +213,18 @@ def read_limited(path: Path, limit: int = LIMIT) -> bytes:
         return file.read(status.st_size)  # of a number, as much memory is taken, whatever there is to read
 
 
-def read_json(path: Path, limit: int = LIMIT) -> Any:
+def opened_regular(path: Path) -> BinaryIO:
+    """A file that a person names, opened for reading; links are followed. Raises `OSError` if it is not a regular file,
+    such as a pipe that nobody writes to.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
     """What a JSON file holds. Raises `OSError` as `read_limited`, and `ValueError` if it is not JSON."""
     try:
         return json.loads(read_limited(path, limit))

@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mnist_dist.disk.files import (
+    JSON_LIMIT,
     MEGABYTE,
     make_folder,
     names_in,
@@ -215,7 +216,7 @@ def _load(folder: Path) -> Checkpoint:
     manifest = read_json(folder / MANIFEST, MEGABYTE)
     if manifest["step"] != _step_of(folder):
         raise ValueError(f"its manifest is of step {manifest['step']}")
-    files = {name: read_limited(folder / name) for name in (TENSORS, STATE)}
+    files = {TENSORS: read_limited(folder / TENSORS), STATE: read_limited(folder / STATE, JSON_LIMIT)}
     for name, content in files.items():
         if hashlib.sha256(content).hexdigest() != manifest[name]:
             raise ValueError(f"{name} does not match its checksum")

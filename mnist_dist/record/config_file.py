@@ -14,12 +14,14 @@ from typing import Any
 
 from mnist_dist import __version__
 from mnist_dist.config import NOT_IN_FILE, TrainConfig, checked
-from mnist_dist.disk.files import MEGABYTE, read_limited
+from mnist_dist.disk.files import read_limited
 from mnist_dist.errors import UserError
+from mnist_dist.text import cut
 
 # of an option, which wandb's own functions would otherwise find and ours override
 VARIABLES = {"mirror": "MNIST_DIST_MIRROR", "wandb_project": "WANDB_PROJECT", "run_name": "WANDB_NAME",
              "tags": "WANDB_TAGS"}
+MOST_BYTES = 65_536  # of a file of options, which has 2,000
 VERSION = "mnist_dist"  # key: the version of this package that wrote the file
 
 
@@ -82,12 +84,15 @@ def _read(path: Path, source: str) -> dict[str, Any]:
 
     try:
         # a link that a person names is followed
-        values = yaml.safe_load(read_limited(path.resolve(), MEGABYTE).decode())
+        text = read_limited(path.resolve(), MOST_BYTES).decode()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few of them unfold to gigabytes
+            raise ValueError("it has an alias (*name): write the value out")
+        values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} cannot be read ({error}): name a run's config.yaml") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
+        raise UserError(f"{source} cannot be read ({cut(error, 200)}): name a run's config.yaml") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a date that there is not
         reason = " ".join(str(error).split())
-        raise UserError(f"{source} is not YAML ({reason[:300]}): correct or replace it") from None
+        raise UserError(f"{source} is not YAML ({cut(reason, 200)}): correct or replace it") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -98,8 +103,8 @@ def _read(path: Path, source: str) -> dict[str, Any]:
 def _checked(values: dict[str, Any], source: str) -> dict[str, Any]:
     unknown = sorted(values.keys() - _known())
     if unknown:
-        allowed = ", ".join(sorted(_known()))
-        raise UserError(f"{source} has unknown keys {', '.join(unknown)}: allowed are {allowed}")
+        raise UserError(f"{source} has unknown keys {cut(', '.join(unknown))}: mnist-dist train --help lists the "
+                        "options, and a key is an option without its dashes in front")
     for option in fields(TrainConfig):
         if option.name in values:
             values[option.name] = checked(option, values[option.name])

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from mnist_dist.errors import UserError
+from mnist_dist.record.schema import check_types
 
 R = TypeVar("R")
 
@@ -156,9 +157,14 @@ def summarise(records: Sequence[EpochRecord], targets: Sequence[float], num_trai
 
 
 def record_from(kind: type[R], values: Mapping[str, Any], source: object) -> R:
-    """A record from JSON. Unknown names are ignored. Raises `UserError` if one is missing: another version wrote it."""
+    """A record from JSON; unknown names are ignored. Raises `UserError` if one is missing: another version wrote it.
+    Raises `ValueError` or `TypeError` if a value is of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{kind.__name__} is a {type(values).__name__}")
     known = fields(kind)  # type: ignore[arg-type]
     missing = [option.name for option in known if option.name not in values and option.default is MISSING]
     if missing:
         raise UserError(f"{source} has no {', '.join(missing)}: another version of mnist_dist wrote it; train again")
+    check_types(kind, values)
     return kind(**{option.name: values[option.name] for option in known if option.name in values})

@@ -37,11 +37,16 @@ def read_result(folder: Path) -> RunResult:
     path = folder / RESULT
     try:
         values = read_json(path)
+        for name, kind in (("status", str), ("config", dict), ("dataset", dict), ("epochs", list)):
+            if not isinstance(values[name], kind):
+                raise TypeError(f"{name} is a {type(values[name]).__name__}")
+        if not isinstance(run_id := values.get("run_id"), str | None):
+            raise TypeError(f"run_id is a {type(run_id).__name__}")
         return RunResult(
             status=values["status"], config=values["config"], dataset=values["dataset"],
             environment=record_from(Environment, values["environment"], path),
             epochs=tuple(record_from(EpochRecord, epoch, path) for epoch in values["epochs"]),
-            summary=record_from(RunSummary, values["summary"], path), run_id=values.get("run_id"),
+            summary=record_from(RunSummary, values["summary"], path), run_id=run_id,
         )
     except FileNotFoundError:
         raise UserError(f"{folder} has no {RESULT}: name the folder of a run that ended") from None

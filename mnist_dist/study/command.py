@@ -24,6 +24,7 @@ from mnist_dist.study.study import Request, print_scripts, run_study
 from mnist_dist.study.table import JSONL, hold_out_of, read_table
 from mnist_dist.text import cut, whole, without_passwords
 
+MOST_PROCESSES, MOST_REPEATS = 65_536, 1_000
 T = TypeVar("T")
 TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too; another script does not get them
 # what a report raises of a table that somebody has changed: it checks the fields that it computes with, and no others
@@ -116,9 +117,9 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
 
     grid = Grid(
         batch_sizes=_list("--batch-sizes", of_grid("batch_sizes", "200"), _whole(1)),
-        processes=_list("--processes", of_grid("processes", "1"), _whole(1)),
+        processes=_list("--processes", of_grid("processes", "1"), _whole(1, MOST_PROCESSES)),
         scaling=_list("--scaling", of_grid("scaling", "strong"), _scaling),
-        repeats=_one("--repeats", of_grid("repeats", "5"), _whole(1)), axes=axes,
+        repeats=_one("--repeats", of_grid("repeats", "5"), _whole(1, MOST_REPEATS)), axes=axes,
     )
     folder = Path(given.output_dir)
     group = folder.resolve().name
@@ -181,11 +182,12 @@ def _one(flag: str, text: str, read: Callable[[str], T]) -> T:
         raise UserError(f"{flag} must be {error}, got {cut(text)!r}") from None
 
 
-def _whole(minimum: int) -> Callable[[str], int]:
+def _whole(minimum: int, maximum: int = 10**18) -> Callable[[str], int]:
     def read(text: str) -> int:
         number = whole(text)
-        if number is None or number < minimum:
-            raise ValueError(f"a whole number at least {minimum}, or some of these separated by commas")
+        if number is None or not minimum <= number <= maximum:
+            limits = f"at least {minimum}" if maximum == 10**18 else f"from {minimum} to {maximum:,}"
+            raise ValueError(f"a whole number {limits}, or some of these separated by commas")
         return number
 
     return read

@@ -17,7 +17,10 @@ from typing import Any
 
 from mnist_dist.disk.files import read_json, read_limited, replace_synced
 from mnist_dist.errors import UserError
+from mnist_dist.record.environment import Environment
+from mnist_dist.record.figures import EpochRecord, RunSummary
 from mnist_dist.record.folder import RESULT
+from mnist_dist.record.schema import check_types
 from mnist_dist.study.grid import MOST_PROCESSES, HoldOut
 
 JSONL, CSV = "runs.jsonl", "runs.csv"
@@ -57,7 +60,25 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
     targets = _part(values, "summary").get("targets") or []
     if not isinstance(targets, list) or not all(map(_is_target, targets)):
         problems.append("summary.targets[] with target_nll, step and samples")
-    return list(dict.fromkeys(problems))
+    return list(dict.fromkeys(problems)) or _wrong(values)
+
+
+def _wrong(values: Mapping[str, Any]) -> list[str]:
+    """What may be missing from a result, and is there with another type than the report needs."""
+    problems = []
+    parts = [("environment", Environment, values["environment"]), ("summary", RunSummary, values["summary"])]
+    parts += [(f"epochs[{number}]", EpochRecord, epoch) for number, epoch in enumerate(values["epochs"])]
+    for name, kind, part in parts:
+        try:
+            check_types(kind, part, is_partial=True)
+        except ValueError as error:
+            problems.append(f"right {name} ({error})")
+    for name, inner in (("config", "seed"), ("dataset", "train")):
+        if not isinstance(values.get(name), dict | None):
+            problems.append(f"right {name} (a mapping of names to values)")
+        elif not isinstance((values.get(name) or {}).get(inner), int | None):
+            problems.append(f"right {name}.{inner} (a whole number)")
+    return problems[:1]
 
 
 def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
