@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import io
 import json
+import re
 import tracemalloc
 from dataclasses import asdict
 
@@ -15,10 +17,12 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save
 from support import epoch_record, idx_bytes, run_result
 
 from mnist_dist.cli import parse, training_config
+from mnist_dist.commands.predict import read_image
 from mnist_dist.config import TrainConfig
 from mnist_dist.data.idx import read_idx
 from mnist_dist.errors import MnistDistError, UserError
@@ -29,6 +33,7 @@ from mnist_dist.study import command, pictures
 from mnist_dist.study.grid import Cell, PlannedRun
 from mnist_dist.study.study import Study, open_study
 from mnist_dist.study.table import read_contract, read_table
+from mnist_dist.text import one_line
 from mnist_dist.training.model import MLP
 from mnist_dist.training.progress import Progress
 from mnist_dist.training.results import load_model
@@ -38,7 +43,8 @@ MOST_MEMORY = 200_000_000  # bytes of one case: the largest header that is belie
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(
-        ["../..", "/etc/passwd", "-1", "1e999", "nan", "<script>", "\u202e", "2026-02-30", 10**400, -0.0, 2**63]),
+        ["../..", "/etc/passwd", "-1", "\x1b[31mred", "\x00", "x" * 5000, 10**4000,
+         "1e999", "nan", "<script>", "\u202e", "2026-02-30", 10**400, -0.0, 2**63]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
 
 
@@ -174,8 +180,27 @@ def checkpoint(draw, folder):
 
 
 def model(draw, folder):
-    (folder / "model.safetensors").write_bytes(draw(changed_bytes(save(MODEL))))
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.float8_e5m2]
+    tensors = {name: tensor.to(draw(st.sampled_from(kinds)) if draw(st.booleans()) else tensor.dtype)
+               for name, tensor in MODEL.items()}
+    (folder / "model.safetensors").write_bytes(draw(changed_bytes(save(tensors))) if draw(st.booleans()) else
+                                               save(tensors))
     return lambda: load_model(folder)
+
+
+def image(draw, folder):
+    kind = draw(st.sampled_from(["PNG", "JPEG", "GIF", "EPS", "BMP", "TIFF"]))
+    mode = draw(st.sampled_from(["L", "RGB"] if kind in ("EPS", "JPEG") else ["L", "RGB", "P"]))
+    content = io.BytesIO()
+    Image.new(mode, draw(st.sampled_from([(28, 28), (1, 1), (300, 2), (40, 60)]))).save(content, kind)
+    path = folder / f"picture.{kind.lower()}"
+    path.write_bytes(draw(changed_bytes(content.getvalue())) if draw(st.booleans()) else content.getvalue())
+
+    def read():
+        pixels, _ = read_image(path)
+        assert pixels.shape == (1, 28, 28) and path.read_bytes()[:4] in (b"\x89PNG", *(
+            b"\xff\xd8\xff" + bytes([last]) for last in range(256)))
+    return read
 
 
 def command_line(draw, folder):
@@ -199,7 +224,7 @@ def command_line(draw, folder):
 
 MODEL = MLP().state_dict()
 KINDS = {reader.__name__: reader for reader in (idx, config, result, table, report, study, checkpoint, model,
-                                                command_line)}
+                                                image, command_line)}
 
 
 def write_json(draw, path, values):
@@ -208,7 +233,10 @@ def write_json(draw, path, values):
 
 
 def is_a_line(error):
-    assert str(error).strip() and "\n" not in " ".join(str(error).split()) and len(str(error)) < 5000
+    """As it is, it is short enough; the length of the folder of the test does not count."""
+    text = re.sub(r"\S*/pytest-\S*/", "", str(error))
+    assert text.strip() and len(text) <= 400, text
+    assert one_line(str(error)).isprintable()
 
 
 @pytest.mark.parametrize("number", [30, pytest.param(300, marks=pytest.mark.long),

@@ -38,6 +38,7 @@ from mnist_dist.disk.files import (
     write_synced,
 )
 from mnist_dist.errors import MnistDistError
+from mnist_dist.text import cut
 
 FORMAT = 4  # of what a run keeps in STATE; a run of another format is not continued
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -202,10 +203,11 @@ def load_newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     for folder in _newest_first(root):
         try:
             return _load(folder)
-        # RecursionError: of JSON with very many brackets
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            warn(f"checkpoint {folder} is damaged ({reason}): skipped")
+        # RecursionError: of JSON with very many brackets; AttributeError, RuntimeError: of tensors of unknown types
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError, RuntimeError,
+                SafetensorError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            warn(f"checkpoint {folder} is damaged ({cut(reason, 200)}): skipped")
     return None
 
 

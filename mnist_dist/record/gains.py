@@ -5,6 +5,7 @@ They are kept for each kind of GPU in the user's cache, `~/.cache/mnist_dist/gpu
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +27,11 @@ class Gain:
 
 
 def user_cache() -> Path:
-    """Our folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mnist_dist")
+    """Our folder in the user's cache. Raises `OSError` if the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mnist_dist")
+    except RuntimeError:
+        raise OSError(errno.ENOENT, "the user has no home: set HOME or XDG_CACHE_HOME", "~/.cache") from None
 
 
 def gains_file() -> Path:

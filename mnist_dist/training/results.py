@@ -24,6 +24,7 @@ from mnist_dist.record.checkpoint import tensor_bytes
 from mnist_dist.record.environment import Environment, git_commit, processor_name
 from mnist_dist.record.figures import EpochRecord
 from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS
+from mnist_dist.text import cut
 from mnist_dist.training.model import MLP
 from mnist_dist.training.trainer import Trainer
 
@@ -91,11 +92,14 @@ def load_model(folder: Path) -> MLP:
 
     try:
         tensors = load(read_limited(folder / MODEL))
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (torch.float32, torch.float64) or not tensor.isfinite().all():
+                raise ValueError(f"{cut(name)} is {tensor.dtype}, and finite numbers of float32 or float64 are needed")
         model = MLP()
         model.load_state_dict(tensors)
     except FileNotFoundError:
         raise UserError(f"{folder} has no {MODEL}: name the folder of a run that was completed") from None
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder / MODEL} cannot be read ({' '.join(str(error).split())[:200]}): name another run"
-                        ) from None
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder / MODEL} cannot be read ({cut(reason, 200)}): name another run") from None
     return model.eval()

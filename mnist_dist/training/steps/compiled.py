@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 from torch.optim.adam import adam
 
+from mnist_dist.disk.files import make_folder, real
 from mnist_dist.errors import UserError
 from mnist_dist.processes.neighbours import one_thread
 from mnist_dist.record.environment import processor_kind
@@ -59,9 +60,9 @@ def keep_compiled_code() -> None:
     again. One folder for each kind of processor, for which the code is made: machines may share the user's files.
     """
     if not os.environ.get(CACHE):
-        folder = user_cache() / "compiled" / processor_kind()
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = real(user_cache()) / "compiled" / processor_kind()
+            make_folder(folder)
             os.environ[CACHE] = str(folder)
 
 
