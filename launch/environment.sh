@@ -3,6 +3,9 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 
+# under nohup SIGHUP is ignored; torch's launcher would take it back
+[ -z "$(trap -p HUP)" ] || export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
+
 has_package() { (cd / && "$1" -c 'import importlib.metadata as m; m.version("mnist-dist")') >/dev/null 2>&1; }
 
 if ! { [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && has_package python; }; then

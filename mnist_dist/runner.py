@@ -28,6 +28,9 @@ MARK = "MNIST_DIST_PROCESS_TREES"  # environment variable: the marks of all tree
 GRACE_SECONDS = 30.0  # after Ctrl-C, for a run to leave a checkpoint
 ERROR_LINE = re.compile(r"(?:\[rank\d+\]:\s*)?((?:[\w.]+(?:Error|Exception)|mnist-dist: error): .+)")
 
+# of the rank that failed first
+TORCHRUNS = re.compile(r"Root Cause .*?\brank +: (\d+).*?\bexitcode +: (-?\d+)", re.DOTALL)
+
 
 class Outcome(NamedTuple):
     """How a training ended: the exit status of its process (negative: the signal that ended it), its result if it left
@@ -122,7 +125,11 @@ def _marks(process: psutil.Process) -> list[str]:
 
 
 def last_error(stderr: str) -> str:
-    """The last line that names an error (launchers write more below it), else the last line."""
+    """The last line that names an error (launchers write more below it), else what torchrun says of the first process
+    that failed, else the last line.
+    """
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     named = [match[1] for match in map(ERROR_LINE.match, lines) if match]
+    if not named and (match := TORCHRUNS.search(stderr)):
+        return f"rank {match[1]} ended with exit status {match[2]} and without a message"
     return (named or lines or [""])[-1]

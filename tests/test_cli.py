@@ -22,7 +22,7 @@ BAD = {
     "both batch sizes": (["--batch-size", "8", "--per-device-batch-size", "4"], "say the same thing twice"),
     "batch smaller than processes": (["--processes", "3", "--batch-size", "2"], "smaller than the 3 processes"),
     "unknown dataset": (["--dataset", "cifar"], "--dataset must be one of"),
-    "no processes": (["--processes", "0"], "--processes must be a whole number at least 1"),
+    "no processes": (["--processes", "0"], "--processes must be a whole number from 1 to 4,096"),
     "not a number": (["--processes", "two"], "got 'two'"),
     "resume without a folder": (["--resume"], "--resume needs --output-dir"),
     "missing config": (["--config", "none.yaml"], "--config none.yaml cannot be read"),

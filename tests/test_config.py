@@ -96,7 +96,7 @@ def test_what_yaml_makes_of_words_and_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"learning_rate: 1\nlr: 1\n", "unknown keys learning_rate: allowed are batch_size"),
+    (b"learning_rate: 1\nlr: 1\n", "unknown keys learning_rate: mnist-dist train --help lists"),
     (b"- a\n- b\n", "must hold a mapping"), (b"a: [1\n", "is not YAML"), (b"\xff\xfe\x00", "cannot be read"),
     (b"epochs: many\n", "--epochs must be a whole number"), (b"!!python/object/apply:os.getcwd []", "is not YAML"),
 ])

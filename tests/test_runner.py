@@ -91,4 +91,11 @@ def test_the_error_is_found_above_what_a_launcher_writes():
     launched = f"[rank0]: {traceback.replace(chr(10), chr(10) + '[rank0]: ')}x.errors.ChildFailedError: \n=====\n"
     assert last_error(launched) == "ValueError: 2 ranks cannot"
     assert last_error("mnist-dist: error: --lr must be\n") == "mnist-dist: error: --lr must be"
+    rules = 60 * "="
+    torchruns = (f"torch.distributed.elastic.errors.ChildFailedError: \n{rules}\nbad.py FAILED\nFailures:\n"
+                 "[1]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : 9 (pid: 23141)\n"
+                 "Root Cause (first observed failure):\n"
+                 f"[0]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : 7 (pid: 23140)\n{rules}\n")
+    assert last_error(torchruns) == "rank 0 ended with exit status 7 and without a message"
+    assert last_error(f"ValueError: bad\n{torchruns}") == "ValueError: bad"
     assert last_error("Killed\n\n") == "Killed" and last_error("") == ""

@@ -58,14 +58,14 @@ class Facts:
 
 class Wait:
     """A wait of at most `limit_s` seconds. If it lasts until 5 s after the command's begin, and at least 1 s, a line on
-    standard error says for whom, unless that is "".
+    standard error says for whom, unless that is "", or the wait ends by then.
 
     `why` says what makes this process wait, if a person may not know: variables that an earlier command has left.
     """
 
     def __init__(self, limit_s: float, for_whom: Callable[[], str], why: str = "") -> None:
         self.limit_s, self.for_whom, self.why = limit_s, for_whom, why
-        self._begin, self._is_said = time.monotonic(), False
+        self._begin, self._is_said = time.monotonic(), limit_s <= NOTICE_SECONDS
         self._notice_s = max(1.0, NOTICE_SECONDS - (self._begin - BEGUN))
 
     def is_over(self) -> bool:

@@ -19,7 +19,7 @@ MOST = 2**63  # a whole number is below it
 
 @functools.cache
 def _model(kind: type, is_partial: bool) -> Any:
-    """The model of a record; of a partial one, all that is missing or None is right."""
+    """The model of a record; of a partial one, all that is missing or None is right, and any number for a whole one."""
     from pydantic import create_model
 
     hints = get_type_hints(kind)
@@ -27,6 +27,7 @@ def _model(kind: type, is_partial: bool) -> Any:
     for option in fields(kind):
         wanted = _nested().get(option.name) or _strict(hints[option.name])
         if is_partial:
+            wanted = _strict(float) if hints[option.name] is int else wanted
             types[option.name] = (wanted | None, None)
         else:
             types[option.name] = (wanted, ... if option.default is MISSING else option.default)
@@ -64,9 +65,9 @@ def _nested() -> dict[str, Any]:
 
     whole, number = _strict(int), _strict(float)
     spread = _record("Spread", {"min": number, "median": number, "max": number})
-    evaluation = _record("Evaluation", {"step": whole, "samples": whole, "train_seconds": number, "test_nll": number,
+    evaluation = _record("Evaluation", {"step": number, "samples": number, "train_seconds": number, "test_nll": number,
                                         "test_accuracy": number})
-    target = _record("Target", {"target_nll": number}, {"step": whole, "samples": whole, "train_seconds": number,
+    target = _record("Target", {"target_nll": number}, {"step": number, "samples": number, "train_seconds": number,
                                                         "test_nll": number})
     ranks = _record("Ranks", {"count": whole, "slowest_rank": whole, "slowest_host": str, "own_ms": spread},
                     {"step_ms": spread, "data_wait_ms": spread, "peak_memory_bytes": spread})

@@ -214,7 +214,7 @@ def test_a_dry_run_starts_and_writes_nothing(tmp_path, capsys):
 BAD = {
     "--batch-sizes": (["--batch-sizes", "10,x"], "--batch-sizes must be a whole number at least 1"),
     "no batch": (["--batch-sizes", ""], "--batch-sizes must be"),
-    "--processes": (["--processes", "0"], "--processes must be a whole number at least 1"),
+    "--processes": (["--processes", "0"], "--processes must be a whole number from 1 to 65,536"),
     "--scaling": (["--scaling", "fast"], "--scaling must be strong, weak, or strong,weak, got 'fast'"),
     "--repeats": (["--repeats", "2.5"], "--repeats must be a whole number"),
     "--cell-timeout": (["--cell-timeout", "never"], "--cell-timeout must be a number of seconds above 0"),
