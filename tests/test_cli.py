@@ -27,6 +27,12 @@ BAD = {
     "resume without a folder": (["--resume"], "--resume needs --output-dir"),
     "missing config": (["--config", "none.yaml"], "--config none.yaml cannot be read"),
     "a word": (["fast"], "unknown option fast"),
+    "another's flag": (["--optimizer", "sgd"], "unknown option --optimizer: mnist-dist train --help"),
+    "a part of a flag": (["--batch", "5"], "unknown option --batch: did you mean --batch-size?"),
+    "a control character": (["--run-name", "a\x1b[31m"], "a\\x1b[31m has control characters"),
+    "bytes": (["--data-dir", "a\udcff"], "a\\udcff has control characters, or bytes that are no text"),
+    "a long path": (["--config", "x" * 5000], "xxx...xxx"),
+    "many processes": (["--processes", "9" * 5000], "--processes must be a whole number from 1 to 4,096"),
     "float64 in half": (["--dtype", "float64", "--mixed-precision", "bf16"], "exclude each other"),
 }
 
@@ -120,3 +126,15 @@ def test_underscores_and_the_mirror_of_the_environment(monkeypatch):
     assert training_config(parse(["train", "--mirror", "http://typed/"])).mirror == "http://typed/"
     with pytest.raises(UserError, match="expected one argument"):
         parse(["train", "--seed"])
+
+
+@pytest.mark.parametrize(("words", "values"), [
+    (["--reproducible=True", "--shuffle=False"], {"reproducible": True, "shuffle": False}),
+    (["--reproducible=false", "--no-shuffle"], {"reproducible": False, "shuffle": False}),
+    (["--shuffle=1", "--noise_scale=0"], {"shuffle": True, "noise_scale": False}),
+    (["--batch_size=32.0", "--epochs=1e1"], {"batch_size": 32, "epochs": 10}),
+    (["--local-rank=1", "--seed", "3"], {"seed": 3}), (["--local_rank=0"], {}),
+])
+def test_options_as_sweeps_and_launchers_write_them(words, values):
+    config = training_config(parse(["train", *words]))
+    assert {name: getattr(config, name) for name in values} == values

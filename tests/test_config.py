@@ -32,14 +32,56 @@ BAD = [
     ({"resume": True}, "--resume needs --output-dir"),
     ({"reproducible": True, "gradient_accumulation_steps": 2}, "--reproducible and --gradient-accumulation-steps"),
     ({"reproducible": True, "compile": "on"}, "--compile on and --reproducible"),
+    ({"epochs": "9" * 20_000}, "--epochs must be a whole number at least 1, got '9999"),
+    ({"epochs": 10**4000}, "--epochs must be a whole number at least 1, got "),
+    ({"epochs": "1e30"}, "--epochs must be a whole number"),
+    ({"batch_size": "1e-1"}, "--batch-size must be a whole number"),
+    ({"evaluate_every": f"{'9' * 5000}samples"}, "--evaluate-every must be a number of samples"),
+    ({"checkpoint_every": f"{'9' * 5000}s"}, "--checkpoint-every must be a number"),
+    ({"gradient_accumulation_steps": 10**9}, "--gradient-accumulation-steps must be from 1 to 1000000"),
+    ({"timeout": 1e300}, "--timeout must be above 0 and at most 10,000,000"),
+    ({"lr": 10**400}, "--lr must be a number above 0"),
+    ({"output_dir": "a\0b"}, "--output-dir must not have control characters"),
+    ({"data_dir": "a\udcff"}, "--data-dir must not have control characters, or bytes that are no text; got 'a\\udcff'"),
+    ({"run_name": "\x1b[31mred"}, "--run-name must not have control characters"),
+    ({"dataset": "x" * 5000}, "xxx...xxx"),
+    ({"dataset": ["a"] * 5000}, "--dataset must be text"),
 ]
+PASSWORDS = ["p/w", "p#w", "p'w", "p w", "p@w", "p?w", 'p"w', "p\\w", "p<w"]
 
 
 @pytest.mark.parametrize(("values", "message"), BAD)
 def test_bad_values_are_named(values, message):
     with pytest.raises(UserError) as caught:
         TrainConfig(**values)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize("url", [*(f"http://someone:{password}@host/" for password in PASSWORDS), "host", "//host/",
+                                 "file:///etc/", "http://", "http://[::1/", "http://host:99999/", "http://u@v@host/"])
+def test_a_url_that_may_be_read_in_two_ways_is_not_shown(url):
+    """Where the password ends is not plain: a part of it could be written down, or sent to another host."""
+    with pytest.raises(UserError) as caught:
+        TrainConfig(mirror=url)
+    message = str(caught.value)
+    assert "--mirror must be a URL like http://HOST/FOLDER/" in message and len(message) <= 400
+    assert not any(part in message for part in ("someone", "p/w", "p#w", "p w", "u@v"))
+
+
+@pytest.mark.parametrize("url", ["http://host/", "https://someone:p%2Fw@host:8000/a/b?c=d", "http://[::1]:80/",
+                                 "http://token@10.0.0.1/", "http://host.example/~x/(y)/"])
+def test_plain_urls(url):
+    assert TrainConfig(mirror=url).mirror == url
+
+
+@pytest.mark.parametrize(("value", "number"), [("32.0", 32), ("1e2", 100), (32.0, 32), ("1_000", 1000), (" 7 ", 7)])
+def test_whole_numbers_as_sweeps_write_them(value, number):
+    assert TrainConfig(batch_size=value).batch_size == number
+
+
+def test_a_rate_that_the_rule_makes_infinite():
+    with pytest.raises(UserError, match=r"--lr 1e\+308 with --lr-rule linear is inf at a batch of 1000"):
+        TrainConfig(lr=1e308, lr_rule="linear").learning_rate(1000)
 
 
 def test_every_knob_has_help_and_its_default_passes_its_own_check():
@@ -99,6 +141,8 @@ def test_what_yaml_makes_of_words_and_numbers(tmp_path):
     (b"learning_rate: 1\nlr: 1\n", "unknown keys learning_rate: mnist-dist train --help lists"),
     (b"- a\n- b\n", "must hold a mapping"), (b"a: [1\n", "is not YAML"), (b"\xff\xfe\x00", "cannot be read"),
     (b"epochs: many\n", "--epochs must be a whole number"), (b"!!python/object/apply:os.getcwd []", "is not YAML"),
+    (b"a: &a [x]\nb: *a\n", "it has an alias"), (b"epochs: " + b"9" * 20_000, "is not YAML"),
+    (b"#" * 70_000, "at most 65,536 are read"), (b'"\\e[31m": 1\n', "unknown keys \\x1b[31m"),
 ])
 def test_bad_files_are_named(content, message, tmp_path):
     path = tmp_path / "config.yaml"

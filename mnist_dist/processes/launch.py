@@ -134,8 +134,9 @@ def _of_launcher(environment: Mapping[str, str]) -> dict[str, Any]:
 def _place(environment: Mapping[str, str]) -> Place:
     """This process, from torchrun's variables, or those of MPI or SLURM. Raises `UserError` if they disagree."""
     torchs, *of_mpi = (Place(names, *(_number(environment, name) for name in names)) for names in (TORCH, *MPI))
-    if torchs.rank is None and environment.get("SLURM_PTY_PORT"):
-        # the shell of `srun --pty`: one person's, whatever the number of tasks
+    if torchs.rank is None and environment.get("SLURM_PTY_PORT") and has_terminal():
+        # the shell of `srun --pty`: one person's, whatever the number of tasks. The tasks of an srun that is typed
+        # there inherit the variable, and have no terminal
         place = Place(SLURM, None, None, None, None)
     elif torchs.rank is None:
         others = [place for place in (*of_mpi, _slurm(environment)) if place.size is not None]
@@ -200,6 +201,15 @@ def cores_of_container(root: Path = Path("/sys/fs/cgroup")) -> float | None:
         if quota != "max" and int(quota) > 0:
             return int(quota) / int(period)
     return None
+
+
+def has_terminal() -> bool:
+    """Whether this process belongs to a terminal, also if its input and output do not."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

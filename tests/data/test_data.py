@@ -10,7 +10,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import torch
-from data_mirror import SECRET
+from data_mirror import SECRET, serve
 from support import assert_one_line_error, idx_bytes, mnist_dist, mnist_dist_launched, result_of, write_idx_folder
 from torchvision import datasets, transforms
 
@@ -112,9 +112,11 @@ def test_torchvisions_own_mirrors_are_tried_after_ours(mirror, monkeypatch, tmp_
     assert mirror.asked == {f"{name}.gz": 1 for name in NAMES}
 
 
-@pytest.mark.parametrize("fault", ["truncated", "other content", "404", "closes", "hangs"])
+@pytest.mark.parametrize("fault", ["truncated", "other content", "404", "closes", "hangs", "drips", *(
+    pytest.param(fault, marks=pytest.mark.long) for fault in ("drips a head", "no end"))])
 def test_a_bad_mirror_leaves_nothing(fault, mirror, no_other_mirror, monkeypatch, tmp_path):
     monkeypatch.setattr("mnist_dist.data.download.STALL_SECONDS", 0.5)
+    monkeypatch.setattr("mnist_dist.data.download.POLL_SECONDS", 0.1)
     mirror.fault = fault
     with pytest.raises(UserError, match=mirror.url) as caught:
         obtain("mnist", str(tmp_path), mirror.url, never)
@@ -130,6 +132,15 @@ def test_a_bad_mirror_leaves_nothing(fault, mirror, no_other_mirror, monkeypatch
     assert obtain("mnist", str(tmp_path / "new" / "data"), mirror.url, never) == "mnist"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["data"]
     assert [path.name for path in (tmp_path / "new" / "data").iterdir()] == ["MNIST"]
+
+
+def test_a_password_goes_to_its_host_alone(mirror, mnist_dir, no_other_mirror, tmp_path):
+    other = serve(mnist_dir)
+    elsewhere = next(other)
+    mirror.fault = elsewhere.url
+    assert obtain("mnist", str(tmp_path), mirror.url.replace("://", "://someone:secret@"), never) == "mnist"
+    assert set(mirror.passwords) == {"Basic c29tZW9uZTpzZWNyZXQ="} and set(elsewhere.passwords) == {None}
+    next(other, None)
 
 
 def test_threads_at_the_same_time_fetch_once(mirror, no_other_mirror, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import uuid
 
 import psutil
 import pytest
-from support import ROOT, assert_one_line_error, mnist_dist_launched, wait_for_epochs
+from support import ROOT, assert_one_line_error, mnist_dist_launched, run, wait_for_epochs
 
 from mnist_dist import runner
 
@@ -31,7 +33,7 @@ CASES = [  # variables, and what is printed
     ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "gone.example", "MASTER_PORT": "1"}, RUNS),
     ({"MASTER_ADDR": "gone.example", "OMP_NUM_THREADS": "4,2"}, RUNS),
     ({"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, RUNS),  # a batch script
-    ({**OF_SLURM, "SLURM_PTY_PORT": "40001"}, RUNS),
+    ({**OF_SLURM, "SLURM_PTY_PORT": "40001", "MASTER_PORT": "29875"}, WAITS),  # an srun within the shell of srun --pty
     ({**OF_SLURM, "SLURM_STEP_NUM_TASKS": "1"}, RUNS),
     ({**OF_OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, RUNS),
     ({"WORLD_SIZE": "4"}, "type `unset WORLD_SIZE`"),
@@ -70,6 +72,17 @@ def test_variables_that_are_left(variables, printed, small_dir, tmp_path):
     assert re.search(r"for 8 s at most \(\S+=\d.* say so: unset these to run one process\)", notice)
     error = process.stderr.read()
     assert process.wait() == 2 and len(error.splitlines()) == 1 and error.startswith("mnist-dist: error: ")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("script") is None, reason="no `script` to make a terminal")
+def test_the_shell_of_srun_pty(small_dir, tmp_path):
+    """It has a terminal of its own."""
+    words = [sys.executable, "-m", "mnist_dist", "train", "--data-dir", small_dir, "--max-steps", 2, "--wandb",
+             "disabled", "--output-dir", "run"]
+    done = run(["script", "-qec", shlex.join(map(str, words)), "/dev/null"], cwd=tmp_path, PYTHONPATH=str(ROOT),
+               **OF_SLURM, SLURM_PTY_PORT="40001")
+    assert done.returncode == 0 and RUNS in done.stdout, done
 
 
 def test_a_command_that_starts_its_processes_itself(tmp_path):

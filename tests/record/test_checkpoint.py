@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from support import assert_one_line_error, mnist_dist, result_of
 
+from mnist_dist.disk.files import remove_tree
 from mnist_dist.errors import MnistDistError
 from mnist_dist.record import checkpoint
 from mnist_dist.record.checkpoint import CheckpointWriter, load_newest
@@ -333,3 +334,20 @@ def test_another_mixed_precision_is_not_continued(launcher, small_dir, tmp_path)
 def test_nothing_to_resume_starts_afresh(small_dir, tmp_path):
     folder = trained(tmp_path, small_dir, "new", "--epochs", 1, "--resume", "--checkpoint-every", "never")
     assert len(result_of(folder)["epochs"]) == 1 and not (folder / "checkpoints").exists()
+
+
+def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path, monkeypatch):
+    """A folder that another user's process has left: every later checkpoint is written all the same."""
+    root = tmp_path / "checkpoints"
+    (root / ".step-x").mkdir(parents=True)
+    (root / ".step-000000001.99").write_text("a file")
+
+    def refuse(path):
+        if path.name.startswith(".step-x"):
+            raise PermissionError(13, "Permission denied", str(path))
+        remove_tree(path)
+
+    monkeypatch.setattr("mnist_dist.record.checkpoint.remove_tree", refuse)
+    with CheckpointWriter(root, 2) as writer:
+        writer.write(1, {"weight": torch.ones(2)}, {})
+    assert sorted(path.name for path in root.iterdir()) == [".step-x", "step-000000001"]
