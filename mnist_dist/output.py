@@ -41,7 +41,7 @@ def protect() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream, encoding = getattr(sys, name), "utf-8"
         if stream is not None:

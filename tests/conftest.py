@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,14 +15,20 @@ from data_mirror import mirror, no_other_mirror  # noqa: F401
 from slurm_cluster import Slurm, missing
 from support import ROOT, mnist_dist, write_idx_folder
 
+from mnist_dist.processes.launch import TORCH
+
 # before torch is imported anywhere; the command lines under test inherit it
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mnist-dist-tests-")  # holds no Accelerate config
 os.environ["NETRC"] = os.devnull
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "mnist-dist-tests-compiled")))
-for name in [name for name in os.environ if name.startswith("WANDB_")] + ["MNIST_DIST_MIRROR", "ACCELERATE_USE_CPU"]:
+for name in [name for name in os.environ if name.startswith("WANDB_")] + [
+        "MNIST_DIST_MIRROR", "ACCELERATE_USE_CPU", *TORCH, "MASTER_ADDR", "MASTER_PORT"]:
     os.environ.pop(name, None)
 os.environ["WANDB_CONFIG_DIR"] = os.environ["HF_HOME"]  # holds no settings either
+# under nohup these tests would be runs that ignore a closed terminal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
 # The files that take longest, in this order; the others follow as they are collected.

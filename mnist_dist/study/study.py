@@ -396,7 +396,7 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
     """One run: its outcome is written, its row added, and a line printed."""
     folder = study.run_folder(run)
     command = command_of(run, folder, request.options, request.script, machine.launcher)
-    outcome: dict[str, Any] = {"status": "failed", "reason": "stopped by Ctrl-C or SIGTERM", "started": None,
+    outcome: dict[str, Any] = {"status": "failed", "reason": "stopped by a signal", "started": None,
                                "seconds": None}
     if sys.stdout.isatty():
         output.say(f"{place} {run.name} …", end="\r")
