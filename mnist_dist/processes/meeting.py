@@ -103,14 +103,17 @@ def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, tim
     """
     from torch.distributed import TCPStore
 
+    def make() -> Any:
+        if hosts_it and address == LOOPBACK:
+            return _store_on_loopback(port, timeout_s)
+        return TCPStore("localhost" if hosts_it else address, port, is_master=hosts_it, multi_tenant=True,
+                        timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+
     if not hosts_it:
         reach(address, port, is_elsewhere=is_elsewhere, timeout_s=timeout_s, why=why)
     try:
         # with our own look at the port first: torch prints a page about a port that does not answer
-        store = within(ASK_SECONDS, lambda: TCPStore(
-            LOOPBACK if hosts_it else address, port, is_master=hosts_it, timeout=timedelta(seconds=timeout_s),
-            multi_tenant=True, wait_for_workers=False,
-            master_listen_fd=_listening(port) if hosts_it and address == LOOPBACK else None))
+        store = within(ASK_SECONDS, make)
         if hosts_it and port and address != LOOPBACK:
             _resolved(address, why)
             _wait_for_port(address, port, ASK_SECONDS, why)
@@ -128,31 +131,29 @@ def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, tim
 
 
 def local_store(timeout_s: float) -> Any:
-    """A store for the processes of this machine alone, at a free port of the loopback interface. Raises `UserError`.
+    """A store for the processes of this machine alone, at a free port of the loopback interface. Raises `OSError`.
 
     A launcher of torch's in this process that makes a store at that port shares this one's: torch keeps one for each
     port (`multi_tenant`). It would listen on every interface.
     """
-    return store_at(LOOPBACK, _free_port(), hosts_it=True, is_elsewhere=False, timeout_s=timeout_s)
+    return _store_on_loopback(0, timeout_s)
 
 
-def _free_port() -> int:
-    with socket.socket() as any_free:
-        any_free.bind((LOOPBACK, 0))
-        return any_free.getsockname()[1]
+def _store_on_loopback(port: int, timeout_s: float) -> Any:
+    """A store that listens at this port of the loopback interface, or at a free one for 0. Raises `OSError`."""
+    from torch.distributed import TCPStore
 
-
-def _listening(port: int) -> int:
-    """A socket that listens at this port of the loopback interface; the store takes and closes it."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((LOOPBACK, port))
         listener.listen(1024)
+        port = listener.getsockname()[1]
     except OSError:
         listener.close()
         raise
-    return listener.detach()
+    return TCPStore(LOOPBACK, port, is_master=True, timeout=timedelta(seconds=timeout_s), multi_tenant=True,
+                    wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def reach(address: str, port: int, *, is_elsewhere: bool, timeout_s: float, why: str = "") -> None:
