@@ -101,6 +101,7 @@ def test_a_terminal_that_is_closed(ignored, size, small_dir, tmp_path):
         assert not (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.long
 def test_ctrl_c_before_the_first_step_says_so_and_leaves_no_run(small_dir, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "mnist_dist", "train", "--data-dir", str(small_dir), *WORDS],
                                cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,

@@ -65,7 +65,7 @@ def outside_of(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", OBSTACLES)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("depth", ["at the name", "above it", "above that"])
+@pytest.mark.parametrize("depth", ["at the name", "above it", pytest.param("above that", marks=pytest.mark.long)])
 def test_nothing_outside_changes(depth, call, kind, tmp_path):
     outside, folder = outside_of(tmp_path), tmp_path / "run"
     path = {"at the name": folder / "file", "above it": folder / "folder" / "file",
