@@ -18,7 +18,7 @@ def campaign(output, data_dir, *words):
     return done.returncode, json.loads((output / "faults.json").read_text())
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_a_short_plan_and_one_whose_reference_is_changed(small_dir, tmp_path):
     words = ["--kills", 1, "--seed", 17299, "--batch-size", 10]
     status, found = campaign(tmp_path / "out", small_dir, *words)

@@ -69,7 +69,7 @@ def of_kinds(kinds):
             for number, kind in enumerate(kinds)]
 
 
-@pytest.mark.parametrize(("name", "kind"), cases([*OF_A_RUN, ".lock"]))
+@pytest.mark.parametrize(("name", "kind"), list(cases([*OF_A_RUN, ".lock"])))
 def test_a_run(name, kind, outside, run_before, small_dir, tmp_path):
     before = snapshot(outside)
     (tmp_path / "new").mkdir()
@@ -105,7 +105,7 @@ def test_within_a_checkpoint(kind, outside, run_before, small_dir, tmp_path):
     assert not (newest.parent / ".step-000000009.1").is_symlink()
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(OF_A_STUDY))
+@pytest.mark.parametrize(("name", "kind"), list(cases(OF_A_STUDY)))
 def test_a_study(name, kind, outside, tmp_path):
     before = snapshot(outside)
     words = ["study", "--script", STAND_IN, "--batch-sizes", "10", "--repeats", 1, "--wandb", "disabled",
@@ -141,7 +141,7 @@ def gz_that_goes_on(path, count):
 BAD_DATA = {
     **{f"{kind} as {stem}": (lambda folder, kind=kind, stem=stem: (
         (folder / stem).unlink(), place(kind, folder / stem, folder / "none")))
-       for kind in ("pipe", "device", "loop", "link to nothing") for stem in list(STEMS.values())[:2]},
+       for kind in ("pipe", "device", "loop", "link to nothing") for stem in list(STEMS.values())[:1]},
     "a gz that goes on": lambda folder: ((folder / STEMS["test", "labels"]).unlink(),
                                          gz_that_goes_on(folder / f"{STEMS['test', 'labels']}.gz", 211)),
     "an npz of a pipe": lambda folder: (shutil.rmtree(folder), folder.mkdir(), os.mkfifo(folder / "mnist.npz")),

@@ -157,7 +157,7 @@ def test_a_rank_that_is_ill_is_named(ill, said, small_dir, tmp_path):
         assert size["bus_bandwidth"] == pytest.approx(size["algorithm_bandwidth"] * 2 * (ranks - 1) / ranks)
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_one_slow_link_of_three(small_dir, tmp_path):
     with Hosts(tmp_path, 3) as hosts:
         for number in hosts.numbers:

@@ -14,7 +14,7 @@ import uuid
 
 import psutil
 import pytest
-from support import ROOT, assert_one_line_error, mnist_dist_launched, run, wait_for_epochs
+from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched, run, wait_for_epochs
 
 from mnist_dist import runner
 
@@ -57,7 +57,7 @@ def test_variables_that_are_left(variables, printed, small_dir, tmp_path):
     words = ["train", "--data-dir", small_dir, "--epochs", 1, "--batch-size", 500, "--wandb", "disabled",
              "--timeout", 8, "--output-dir", "run"]
     if printed not in (WAITS, SEARCHES):
-        done = mnist_dist_launched(*words, cwd=tmp_path, **variables)
+        done = (mnist_dist if printed == RUNS else mnist_dist_launched)(*words, cwd=tmp_path, **variables)
         if printed != RUNS:
             assert_one_line_error(done, printed, "unset")
             return

@@ -189,7 +189,7 @@ def rank_of(started):
 
 @pytest.mark.parametrize(("launcher", "fault"), [
     pytest.param(launcher, fault, marks=pytest.mark.long if (launcher, fault) in (
-        (ours, "cut"), (torchrun, "crash of 1"), (ours, "stop of 2")) else pytest.mark.faults)
+        (ours, "cut"), (ours, "stop of 2")) else pytest.mark.faults)
     for launcher in (ours, torchrun, accelerate) for fault in ("cut", "crash of 1", "crash of 2", "stop of 1",
                                                                "stop of 2")
     if launcher is ours or "stop" not in fault])  # of theirs, the one on the same machine waits for ever

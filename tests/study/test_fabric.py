@@ -103,7 +103,7 @@ def test_a_report_without_it(tmp_path):
     assert "doctor" not in text and "doctor" not in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_a_study_has_the_doctor_measure(tmp_path):
     words = ["study", "--batch-sizes", "500", "--processes", "1,2", "--repeats", "1", "--dataset", "synthetic",
              "--max-steps", "20", "--wandb", "disabled", "--output-dir", str(tmp_path)]

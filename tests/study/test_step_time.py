@@ -180,7 +180,7 @@ def test_a_forecast_is_trusted_if_the_model_is_true(name):
 
 
 @pytest.mark.parametrize(("tables", "judged"), [
-    pytest.param(60, 24, marks=pytest.mark.long), pytest.param(200, 80, marks=pytest.mark.faults)])
+    pytest.param(60, 24, marks=pytest.mark.faults), pytest.param(200, 80, marks=pytest.mark.faults)])
 def test_many_tables_of_each_truth(tables, judged):
     """The first number for the errors, the second for whether a wrong model is passed, which takes longer."""
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -135,8 +135,8 @@ def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir,
 
 @pytest.mark.parametrize(("batch_size", "number", "products"), [
     (97, 2, {"bmm": 3, "mm": 0, "addmm": 0}),  # the first weight's, and the gradient of the second, in two blocks
-    pytest.param(600, 2, {"bmm": 0, "mm": 2, "addmm": 1}, marks=pytest.mark.long),  # the others: inductor's own loops
-    pytest.param(2, 2, {"bmm": 1, "mm": 0, "addmm": 0}, marks=pytest.mark.long),  # the first activations
+    pytest.param(600, 2, {"bmm": 0, "mm": 2, "addmm": 1}, marks=pytest.mark.faults),  # the others: inductor's own loops
+    pytest.param(2, 2, {"bmm": 1, "mm": 0, "addmm": 0}, marks=pytest.mark.faults),  # the first activations
     (1, 2, {"bmm": 0, "mm": 0, "addmm": 0}),
     pytest.param(97, 1, {"bmm": 0, "mm": 3, "addmm": 2}, marks=pytest.mark.long),  # one thread: the graph as it was
 ])
@@ -225,7 +225,7 @@ def test_cut_and_continued_it_has_the_same_bits(small_dir, tmp_path):
         assert 0 <= ours["data_wait_fraction"] < 1
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_bf16_is_compiled_too(small_dir, tmp_path):
     for compile in ("on", "off"):
         trained(tmp_path, small_dir, compile, "--epochs", 2, "--mixed-precision", "bf16", "--compile", compile)
@@ -246,7 +246,7 @@ def test_without_a_compiler_auto_goes_on_and_on_says_so(small_dir, tmp_path):
     assert result["environment"]["step"] == "plain" and len(result["epochs"]) == 1
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_a_compiler_older_than_the_processor_and_code_in_the_users_cache(small_dir, tmp_path):
     """The compiler refuses the widest vectors: then inductor tries what it knows."""
     compiler = tmp_path / "c++"
@@ -264,7 +264,7 @@ exec g++ "$@"
     assert list(kind.rglob("*.so")) and not (tmp_path / "torchinductor_root").exists()
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_an_empty_batch_moves_nothing(small_dir, tmp_path):
     """What fills up a short batch weighs nothing: a step of it alone leaves weights, moments and losses as they are."""
     script = tmp_path / "empty.py"

@@ -66,7 +66,7 @@ def on_each(small_dir, tmp_path_factory):
 
 @pytest.mark.parametrize(("some", "others"), [
     ("1", "2"), ("1", "3"), ("1", "2 in passes"),
-    pytest.param("compiled", "2 in passes, compiled", marks=pytest.mark.long),
+    pytest.param("compiled", "2 in passes, compiled", marks=pytest.mark.faults),
 ])
 def test_processes_and_passes_change_nothing(some, others, on_each):
     for ours, theirs in zip(on_each(some), on_each(others), strict=True):

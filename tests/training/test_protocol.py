@@ -13,7 +13,7 @@ from mnist_dist.commands.reproduce import PROTOCOLS
 REFERENCE = PROTOCOLS[1].reference  # epoch to (mean, deviation) of the test NLL sum
 
 
-@pytest.mark.parametrize("seeds", [pytest.param(2, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.faults)])
 def test_seeds_are_within_the_reference(seeds, mnist_dir, tmp_path):
     sums = {epoch: [] for epoch in REFERENCE}
     for seed in range(seeds):
@@ -31,7 +31,7 @@ def test_seeds_are_within_the_reference(seeds, mnist_dir, tmp_path):
         assert abs(statistics.mean(sums[epoch]) - mean) <= 2 * deviation, epoch
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_the_embedded_digits_are_about_as_hard(tmp_path):
     done = mnist_dist("train", "--dataset", "synthetic", "--wandb", "disabled", "--checkpoint-every", "never",
                       "--output-dir", "run", cwd=tmp_path)

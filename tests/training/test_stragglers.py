@@ -11,7 +11,7 @@ from support import result_of
 WORDS = ["train", "--max-steps", "12", "--batch-size", "48", "--wandb", "disabled", "--checkpoint-every", "never"]
 
 
-@pytest.mark.parametrize("kind", ["plain", "exact", pytest.param("compiled", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["plain", "exact", pytest.param("compiled", marks=pytest.mark.faults)])
 def test_a_slow_rank_is_named(kind, small_dir, tmp_path):
     rest = {"plain": ["--compile", "off"], "exact": ["--reproducible"], "compiled": ["--compile", "on"]}[kind]
     done = run_forked([*WORDS, *rest, "--data-dir", small_dir, "--output-dir", tmp_path / "run"], cwd=tmp_path, size=2,
