@@ -139,7 +139,8 @@ def _differences(by_host: dict[str, list[Finding]]) -> Iterator[Finding]:
 
 def examine(config: TrainConfig, launch: Launch) -> list[Finding]:
     """Everything that is found out about this launch; on the main process, elsewhere nothing. Collective."""
-    interface = choose_interface(launch) or os.environ.get(VARIABLE)
+    named = os.environ.get(VARIABLE)  # by the user
+    interface = choose_interface(launch) or named
     team = join(launch, timeout_s=config.timeout, options=config.common, mixed_precision="no", dynamo_backend="no")
     here = _here(config, launch) if launch.local_rank == 0 else []
     by_host: dict[str, list[Finding]] = {}

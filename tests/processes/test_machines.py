@@ -60,12 +60,13 @@ def start(hosts, number, *words, launcher=ours, processes=1, machines=2, address
 
 
 def ended(started, timeout=200.0):
-    """(status, our lines, everything) of each, and how long the last one took."""
+    """(status, our lines but for those that say for whom it waits, everything) of each, and how long the last took."""
     begin, found = time.monotonic(), []
     for process in started:
         text = process.communicate(timeout=timeout)[0]
         print(text, end="\n----\n")
-        found.append((process.returncode, [line for line in text.splitlines() if "mnist-dist: " in line], text))
+        found.append((process.returncode, [line for line in text.splitlines() if "mnist-dist: " in line
+                                           and " waits for " not in line], text))
     return found, time.monotonic() - begin
 
 
