@@ -27,7 +27,6 @@ from mnist_dist.record.result import RunResult, read_result
 MARK = "MNIST_DIST_PROCESS_TREES"  # environment variable: the marks of all trees that a process belongs to
 GRACE_SECONDS = 30.0  # after Ctrl-C, for a run to leave a checkpoint
 ERROR_LINE = re.compile(r"(?:\[rank\d+\]:\s*)?((?:[\w.]+(?:Error|Exception)|mnist-dist: error): .+)")
-
 # of the rank that failed first
 TORCHRUNS = re.compile(r"Root Cause .*?\brank +: (\d+).*?\bexitcode +: (-?\d+)", re.DOTALL)
 

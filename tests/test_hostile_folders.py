@@ -26,13 +26,13 @@ LINKS = [kind for kind in OBSTACLES if kind != "folder"]
 OF_A_STUDY = (STUDY, LOG, RUNS, JSONL, CSV, "pictures", "report.md", "report.html", ".lock")
 WORDS = ["--epochs", 1, "--max-steps", 8, "--batch-size", 50, "--wandb", "disabled", "--checkpoint-every", "4steps"]
 STAND_IN = Path(__file__).parent / "study" / "stand_in.py"
-SECONDS = 20.0  # after which a command is taken for one that never ends; times 3, for a slow machine
+SECONDS = 60.0  # a command that takes longer hangs
 
 
 def check(done, begin, outside, before):
     """The command is done, or has ended with one line; nothing outside has changed."""
     seconds = time.monotonic() - begin
-    assert seconds < 3 * SECONDS
+    assert seconds < SECONDS
     errors = done.stderr.strip().splitlines()
     if done.returncode:
         assert done.returncode in (1, 2) and sum(line.startswith("mnist-dist: error: ") for line in errors) == 1, errors
@@ -133,7 +133,7 @@ def test_pictures(kind, outside, small_dir, tmp_path):
 
 
 def gz_that_goes_on(path, count):
-    """10 GB of zeros in 10 MB, after the header of so many labels."""
+    """A header that says `count` labels, these, and 10 GB of zeros; packed, 10 MB."""
     part = gzip.compress(bytes(100_000_000), 9)
     path.write_bytes(gzip.compress(struct.pack(">II", 0x801, count) + bytes(count)) + 100 * part)
 

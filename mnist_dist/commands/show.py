@@ -58,7 +58,7 @@ def show(config: TrainConfig, output_dir: Path) -> None:
     model = MLP()
     alone = model.probabilities(scale(images[:1]))
     say(f"3. the MLP {'-'.join(map(str, model.sizes))}: {num_parameters(model.sizes):,} parameters, "
-          f"{flop_per_sample(model.sizes):,} FLOP per sample and step")
+        f"{flop_per_sample(model.sizes):,} FLOP per sample and step")
     say("   untrained, its probabilities for the first image are all near 0.1:")
     say("  " + " ".join(f"{probability:.4f}" for probability in alone[0]))
 

@@ -49,7 +49,8 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
     lock = FolderLock(there, f".{data_dir.name}.{name}.lock")
     try:
         lock.acquire(LOCK_SECONDS)
-        with contextlib.closing(lock):
+        with contextlib.ExitStack() as held:
+            held.callback(lock.release)
             if find(data_dir, TORCHVISION_CLASS[name]) is not None:
                 return
             with tempfile.TemporaryDirectory(prefix=".download-", dir=there) as root:
@@ -105,7 +106,7 @@ def _begins(url: str) -> bytes:
 
 
 def _mirrors(kind: Any, mirror: str | None) -> list[str]:
-    """The base URLs to try: the one that is given, then those of torchvision's class."""
+    """The base URLs to try: that of --mirror, then those of torchvision's class."""
     return [*([mirror.rstrip("/") + "/"] if mirror else []), *kind.mirrors]
 
 

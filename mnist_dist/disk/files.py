@@ -28,7 +28,7 @@ _SEARCH = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", 
 
 @contextmanager
 def _folder(path: Path, *, create: bool = False) -> Iterator[int]:
-    """A handle of the folder, no component of whose path is a symbolic link; `create` makes those that are missing.
+    """A handle of the folder. No component of its path may be a symbolic link. With `create`, missing folders are made.
     Raises `OSError`.
     """
     handle = os.open("/" if path.is_absolute() else ".", _SEARCH)

@@ -76,10 +76,6 @@ class FolderLock:
             raise MnistDistError(f"{self.folder} was renamed or removed while this process wrote to it: nothing more "
                                  "is written; move it back, and continue with --resume")
 
-    def close(self) -> None:
-        """As `release`."""
-        self.release()
-
     def release(self) -> None:
         """Give the lock back, and remove its file."""
         if self._descriptor < 0:

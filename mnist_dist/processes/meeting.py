@@ -250,7 +250,7 @@ class Meeting:
         return f"{self.kind} {missing} of {self.number}"
 
     def _is_first(self, name: str) -> bool:
-        """Whether this is the first of those that are there."""
+        """Whether nobody with a lower number is there."""
         return not any(self._has(n, name) for n in range(self.own))
 
     def _has(self, number: int, name: str) -> bool:

@@ -62,8 +62,8 @@ def interrupting() -> Iterator[None]:
 
 
 class StopSignals:
-    """While open, SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted in `number`; a second signal acts at once. Those that
-    are ignored stay ignored.
+    """While open, SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted in `number`; a second signal acts at once. A signal
+    that is ignored stays ignored.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -53,7 +53,7 @@ def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, Fo
 
 
 def _holds_a_run(folder: Path) -> bool:
-    """Whether a run in this folder has left anything: not one that was stopped before its first checkpoint or epoch."""
+    """Whether a run has left a result, an epoch or a checkpoint in this folder."""
     checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
     return (folder / RESULT).exists() or (metrics.exists() and metrics.stat().st_size > 0) or (
         checkpoints.exists() and any(name.startswith("step-") for name in names_in(checkpoints)))

@@ -24,7 +24,6 @@ from mnist_dist.study.study import Request, print_scripts, run_study
 from mnist_dist.study.table import JSONL, hold_out_of, read_table
 from mnist_dist.text import cut, whole, without_passwords
 
-MOST_PROCESSES, MOST_REPEATS = 65_536, 1_000
 T = TypeVar("T")
 TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too; another script does not get them
 # what a report raises of a table that somebody has changed: it checks the fields that it computes with, and no others
@@ -117,9 +116,9 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
 
     grid = Grid(
         batch_sizes=_list("--batch-sizes", of_grid("batch_sizes", "200"), _whole(1)),
-        processes=_list("--processes", of_grid("processes", "1"), _whole(1, MOST_PROCESSES)),
+        processes=_list("--processes", of_grid("processes", "1"), _whole(1, 65_536)),
         scaling=_list("--scaling", of_grid("scaling", "strong"), _scaling),
-        repeats=_one("--repeats", of_grid("repeats", "5"), _whole(1, MOST_REPEATS)), axes=axes,
+        repeats=_one("--repeats", of_grid("repeats", "5"), _whole(1, 1_000)), axes=axes,
     )
     folder = Path(given.output_dir)
     group = folder.resolve().name

@@ -265,7 +265,7 @@ def run_study(request: Request, machine: Machine, *, dry_run: bool) -> int:
     if dry_run:
         study = open_study(request.folder)
         extend(study, next(requests(request, study, machine)), machine)
-        pending = show_plan(study, machine, print)
+        pending = show_plan(study, machine, output.say)
         output.say("in this order: " + ", ".join(run.name for run in pending))
         if request.quick:
             output.say(f"these decide what follows; all runs together take {SECONDS:.0f} s at most")

@@ -64,21 +64,20 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
 
 
 def _wrong(values: Mapping[str, Any]) -> list[str]:
-    """What may be missing from a result, and is there with another type than the report needs."""
-    problems = []
+    """The first part of a result that has another type than the report needs; nothing if there is none."""
     parts = [("environment", Environment, values["environment"]), ("summary", RunSummary, values["summary"])]
     parts += [(f"epochs[{number}]", EpochRecord, epoch) for number, epoch in enumerate(values["epochs"])]
     for name, kind, part in parts:
         try:
             check_types(kind, part, is_partial=True)
         except ValueError as error:
-            problems.append(f"right {name} ({error})")
+            return [f"right {name} ({error})"]
     for name, inner in (("config", "seed"), ("dataset", "train")):
         if not isinstance(values.get(name), dict | None):
-            problems.append(f"right {name} (a mapping of names to values)")
-        elif not isinstance((values.get(name) or {}).get(inner), int | None):
-            problems.append(f"right {name}.{inner} (a whole number)")
-    return problems[:1]
+            return [f"right {name} (a mapping of names to values)"]
+        if not isinstance((values.get(name) or {}).get(inner), int | None):
+            return [f"right {name}.{inner} (a whole number)"]
+    return []
 
 
 def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

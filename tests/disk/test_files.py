@@ -128,6 +128,6 @@ def test_modes_are_the_umasks(tmp_path):
 def test_a_file_that_is_being_replaced_is_never_in_parts(tmp_path):
     """What a process that was killed has left is removed, and that of a living one is not."""
     (tmp_path / ".file.999999999").write_text("of a process that is gone")
-    (tmp_path / f".file.{os.getppid()}").write_text("of one that lives")
+    (tmp_path / f".file.{os.getppid()}").write_text("of a living process")
     files.replace_synced(tmp_path / "file", b"new")
     assert sorted(files.names_in(tmp_path)) == sorted(["file", f".file.{os.getppid()}"])

@@ -77,7 +77,7 @@ def test_variables_that_are_left(variables, printed, small_dir, tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("script") is None, reason="no `script` to make a terminal")
 def test_the_shell_of_srun_pty(small_dir, tmp_path):
-    """It has a terminal of its own."""
+    """`script` gives it a terminal."""
     words = [sys.executable, "-m", "mnist_dist", "train", "--data-dir", small_dir, "--max-steps", 2, "--wandb",
              "disabled", "--output-dir", "run"]
     done = run(["script", "-qec", shlex.join(map(str, words)), "/dev/null"], cwd=tmp_path, PYTHONPATH=str(ROOT),
