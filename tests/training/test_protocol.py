@@ -13,8 +13,9 @@ from mnist_dist.commands.reproduce import PROTOCOLS
 REFERENCE = PROTOCOLS[1].reference  # epoch to (mean, deviation) of the test NLL sum
 
 
-@pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.faults)])
-def test_seeds_are_within_the_reference(seeds, mnist_dir, tmp_path):
+@pytest.mark.parametrize("seeds, deviations", [  # the mean of several seeds varies less than one seed's sum
+    pytest.param(1, 4, marks=pytest.mark.long), pytest.param(5, 2, marks=pytest.mark.faults)])
+def test_seeds_are_within_the_reference(seeds, deviations, mnist_dir, tmp_path):
     sums = {epoch: [] for epoch in REFERENCE}
     for seed in range(seeds):
         done = mnist_dist("train", "--data-dir", mnist_dir, "--seed", seed, "--epochs", 17, "--wandb", "disabled",
@@ -28,7 +29,7 @@ def test_seeds_are_within_the_reference(seeds, mnist_dir, tmp_path):
               f"{statistics.mean(sums[epoch]):.1f}, reference {mean} ± {deviation}")
     for epoch, (mean, deviation) in REFERENCE.items():
         assert all(abs(value - mean) <= 4 * deviation for value in sums[epoch]), epoch
-        assert abs(statistics.mean(sums[epoch]) - mean) <= 2 * deviation, epoch
+        assert abs(statistics.mean(sums[epoch]) - mean) <= deviations * deviation, epoch
 
 
 @pytest.mark.faults
