@@ -30,6 +30,12 @@ def cut(value: object, most: int = MOST_OF_A_VALUE) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[3 - most + most * 2 // 3:]}"
 
 
+def cause(error: BaseException) -> str:
+    """Why something failed, of at most 120 characters, without the file's name: the message around it has that."""
+    text = error.strerror or str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return cut(" ".join(text.split()), 120)
+
+
 def one_line(text: str) -> str:
     """A message as it is printed: one printable line of at most 400 characters, without passwords."""
     return cut(" ".join(without_passwords(text).split()), MOST_OF_A_MESSAGE)

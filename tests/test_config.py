@@ -152,3 +152,6 @@ def test_bad_files_are_named(content, message, tmp_path):
     assert message in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot be read"):
         read_config(tmp_path / "missing.yaml")
+    with pytest.raises(UserError, match=r"cannot be read \(File name too long\)") as caught:
+        read_config(tmp_path / ("1" * 1000))
+    assert len(str(caught.value)) <= 400

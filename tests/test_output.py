@@ -123,6 +123,15 @@ def test_a_message_is_one_short_printable_line(written):
     line.encode()
 
 
+@pytest.mark.parametrize(("error", "said"), [
+    (OSError(36, "File name too long", "x" * 5000), "File name too long"), (OSError("no disk"), "no disk"),
+    (KeyError("name"), "KeyError: 'name'"), (ValueError("\x1b[31m"), "ValueError: \\x1b[31m"),
+])
+def test_a_cause_has_no_file_name(error, said):
+    assert text.cause(error) == said
+    assert len(text.cause(ValueError("x" * 5000))) == 120
+
+
 @pytest.mark.parametrize("url", ["http://u:p@host/", "https://user:pa%20ss@host:8000/x", "ftp://token@h"])
 def test_no_password_is_shown(url):
     assert text.one_line(f"see {url}") == f"see {url.split('//')[0]}//{url.split('@')[1]}"

@@ -32,6 +32,7 @@ from mnist_dist.errors import MnistDistError
 from mnist_dist.processes.launch import cores_of_container, num_cores
 from mnist_dist.record.environment import processor_name
 from mnist_dist.record.wandb_mode import ANSWER_SECONDS, key_of, trusted_settings, wandb_mode
+from mnist_dist.text import cause
 
 CHECKPOINT_BYTES = 2_500_000  # weights and Adam's moments of 784-256-10 in float32
 FREE_BYTES = 1_000_000_000  # on the disk of the runs: less may not be enough for a study
@@ -214,7 +215,7 @@ def _refused() -> str | None:
     except urllib.error.HTTPError as error:
         return f"{settings.base_url} does not take the key ({error.code})"
     except (OSError, ValueError) as error:
-        return f"{settings.base_url} does not answer ({error})"
+        return f"{settings.base_url} does not answer ({cause(error)})"
     return None if viewer else f"{settings.base_url} does not know the key"
 
 

@@ -15,7 +15,7 @@ from mnist_dist.data.idx import SIDE
 from mnist_dist.disk.files import opened_regular, real
 from mnist_dist.errors import UserError
 from mnist_dist.output import say
-from mnist_dist.text import cut
+from mnist_dist.text import cause, cut
 from mnist_dist.training.results import load_model, random_indices
 from mnist_dist.training.results import predict as probabilities_of
 
@@ -40,7 +40,7 @@ def read_image(path: Path) -> tuple[Tensor, bool]:
             else:
                 grey = opened.convert("L")
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError, RuntimeError, EOFError) as error:
-        raise UserError(f"{cut(path)} cannot be read as an image ({cut(error)}): give a PNG or JPEG of one digit"
+        raise UserError(f"{cut(path)} cannot be read as an image ({cause(error)}): give a PNG or JPEG of one digit"
                         ) from None
     pixels = np.asarray(grey)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -75,7 +75,7 @@ def predict(config: TrainConfig, run_dir: Path, paths: Sequence[Path], output: s
     try:
         draw_predictions(images, labels, probabilities, target, f"{sets.name}: 16 random test images")
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {target} cannot be written ({error}): give another .png") from None
+        raise UserError(f"--output {target} cannot be written ({cause(error)}): give another .png") from None
     say("label      " + " ".join(f"{label:5d}" for label in labels.tolist()))
     say("prediction " + " ".join(f"{guess:5d}" for guess in probabilities.argmax(dim=1).tolist()))
     say("sure (%)   " + " ".join(f"{100 * sure:5.1f}" for sure in probabilities.max(dim=1).values.tolist()))

@@ -21,7 +21,7 @@ from mnist_dist.data.layouts import find
 from mnist_dist.disk.files import make_folder, rename
 from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import UserError
-from mnist_dist.text import cut, without_passwords
+from mnist_dist.text import cause, cut, without_passwords
 from mnist_dist.worker import Worker
 
 TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -71,7 +71,7 @@ def download(name: str, data_dir: Path, mirror: str | None) -> None:
     except OSError as error:
         if find(data_dir, TORCHVISION_CLASS[name]) is not None:  # a run with its lock elsewhere was first
             return
-        raise UserError(f"{name} cannot be stored in --data-dir {data_dir} ({error}): name another") from None
+        raise UserError(f"{name} cannot be stored in --data-dir {data_dir} ({cause(error)}): name another") from None
 
 
 def answers(name: str, mirror: str | None) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import numpy as np
 
 from mnist_dist.disk.files import opened_regular
 from mnist_dist.errors import UserError
+from mnist_dist.text import cause
 
 IDX_MAGIC = {"images": 0x00000803, "labels": 0x00000801}  # unsigned bytes in three dimensions, in one
 SIDE = 28
+MOST_UNPACKED = 1032  # bytes from one byte of a .gz file, the most that deflate can do (zlib's technical details)
 MOST = 10_000_000  # images in a file: more do not fit a machine's memory, so the header is damaged
 STEMS = {  # (split, what) to the file's name, less .gz
     ("train", "images"): "train-images-idx3-ubyte",
@@ -46,19 +50,21 @@ def read_idx(path: Path, what: str) -> np.ndarray:
             if shape and not (0 < shape[0] <= MOST and (what == "labels" or shape[1:] == (SIDE, SIDE))):
                 raise UserError(f"{path} says that it holds {' x '.join(map(str, shape))}, but N x {SIDE} x {SIDE} is "
                                 f"needed, N from 1 to {MOST:,}: {remedy}")
-            # read into its place: the images may be most of what the memory holds
-            array = np.empty(shape if shape else 0, dtype=np.uint8)
-            found = len(head) + _fill(file, memoryview(array.reshape(-1)))  # type: ignore[arg-type]
+            # read into its place: the images may be most of what the memory holds. The header of a damaged file may ask
+            # for more than the file can hold
+            most = os.fstat(opened.fileno()).st_size * (MOST_UNPACKED if path.suffix == ".gz" else 1)
+            size = math.prod(shape) if shape else 0
+            array = np.empty(min(size, most), dtype=np.uint8)
+            num_bytes = len(head) + _fill(file, memoryview(array))  # type: ignore[arg-type]
     except FileNotFoundError:
         raise UserError(f"{path} is missing, while other files of its data set are there: {remedy}") from None
     except (OSError, EOFError, zlib.error, MemoryError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
-    if not shape or found != header_bytes + array.size:
-        is_longer = shape and found > header_bytes + array.size
-        held = f"more than {header_bytes + array.size}" if is_longer else str(found)
-        said = f"says {header_bytes + array.size} in its header" if shape else "needs a header"
+        raise UserError(f"{path} cannot be read ({cause(error)}): {remedy}") from None
+    if not shape or array.size < size or num_bytes != header_bytes + size:
+        held = f"more than {header_bytes + size}" if shape and num_bytes > header_bytes + size else str(num_bytes)
+        said = f"says {header_bytes + size} in its header" if shape else "needs a header"
         raise UserError(f"{path} has {held} bytes and {said}: it is truncated or damaged; {remedy}")
-    return array
+    return array.reshape(shape)
 
 
 def _fill(file: Any, place: memoryview) -> int:

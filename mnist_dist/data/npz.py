@@ -11,7 +11,7 @@ import numpy as np
 from mnist_dist.data.idx import MOST, SIDE
 from mnist_dist.disk.files import opened_regular
 from mnist_dist.errors import UserError
-from mnist_dist.text import cut
+from mnist_dist.text import cause, cut
 
 NAMES = {("train", "images"): "x_train", ("train", "labels"): "y_train",
          ("test", "images"): "x_test", ("test", "labels"): "y_test"}
@@ -36,7 +36,7 @@ def read_npz(path: Path) -> dict[tuple[str, str], np.ndarray]:
             arrays = {key: loaded[name] for key, name in NAMES.items()}
     except (OSError, EOFError, ValueError, KeyError, MemoryError, zlib.error, zipfile.BadZipFile, NotImplementedError,
             RuntimeError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): {remedy}") from None
+        raise UserError(f"{path} cannot be read ({cause(error)}): {remedy}") from None
     for key, array in arrays.items():
         shape = (len(array), SIDE, SIDE) if key[1] == "images" and array.ndim else (array.size,)
         if array.dtype.kind not in "ui" or array.shape != shape or not 0 < len(array) <= MOST:

@@ -23,6 +23,7 @@ from mnist_dist import __version__
 from mnist_dist.errors import UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import BEGUN
+from mnist_dist.text import cause
 from mnist_dist.worker import Worker
 
 T = TypeVar("T")
@@ -166,7 +167,8 @@ def reach(address: str, port: int, *, is_elsewhere: bool, timeout_s: float, why:
         _wait_for_port(address, port, timeout_s, why)
     except OSError as error:
         raise UserError(f"{platform.node()} does not reach machine 0 at {address}:{port} within {timeout_s:g} s "
-                        f"({error}): start the run there too, check the address, and that the port is open") from None
+                        f"({cause(error)}): start the run there too, check the address, and that the port is open"
+                        ) from None
 
 
 def _wait_for_port(address: str, port: int, timeout_s: float, why: str) -> None:

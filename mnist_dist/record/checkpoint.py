@@ -38,7 +38,7 @@ from mnist_dist.disk.files import (
     write_synced,
 )
 from mnist_dist.errors import MnistDistError
-from mnist_dist.text import cut
+from mnist_dist.text import cause
 
 FORMAT = 4  # of what a run keeps in STATE; a run of another format is not continued
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -161,8 +161,8 @@ def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray]
     except OSError as error:
         with contextlib.suppress(OSError):
             remove_tree(temporary)
-        raise MnistDistError(f"the checkpoint of step {step} could not be written to {root} ({error}); the ones before "
-                             "it are whole: free some space and continue with --resume") from None
+        raise MnistDistError(f"the checkpoint of step {step} could not be written to {root} ({cause(error)}); the ones "
+                             "before it are whole: free some space and continue with --resume") from None
     _drop_old(root, step, keep)
 
 
@@ -206,8 +206,7 @@ def load_newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         # RecursionError: of JSON with very many brackets; AttributeError, RuntimeError: of tensors of unknown types
         except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError, RuntimeError,
                 SafetensorError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            warn(f"checkpoint {folder} is damaged ({cut(reason, 200)}): skipped")
+            warn(f"checkpoint {folder} is damaged ({cause(error)}): skipped")
     return None
 
 

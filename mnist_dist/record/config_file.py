@@ -16,7 +16,7 @@ from mnist_dist import __version__
 from mnist_dist.config import NOT_IN_FILE, TrainConfig, checked
 from mnist_dist.disk.files import read_limited
 from mnist_dist.errors import UserError
-from mnist_dist.text import cut
+from mnist_dist.text import cause, cut
 
 # of an option, which wandb's own functions would otherwise find and ours override
 VARIABLES = {"mirror": "MNIST_DIST_MIRROR", "wandb_project": "WANDB_PROJECT", "run_name": "WANDB_NAME",
@@ -46,9 +46,10 @@ def from_environment(*names: str) -> dict[str, str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The values of a file that --config names. Raises `UserError` if it cannot be read or has unknown keys."""
-    values = _read(path, f"--config {path}")
+    source = f"--config {cut(path, 200)}"
+    values = _read(path, source)
     values.pop(VERSION, None)
-    return _checked(values, f"--config {path}")
+    return _checked(values, source)
 
 
 def read_run_config(path: Path, warn: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _read(path: Path, source: str) -> dict[str, Any]:
             raise ValueError("it has an alias (*name): write the value out")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} cannot be read ({cut(error, 200)}): name a run's config.yaml") from None
+        raise UserError(f"{source} cannot be read ({cause(error)}): name a run's config.yaml") from None
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a date that there is not
         reason = " ".join(str(error).split())
         raise UserError(f"{source} is not YAML ({cut(reason, 200)}): correct or replace it") from None

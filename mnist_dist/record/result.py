@@ -12,6 +12,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
 from mnist_dist.record.folder import RESULT
+from mnist_dist.text import cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,4 +52,4 @@ def read_result(folder: Path) -> RunResult:
     except FileNotFoundError:
         raise UserError(f"{folder} has no {RESULT}: name the folder of a run that ended") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): train again") from None
+        raise UserError(f"{path} cannot be read ({cause(error)}): train again") from None

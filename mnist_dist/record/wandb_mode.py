@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mnist_dist.disk.files import MEGABYTE, read_limited
+from mnist_dist.text import cause
 
 Mode = Literal["online", "offline", "disabled"]
 ANSWER_SECONDS = 4.0  # for the W&B server's first answer
@@ -97,7 +98,7 @@ def wandb_mode(asked: str, warn: Callable[[str], None]) -> Mode:
     except urllib.error.HTTPError:
         pass  # an answer, of whatever kind
     except (OSError, ValueError) as error:
-        warn(f"W&B: {settings.base_url} does not answer ({error}); continuing offline")
+        warn(f"W&B: {settings.base_url} does not answer ({cause(error)}); continuing offline")
         return "offline"
     return "online"
 

@@ -22,7 +22,7 @@ from mnist_dist.study.launches import Machine, look_at_machine
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
 from mnist_dist.study.study import Request, print_scripts, run_study
 from mnist_dist.study.table import JSONL, hold_out_of, read_table
-from mnist_dist.text import cut, whole, without_passwords
+from mnist_dist.text import cause, cut, whole, without_passwords
 
 T = TypeVar("T")
 TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too; another script does not get them
@@ -68,7 +68,7 @@ def report(given: argparse.Namespace) -> int:
                         ) from None
     except NOT_OF_A_STUDY as error:
         raise UserError(f"{' or '.join(str(folder / JSONL) for folder in folders)} holds what no study writes "
-                        f"({type(error).__name__}: {error}): run the study again, which makes it from its runs"
+                        f"({cause(error)}): run the study again, which makes it from its runs"
                         ) from error
     say(f"written: {', '.join(map(str, written))}")
     return 0

@@ -45,6 +45,7 @@ from mnist_dist.study.launches import (
 from mnist_dist.study.quick import SECONDS, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
 from mnist_dist.study.words import counted
+from mnist_dist.text import cause
 
 # of a run that has ended when the study was killed: its result is what counts
 OF_A_KILLED_STUDY: dict[str, Any] = {"status": "completed", "reason": "", "started": None, "seconds": None}
@@ -161,7 +162,7 @@ def open_study(folder: Path) -> Study:
     except FileNotFoundError:
         return Study(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / STUDY} cannot be read ({type(error).__name__}: {error}): give another --output-dir"
+        raise UserError(f"{folder / STUDY} cannot be read ({cause(error)}): give another --output-dir"
                         ) from None
 
 

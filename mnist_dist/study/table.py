@@ -22,6 +22,7 @@ from mnist_dist.record.figures import EpochRecord, RunSummary
 from mnist_dist.record.folder import RESULT
 from mnist_dist.record.schema import check_types
 from mnist_dist.study.grid import MOST_PROCESSES, HoldOut
+from mnist_dist.text import cause
 
 JSONL, CSV = "runs.jsonl", "runs.csv"
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ def read_contract(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"it left no {RESULT} in its --output-dir") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"its {RESULT} cannot be read ({error})") from None
+        raise UserError(f"its {RESULT} cannot be read ({cause(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"its {RESULT} holds no mapping of names to values")
     if missing := _missing(values):
@@ -143,7 +144,8 @@ def read_table(folder: Path) -> list[Row]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} has no {JSONL}: name the folder of a study") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): run the study again, which makes it from its runs") from None
+        raise UserError(f"{path} cannot be read ({cause(error)}): run the study again, which makes it from its runs"
+                        ) from None
     collecting = gc.isenabled()
     gc.disable()  # none of the objects is garbage, and to look for it among millions doubles the time
     try:
@@ -170,5 +172,5 @@ def _row(path: Path, number: int, line: str) -> Row:
         return {**row, "status": row["status"], "run": row["run"], "role": row["role"],
                 "global_batch_size": int(row["global_batch_size"]), "processes": int(row["processes"])}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}, is damaged ({type(error).__name__}: {error}): run the study "
+        raise UserError(f"{path}, line {number}, is damaged ({cause(error)}): run the study "
                         "again, which makes the table from its runs") from None

@@ -10,6 +10,7 @@ from typing import Any
 from mnist_dist.errors import UserError
 from mnist_dist.record.checkpoint import Checkpoint, step_name
 from mnist_dist.record.figures import EpochRecord, record_from
+from mnist_dist.text import cause
 from mnist_dist.training.metrics import Stopwatch
 
 
@@ -67,5 +68,5 @@ class Progress:
             self.evaluations = [dict(one) for one in state["evaluations"]]
             json.dumps(self.state(), allow_nan=False)  # or the next checkpoint would find a number that is not finite
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{kept.folder} is not a checkpoint of this program ({type(error).__name__}: {error}): "
+            raise UserError(f"{kept.folder} is not a checkpoint of this program ({cause(error)}): "
                             "remove it, or give another --output-dir") from None

@@ -24,7 +24,7 @@ from mnist_dist.record.checkpoint import tensor_bytes
 from mnist_dist.record.environment import Environment, git_commit, processor_name
 from mnist_dist.record.figures import EpochRecord
 from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS
-from mnist_dist.text import cut
+from mnist_dist.text import cause, cut
 from mnist_dist.training.model import MLP
 from mnist_dist.training.trainer import Trainer
 
@@ -100,6 +100,5 @@ def load_model(folder: Path) -> MLP:
     except FileNotFoundError:
         raise UserError(f"{folder} has no {MODEL}: name the folder of a run that was completed") from None
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder / MODEL} cannot be read ({cut(reason, 200)}): name another run") from None
+        raise UserError(f"{folder / MODEL} cannot be read ({cause(error)}): name another run") from None
     return model.eval()

@@ -14,6 +14,7 @@ from mnist_dist.record.config_file import read_run_config
 from mnist_dist.record.figures import EpochRecord
 from mnist_dist.record.folder import CHECKPOINTS, CONFIG, RESULT
 from mnist_dist.record.result import RunResult, read_result
+from mnist_dist.text import cut
 
 BATCH, DATA, PRECISION = "global batch size", "data set", "--mixed-precision"  # names of what is fixed
 
@@ -37,13 +38,14 @@ class Earlier(NamedTuple):
         has_all = bool(self.checkpoint or self.result)
         missing = [name for name in now if name not in self.fixed] if has_all else []
         if missing:
-            raise UserError(f"{self.source} has no {', '.join(missing)}: another version of mnist_dist wrote it; "
-                            "continue with that version, or give another --output-dir")
-        changed = [f"{name} {self.fixed[name]} (now {value})" for name, value in now.items()
+            raise UserError(f"{self.source} has no {cut(', '.join(missing), 200)}: another version of mnist_dist "
+                            "wrote it; continue with that version, or give another --output-dir")
+        # two descriptions of a data set, with their digests, are whole
+        changed = [f"{name} {cut(self.fixed[name], 130)} (now {value})" for name, value in now.items()
                    if name in self.fixed and self.fixed[name] != value]
         if changed:
-            raise UserError(f"{self.source} was written with {', '.join(changed)}: continue with the same, or give "
-                            "another --output-dir")
+            raise UserError(f"{self.source} was written with {cut(', '.join(changed), 275)}: continue with the same, "
+                            "or give another --output-dir")
 
 
 def fixed_options(values: Mapping[str, Any]) -> dict[str, Any]:

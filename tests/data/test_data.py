@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import struct
 import threading
 import time
+import tracemalloc
 from urllib.parse import quote
 
 import numpy as np
@@ -89,6 +91,18 @@ def test_damage_is_named_and_auto_does_not_fall_back(kind, dataset, tmp_path):
     with pytest.raises(UserError, match=NAMES[which]) as caught:
         load(obtain(dataset, str(tmp_path), None, never), str(tmp_path))
     assert message in str(caught.value) and "put " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["file", "file.gz"])
+def test_a_header_that_asks_for_more_than_the_file_holds_takes_no_memory(name, tmp_path):
+    content = struct.pack(">4I", 0x803, 10_000_000, 28, 28) + bytes(784)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"has 800 bytes and says 7840000016 in its header"):
+        read_idx(tmp_path / name, "images")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1_000_000
 
 
 def test_read_idx_gives_what_was_written(tmp_path):

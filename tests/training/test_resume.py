@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from support import assert_one_line_error, epoch_record, mnist_dist, records_of,
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
+from mnist_dist.record.checkpoint import Checkpoint
 from mnist_dist.training.resume import Earlier, has_ended
 
 
@@ -197,3 +199,10 @@ def test_a_folder_inside_of_a_run_is_refused(below, tmp_path):
         assert_one_line_error(done, f"is inside of the run {run}", f"--output-dir {run}")
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl"]
     assert list(tmp_path.iterdir()) == [run]
+
+
+def test_a_change_is_named_in_few_words():
+    earlier = Earlier(Checkpoint(Path("run"), {}, {}), None, Path("run"), {"--lr": "x" * 5000, "--seed": "\x1b[31m"})
+    with pytest.raises(UserError, match="was written with --lr xxx") as caught:
+        earlier.refuse_changes({"--lr": 1e-4, "--seed": 0})
+    assert len(str(caught.value)) <= 400 and str(caught.value).isprintable()
