@@ -2,7 +2,8 @@
 
     python -m benchmarks.limit DATA_DIR BATCH_SIZE NUM_SAMPLES
 
-Speaks the peers' protocol; the images are not read. The products have their operands and results in place already,
+Speaks the peers' protocol; the images are not read. On a CPU the products are those of the fastest library on this
+machine (benchmarks/products.py). They have their operands and results in place already,
 which a training step has not; on a GPU a CUDA graph of many calls leaves out what launching costs.
 """
 
@@ -15,35 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.peers.common import line, pick_device, start
+from benchmarks.products import HIDDEN, INPUTS, MKL, OUTPUTS, fastest, in_turn, step_products
 from mnist_dist.training.model import num_parameters
 
-INPUTS, HIDDEN, OUTPUTS = 784, 256, 10
 CALLS_IN_GRAPH = 100
 BLOCKS, BLOCK_SECONDS = 15, 0.02  # the median is over blocks of calls, each long enough for the clock
-
-
-def products(batch_size: int, device: torch.device) -> Callable[[], None]:
-    """A step's five matrix products: two forward, two weight gradients, and the gradient of the hidden layer."""
-
-    def matrix(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device) / 100
-
-    images_BI, hidden_BH, logits_BO = (matrix(batch_size, size) for size in (INPUTS, HIDDEN, OUTPUTS))
-    hidden_gradient_BH, logits_gradient_BO = matrix(batch_size, HIDDEN), matrix(batch_size, OUTPUTS)
-    w1_HI, w2_OH, w1_gradient_HI, w2_gradient_OH = (matrix(*shape) for shape in 2 * [(HIDDEN, INPUTS),
-                                                                                     (OUTPUTS, HIDDEN)])
-
-    def run() -> None:
-        torch.mm(images_BI, w1_HI.t(), out=hidden_BH)
-        torch.mm(hidden_BH, w2_OH.t(), out=logits_BO)
-        torch.mm(logits_gradient_BO.t(), hidden_BH, out=w2_gradient_OH)
-        torch.mm(logits_gradient_BO, w2_OH, out=hidden_gradient_BH)
-        torch.mm(hidden_gradient_BH.t(), images_BI, out=w1_gradient_HI)
-
-    return run
 
 
 def adam(device: torch.device) -> Callable[[], None]:
@@ -90,10 +69,14 @@ def seconds_per_call(call: Callable[[], None], device: torch.device) -> float:
 def main(data_dir: str, batch_size: int, num_samples: int) -> dict[str, Any]:
     """Time both parts; an epoch has samples over batch size of the products, and Adam once in each step."""
     device, begin = pick_device(), time.perf_counter()
-    matmul = seconds_per_call(products(batch_size, device), device) * num_samples / batch_size
+    if device.type == "cpu":
+        libraries, multiply = fastest(batch_size)
+    else:  # torch.mm is cuBLAS
+        libraries, multiply = [], in_turn(step_products(batch_size, device), [MKL] * 5)
+    matmul = seconds_per_call(multiply, device) * num_samples / batch_size
     update = seconds_per_call(adam(device), device) * math.ceil(num_samples / batch_size)
     return line(num_samples, matmul + update, time.perf_counter() - begin, f"torch {torch.__version__}", device.type,
-                matmul_seconds=matmul, adam_seconds=update)
+                matmul_seconds=matmul, adam_seconds=update) | {"libraries": libraries}
 
 
 if __name__ == "__main__":

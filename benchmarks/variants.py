@@ -16,15 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
-from benchmarks.limit import adam, products
+from benchmarks.limit import adam
 from benchmarks.peers.pytorch import step_on
-from mnist_dist.config import Every, TrainConfig
+from benchmarks.products import fastest, trainer
+from mnist_dist.config import Every
 from mnist_dist.data import Images, ImageSets, load, scale
-from mnist_dist.processes.team import Team
 from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer
@@ -57,14 +56,6 @@ class WithDivisions(GraphPass):
 
     def _replace_divisions(self, graph: Any) -> None:
         pass
-
-
-def trainer(sets: ImageSets, batch_size: int, compile: str, **options: Any) -> Trainer:
-    """A fresh one; the weights of each way are its own."""
-    config = TrainConfig(batch_size=batch_size, compile=compile, **options)
-    made = Trainer(config, Team(Accelerator(cpu=True), 60), sets)
-    made.make_step()
-    return made
 
 
 def one_by_one(step: Callable[..., Any], *more: Any) -> Way:
@@ -210,7 +201,7 @@ def main(data_dir: str, batch_size: int, num_steps: int = 0) -> None:
     order = torch.randperm(len(sets.train), generator=torch.Generator().manual_seed(0))
     rows = list(order[: num_steps * batch_size].view(num_steps, batch_size).unbind())
     device, found = torch.device("cpu"), dict(ways(sets, batch_size, num_steps))
-    parts = {"matrix products of the step's shapes": products(batch_size, device),
+    parts = {"matrix products of the step's shapes, by the fastest library": fastest(batch_size)[1],
              "Adam's fused kernel, over warm caches": adam(device)}
     taken: dict[str, list[float]] = {name: [] for name in (*found, *parts)}
     for _ in range(TURNS):

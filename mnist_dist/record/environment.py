@@ -25,6 +25,7 @@ class Environment:
     python: str
     mnist_dist: str
     git_commit: str | None
+    onednn_from: int | None = None  # least multiplications of a matrix product that is oneDNN's (training/products.py)
 
 
 def _of_processor(*names: str) -> str | None:
@@ -39,6 +40,12 @@ def _of_processor(*names: str) -> str | None:
 def processor_name() -> str:
     """The processor's name, or its architecture if the system does not tell."""
     return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def processor_family() -> tuple[str, int] | None:
+    """Maker and family of an x86 processor, as ("AuthenticAMD", 26) for Zen 5; None of another, or if it is unknown."""
+    maker, family = _of_processor("vendor_id"), _of_processor("cpu family") or ""
+    return (maker, int(family)) if maker and family.isdecimal() else None
 
 
 def processor_kind() -> str:

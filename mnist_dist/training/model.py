@@ -18,6 +18,16 @@ IMAGE_PIXELS = SIDE * SIDE
 NEGATIVE_SLOPE = 0.1
 
 
+class Linear(nn.Linear):
+    """PyTorch's linear layer. `function` computes it from input, weight and bias."""
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(nn.functional.linear)
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """[B, O]"""
+        return self.function(x_BI, self.weight, self.bias)
+
+
 class MLP(nn.Module):
     """784 - 256 - 10 with LeakyReLU(0.1) between, as in the tutorial; `hidden_sizes` changes width and depth.
 
@@ -30,21 +40,20 @@ class MLP(nn.Module):
         self.sizes = (IMAGE_PIXELS, *hidden_sizes, NUM_CLASSES)
         layers: list[nn.Module] = [nn.Flatten()]
         for num_inputs, num_outputs in pairwise(self.sizes):
-            layers += [nn.Linear(num_inputs, num_outputs), nn.LeakyReLU(NEGATIVE_SLOPE)]
+            layers += [Linear(num_inputs, num_outputs), nn.LeakyReLU(NEGATIVE_SLOPE)]
         self.layers = nn.Sequential(*layers[:-1])
 
-    def forward(self, images_B1HW: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor] = nn.Linear.__call__
-                ) -> Tensor:
+    def forward(self, images_B1HW: Tensor, linear: Callable[[Linear, Tensor], Tensor] = Linear.__call__) -> Tensor:
         """Scaled images [B, 1, 28, 28] to log-probabilities [B, 10]. `linear` applies the linear layers."""
         x = images_B1HW
         for layer in self.layers:
-            x = linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
+            x = linear(layer, x) if isinstance(layer, Linear) else layer(x)
         return torch.log_softmax(x, dim=1)
 
     @property
-    def linears(self) -> list[nn.Linear]:
+    def linears(self) -> list[Linear]:
         """The layers with weights, the first one first."""
-        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        return [layer for layer in self.layers if isinstance(layer, Linear)]
 
     @torch.no_grad()
     def probabilities(self, images_B1HW: Tensor) -> Tensor:

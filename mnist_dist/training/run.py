@@ -187,7 +187,7 @@ class Run:
         if config.resume:
             earlier = team.run_on("main", lambda: look_at(self.folder, console.warn))
         kept = earlier.checkpoint
-        self.trainer = Trainer(config, team, sets, kept and kept.state.get("kind"))
+        self.trainer = Trainer(config, team, sets, kept and kept.state)
         self.progress = Progress(run_id, self.trainer.batches.num_batches)
         every, batches = config.evaluation_samples, self.trainer.batches
         self.pacer = Pacer(config.checkpoint_interval, batches.num_batches, team,
@@ -204,7 +204,9 @@ class Run:
                             "--output-dir")
         if kept:
             self._restore(kept)
-        self.environment = describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain")
+        self.environment = replace(
+            describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain"),
+            onednn_from=self.trainer.onednn_from)
         console.introduce(self.environment, self.config, sets.summary, notes, self.trainer.global_batch_size,
                           self.trainer.per_device_batch_size, self.progress.num_batches, self.trainer.learning_rate)
         if config.resume:
@@ -404,6 +406,7 @@ class Run:
             **self.progress.state(),
             "scaler": scaler.state_dict() if scaler else None,
             "format": FORMAT, "fixed": self._fixed(), "kind": self.trainer.step.kind,
+            "onednn_from": self.trainer.onednn_from,
         }
         step = self.progress.global_step
         self.team.run_on("main", lambda: self.checkpoints.write(step, self.trainer.tensors(), state))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mnist_dist.data import ImageSets, scale
 from mnist_dist.errors import Diverged
 from mnist_dist.processes.neighbours import Neighbours
 from mnist_dist.processes.team import Team
+from mnist_dist.training import products
 from mnist_dist.training.metrics import Stopwatch, add_in_order, batch_sums, test_figures
 from mnist_dist.training.model import MLP
 from mnist_dist.training.noise import NOT_KNOWN, noise_scale
@@ -44,9 +46,13 @@ class Adam(torch.optim.Adam):
 
 
 class Trainer:
-    """Everything that a step needs, the step itself after `make_step`, and the loop over steps."""
+    """Everything that a step needs, the step itself after `make_step`, and the loop over steps.
 
-    def __init__(self, config: TrainConfig, team: Team, sets: ImageSets, kind_before: str | None = None) -> None:
+    `before` is the state in the checkpoint from which a run is continued.
+    """
+
+    def __init__(self, config: TrainConfig, team: Team, sets: ImageSets, before: Mapping[str, Any] | None = None
+                 ) -> None:
         accelerator = team.accelerator
         self.config, self.team, self.sets = config, team, sets
         accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
@@ -64,6 +70,10 @@ class Trainer:
         if config.reproducible:
             exact.draw_weights(self.module, config.seed)
         self.module.to(team.device, self.dtype)
+        self.onednn_from = self._products(before)
+        if self.onednn_from is not None:
+            for layer in self.module.linears:
+                layer.function = partial(products.linear, least=self.onednn_from)
         self.sums = torch.zeros(3, self.batches.num_batches, dtype=torch.float64, device=team.device)
         self.noise = NOT_KNOWN  # as of the last `train_loss`
         # fused also if the step is compiled: it decides on which device Adam's step counts are
@@ -73,9 +83,20 @@ class Trainer:
         self._start_adam()
         self.neighbours = Neighbours(on_cpu=team.device.type == "cpu")
         self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.sums, self.dtype,
-                               self.neighbours, self._measures_noise())
-        self.compiles = wants_compiling(config, self.parts, kind_before)
+                               self.neighbours, self._measures_noise(), self.onednn_from)
+        self.compiles = wants_compiling(config, self.parts, before.get("kind") if before else None)
         self._warm = 0  # warm-up steps done
+
+    def _products(self, before: Mapping[str, Any] | None) -> int | None:
+        """The least multiplications of a matrix product that is oneDNN's; None if none is. A run that is continued
+        keeps what it had `before`, and all ranks take what the main one has, because the bits depend on it. Collective.
+        """
+        team = self.team
+        if (team.device.type != "cpu" or self.dtype != torch.float32 or team.accelerator.mixed_precision != "no"
+                or self.config.reproducible):
+            return None
+        least = team.run_on("main", products.onednn_from) if before is None else before.get("onednn_from")
+        return least if isinstance(least, int) and all(team.share(products.has_onednn())) else None
 
     def _measures_noise(self) -> bool:
         """Whether the noise scale is wanted and can be had: fp16 scales gradients, and alone each rank has its own."""

@@ -22,7 +22,9 @@ from mnist_dist.data import load
 from mnist_dist.errors import UserError
 from mnist_dist.processes.neighbours import one_thread
 from mnist_dist.processes.team import Team
+from mnist_dist.record.environment import processor_family
 from mnist_dist.record.gains import Gain, keep_gain
+from mnist_dist.training import products
 from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, wants_compiling
 from mnist_dist.training.steps.compiled import CompiledStep, compiler_failure
 from mnist_dist.training.steps.graph_pass import GraphPass
@@ -133,15 +135,16 @@ def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir,
     assert_same(*both)
 
 
-@pytest.mark.parametrize(("batch_size", "number", "products"), [
+@pytest.mark.parametrize(("batch_size", "number", "wanted_counts"), [
     (97, 2, {"bmm": 3, "mm": 0, "addmm": 0}),  # the first weight's, and the gradient of the second, in two blocks
     pytest.param(600, 2, {"bmm": 0, "mm": 2, "addmm": 1}, marks=pytest.mark.faults),  # the others: inductor's own loops
     pytest.param(2, 2, {"bmm": 1, "mm": 0, "addmm": 0}, marks=pytest.mark.faults),  # the first activations
     (1, 2, {"bmm": 0, "mm": 0, "addmm": 0}),
     pytest.param(97, 1, {"bmm": 0, "mm": 3, "addmm": 2}, marks=pytest.mark.long),  # one thread: the graph as it was
 ])
-def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, number, products, small_dir, monkeypatch):
-    counts = {}
+def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, number, wanted_counts, small_dir,
+                                                                 monkeypatch):
+    counted = {}
 
     def count(self, graph):
         def divided_roots():
@@ -151,15 +154,15 @@ def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, num
         assert divided_roots() == 4, "one for each tensor"
         whole(self, graph)
         assert divided_roots() == 0
-        counts.update({name: len(graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, name).default))
-                       for name in products})
+        counted.update({name: len(graph.find_nodes(op="call_function", target=getattr(torch.ops.aten, name).default))
+                       for name in wanted_counts})
 
     whole = GraphPass.__call__
     monkeypatch.setattr(GraphPass, "__call__", count)
-    monkeypatch.setattr(GraphPass, "uuid", lambda self: os.urandom(32))  # nothing is found in the cache
+    monkeypatch.setattr(GraphPass, "uuid", lambda self: os.urandom(32))  # nothing is counted in the cache
     with threads(number):
         both = [after_three_steps(small_dir, kind, batch_size=batch_size) for kind in ("on", "off")]
-    assert counts == products
+    assert counted == wanted_counts
     assert_same(*both)
 
 
@@ -171,6 +174,8 @@ def two_threads():
 
 @pytest.mark.parametrize("batch_size", [1, 97])
 def test_beside_a_busy_process_it_has_the_same_bits_with_one_thread(batch_size, small_dir, two_threads, monkeypatch):
+    """Of PyTorch's own products. oneDNN shares its products out by the number of threads: the next test."""
+    monkeypatch.setattr(products, "ONEDNN_FROM", {})
     entered = []
 
     @contextmanager
@@ -200,11 +205,20 @@ def test_where_one_thread_gives_other_bits_all_threads_are_taken(small_dir, two_
         made[:] = [self]
         whole(self, parts)
 
+    monkeypatch.setattr(products, "ONEDNN_FROM", {})
     monkeypatch.setattr(CompiledStep, "__init__", remember)
     monkeypatch.setattr(compiled, "one_thread", other_bits)
     alone, beside = (after_three_steps(small_dir, "on", batch_size=97, others_are_there=there)
                      for there in (False, True))
     assert len(entered) == 1, "it is tried, and its weights are forgotten"
+    assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
+
+
+def test_beside_a_busy_process_products_of_onednn_have_the_same_bits(small_dir, two_threads, monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN_FROM", {processor_family(): 1})
+    alone, beside = (after_three_steps(small_dir, "on", dtype="float32", batch_size=97, others_are_there=there)
+                     for there in (False, True))
+    assert torch.equal(alone.sums, beside.sums)
     assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
 
 

@@ -43,6 +43,7 @@ class StepParts:
     dtype: torch.dtype
     neighbours: Neighbours
     measures_noise: bool = False
+    onednn_from: int | None = None  # least multiplications of a matrix product that is oneDNN's; None: of none
 
 
 class Step(Protocol):

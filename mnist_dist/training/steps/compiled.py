@@ -66,18 +66,17 @@ def keep_compiled_code() -> None:
             os.environ[CACHE] = str(folder)
 
 
-def inductor_options() -> dict[str, Any]:
+def inductor_options(onednn_from: int | None = None) -> dict[str, Any]:
     """How inductor compiles a step."""
     from mnist_dist.training.steps.graph_pass import GraphPass  # which imports inductor
 
-    return {"post_grad_custom_pre_pass": GraphPass(), **INDUCTOR_OPTIONS}
+    return {"post_grad_custom_pre_pass": GraphPass(onednn_from), **INDUCTOR_OPTIONS}
 
 
-def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
+def compile_graph(graph: Any, examples: Any, options: dict[str, Any]) -> Callable[..., Any]:
     """Inductor's code for a graph. It is trusted that the C++ compiler knows the vector instructions of the processor:
     inductor compiles a program for each of them to see that, which takes a third of a first start.
     """
-    options = inductor_options()
     try:
         return torch._inductor.compile(graph, examples, options={**options, "cpp.vec_isa_ok": True})
     except Exception as error:
@@ -92,7 +91,8 @@ def compile_graph(graph: Any, examples: Any) -> Callable[..., Any]:
         return torch._inductor.compile(graph, examples, options=options)
 
 
-def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Callable[..., Sequence[Tensor]]:
+def compile_once(function: Callable[..., Tensor | None], *varying: Tensor, onednn_from: int | None = None
+                 ) -> Callable[..., Sequence[Tensor]]:
     """`function`, which returns a tensor or nothing, compiled for arguments like `varying`, without being run.
 
     A function that torch.compile returns checks everything that it refers to at each call; at batch 1 this takes longer
@@ -105,7 +105,7 @@ def compile_once(function: Callable[..., Tensor | None], *varying: Tensor) -> Ca
     torch.compiler.reset()  # otherwise it counts as a recompilation of a function compiled earlier in this process
 
     def backend(graph: Any, examples: Any) -> Callable[..., list[Tensor]]:
-        captured["graph"] = compile_graph(graph, examples)
+        captured["graph"] = compile_graph(graph, examples, inductor_options(onednn_from))
 
         def remember(*inputs: Tensor) -> list[Tensor]:
             captured["inputs"] = inputs
@@ -137,7 +137,7 @@ class CompiledStep:
     def __init__(self, parts: StepParts) -> None:
         self.team, self.images, self.batches = parts.team, parts.images, parts.batches
         self.sums, self.dtype, self.device = parts.sums, parts.dtype, parts.team.device
-        self.neighbours = parts.neighbours
+        self.neighbours, self.onednn_from = parts.neighbours, parts.onednn_from
         # without DistributedDataParallel: its hooks need a backward pass that autograd runs
         self.module = parts.team.accelerator.prepare_model(parts.module, evaluation_mode=True)
         # the same memory, without autograd
@@ -176,11 +176,11 @@ class CompiledStep:
         self.compile_seconds = time.perf_counter() - begin
 
     def _compile(self) -> None:
-        rows = self.batches.rows(self.in_pass)[0].to(self.device)
+        rows, least = self.batches.rows(self.in_pass)[0].to(self.device), self.onednn_from
         if self.flat is None:
-            self._whole = compile_once(self._whole_step, rows, self.full)
+            self._whole = compile_once(self._whole_step, rows, self.full, onednn_from=least)
         else:
-            self._accumulate = compile_once(self._accumulate_gradient, rows, self.full)
+            self._accumulate = compile_once(self._accumulate_gradient, rows, self.full, onednn_from=least)
             self._apply = compile_once(self._apply_gradient)
 
     def _gradients(self, weights: dict[str, Tensor], rows_B: Tensor, count: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -199,7 +199,7 @@ class CompiledStep:
             inputs: list[Tensor] = []
 
             def linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-                y = layer(x)
+                y = torch.nn.functional.linear(x, layer.weight, layer.bias)
                 if zeros:
                     y = y + zeros[len(inputs)].to(y.dtype)
                     inputs.append(x)

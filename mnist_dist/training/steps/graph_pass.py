@@ -28,7 +28,15 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from mnist_dist.training.products import product
+
 aten = torch.ops.aten
+
+# An operator of our own, because inductor would copy the transposed operands of oneDNN's.
+library = torch.library.Library("mnist_dist", "DEF")
+library.define("product(Tensor left_MK, Tensor right_NK) -> Tensor")
+library.impl("product", product, "CPU")
+library.impl("product", lambda left_MK, right_NK: left_MK.new_empty(len(left_MK), len(right_NK)), "Meta")
 
 # Weights of so many elements are large. For more samples than this MKL's own way is as fast.
 LARGE_WEIGHT, MOST_SAMPLES = 100_000, 512
@@ -54,8 +62,8 @@ def add(graph: Graph, operation: Any, *inputs: Any) -> Node:
 class GraphPass(CustomGraphPass):
     """The pass, for as many threads as there are when it is made."""
 
-    def __init__(self) -> None:
-        self.threads = torch.get_num_threads()
+    def __init__(self, onednn_from: int | None = None) -> None:
+        self.threads, self.onednn_from = torch.get_num_threads(), onednn_from
 
     def __call__(self, graph: Graph) -> None:
         self._replace_products(graph)
@@ -63,12 +71,14 @@ class GraphPass(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Compiled code is kept under this, among others."""
-        return get_hash_for_files((__file__,), f"{type(self).__name__} {self.threads}")
+        return get_hash_for_files((__file__,), f"{type(self).__name__} {self.threads} {self.onednn_from}")
 
     def _replace_products(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             (rows, samples), is_small = value(node.args[0]).shape, self._is_small(*node.args)
-            if samples == 1 or is_small:
+            if self._is_onednns(*node.args):
+                _replace(node, _product)
+            elif samples == 1 or is_small:
                 _replace(node, _loop)
             elif self._cuts(node, rows, samples, is_large=True):
                 _replace(node, self._gradient)
@@ -76,7 +86,9 @@ class GraphPass(CustomGraphPass):
                 _replace(node, self._small_gradient)
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
             (samples, rows), is_small = value(node).shape, self._is_small(*node.args[1:])
-            if (samples == 1 and _is_on_cpu(node)) or is_small:
+            if self._is_onednns(*node.args[1:]):
+                _replace(node, lambda graph, bias, *both: add(graph, aten.add.Tensor, _product(graph, *both), bias))
+            elif (samples == 1 and _is_on_cpu(node)) or is_small:
                 _replace(node, lambda graph, bias, *both: add(graph, aten.add.Tensor, _loop(graph, *both), bias))
             elif self._cuts(node.args[2], rows, samples, is_large=True):
                 _replace(node, self._activations)
@@ -86,6 +98,10 @@ class GraphPass(CustomGraphPass):
             divisor = node.args[1]
             if isinstance(divisor, Node) and value(divisor).dim() == 0 < value(node).dim() and _is_on_cpu(node):
                 _replace(node, _times_reciprocal)
+
+    def _is_onednns(self, left_MK: Node, right_KN: Node) -> bool:
+        multiplications = value(left_MK).shape[0] * value(right_KN).numel()
+        return self.onednn_from is not None and multiplications >= self.onednn_from
 
     def _is_small(self, left_MK: Node, right_KN: Node) -> bool:
         multiplications = value(left_MK).shape[0] * value(right_KN).numel()
@@ -125,6 +141,11 @@ class GraphPass(CustomGraphPass):
 
 def _is_on_cpu(node: Any) -> bool:
     return value(node).device.type == "cpu"
+
+
+def _product(graph: Graph, left_MK: Node, right_KN: Node) -> Node:
+    right_NK = add(graph, aten.permute.default, right_KN, [1, 0])
+    return add(graph, torch.ops.mnist_dist.product.default, left_MK, right_NK)
 
 
 def _loop(graph: Graph, left_MK: Node, right_KN: Node) -> Node:

@@ -1,0 +1,19 @@
+"""`mnist-dist` on a processor whose products from so many multiplications are oneDNN's; run by test_products.py.
+
+    run_forked([LEAST, WORDS, …], target="onednn_worker:main", …)    LEAST: a number, or "never"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mnist_dist import cli
+from mnist_dist.record.environment import processor_family
+from mnist_dist.training import products
+
+
+def main(argv: Sequence[str]) -> None:
+    """Ends the process."""
+    least, *words = argv
+    products.ONEDNN_FROM = {} if least == "never" else {processor_family(): int(least)}
+    cli.main(words)
