@@ -38,6 +38,11 @@ MKL, ONEDNN, OPENBLAS = "MKL", "oneDNN", "OpenBLAS"  # of PyTorch, of PyTorch, o
 Way = TypeVar("Way")
 
 
+def libraries() -> list[str]:
+    """Those that there are; OpenBLAS last."""
+    return [MKL, *[ONEDNN] * products.has_onednn(), OPENBLAS]
+
+
 class Product(NamedTuple):
     """left x right^T, which goes to `result` if the library can do so."""
 
@@ -108,7 +113,7 @@ def fastest(batch_size: int) -> tuple[list[str], Callable[[], None]]:
     all_five = step_products(batch_size, torch.device("cpu"))
     mixed = []
     for one in all_five:
-        seconds = seconds_per_call({library: one.by(library) for library in (MKL, ONEDNN)})
+        seconds = seconds_per_call({library: one.by(library) for library in libraries()[:-1]})
         mixed.append(min(seconds, key=lambda library: seconds[library].median))
     ways = {tuple(mixed): in_turn(all_five, mixed)}
     ways[(OPENBLAS,) * len(all_five)] = in_turn(all_five, [OPENBLAS] * len(all_five))
@@ -131,7 +136,7 @@ def in_turn(five: Sequence[Product], libraries: Sequence[str]) -> Callable[[], N
 def gflops(batch_size: int = 1000) -> dict[str, float]:
     """Of each library, at the first layer's product."""
     one = step_products(batch_size, torch.device("cpu"))[0]
-    seconds = seconds_per_call({library: one.by(library) for library in (MKL, ONEDNN, OPENBLAS)})
+    seconds = seconds_per_call({library: one.by(library) for library in libraries()})
     return {library: 2e-9 * one.multiplications / each.median for library, each in seconds.items()}
 
 
@@ -140,7 +145,7 @@ def measure_products(batch_sizes: Sequence[int]) -> list[dict[str, Any]]:
     measured = []
     for batch_size in batch_sizes:
         for one in step_products(batch_size, torch.device("cpu")):
-            seconds = seconds_per_call({library: one.by(library) for library in (MKL, ONEDNN, OPENBLAS)})
+            seconds = seconds_per_call({library: one.by(library) for library in libraries()})
             measured.append({"batch_size": batch_size, "product": one.name, "multiplications": one.multiplications,
                              "seconds": seconds})
     return measured

@@ -80,6 +80,12 @@ def _introduction(record: Mapping[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{key} {value}" for key, value in machine["versions"].items() if value)
     yield from (f"# Training speed on {name}", "")
     yield from (f"`{record['command']}`, {record['date']}, commit {machine['commit'] or 'unknown'}; {versions}.", "")
+    if machine.get("gflops"):
+        maker, family = machine["family"] or ("unknown maker", "unknown")
+        rates = ", ".join(f"{library} {rate:,.0f}" for library, rate in machine["gflops"].items())
+        yield (f"The processor: {maker}, family {family}, {' '.join(machine['vector_instructions'])}. Its float32 "
+               f"products of 1,000 x 784 by 784 x 256, GFLOP/s: {rates}.")
+        yield ""
     yield ("784-256-10 with LeakyReLU 0.1, Adam at 1e-4, MNIST in [-1, 1], float32, a new order each epoch; ours with "
            f"`--compile {settings['compile']}`. {done} repeat{'s' if done != 1 else ''}, rows taking turns in shuffled "
            "order, each measurement a fresh process. A cell is the median (minimum to maximum).")

@@ -20,6 +20,7 @@ import torch
 from support import ROOT, write_idx_folder
 
 from mnist_dist.data import load
+from mnist_dist.training.model import flop_per_sample
 
 sys.path.insert(0, str(ROOT))  # benchmarks is run from a checkout and is not installed
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a peer that is called here takes a GPU if there is one
@@ -63,6 +64,34 @@ def test_seconds_are_per_epoch_of_60000_images(record: dict[str, Any]) -> None:
     report = module("report")
     assert report.values(record, "mnist_dist", 1) == {0: 10.0}
     assert report.spread(list(report.values(record, "mnist_dist", 200).values())) == (0.2, 0.1, 0.4)
+
+
+def test_the_report_names_the_processor_and_its_libraries(record: dict[str, Any]) -> None:
+    assert "GFLOP/s" not in module("report").markdown(record), "a file of an earlier version"
+    record["machine"] |= {"family": ["AuthenticAMD", 26], "vector_instructions": ["avx2", "avx512f"],
+                          "gflops": {"MKL": 121.4, "oneDNN": 1390.0}}
+    assert ("The processor: AuthenticAMD, family 26, avx2 avx512f. Its float32 products of 1,000 x 784 by 784 x 256, "
+            "GFLOP/s: MKL 121, oneDNN 1,390.") in module("report").markdown(record).splitlines()
+
+
+def test_each_library_multiplies_the_same() -> None:
+    products = module("products")
+    five = products.step_products(7, torch.device("cpu"))
+    assert sum(2 * one.multiplications for one in five) == 7 * flop_per_sample((784, 256, 10))
+    for one, library in itertools.product(five, products.libraries()):
+        one.result_MN.zero_()
+        returned = one.by(library)()
+        torch.testing.assert_close(returned if library == "oneDNN" else one.result_MN, one.left_MK @ one.right_NK.t())
+
+
+def test_the_entry_of_a_processor_is_where_both_steps_are_faster_from() -> None:
+    def step(multiplications: int, mkl: float, onednn: float) -> dict[str, Any]:
+        return {"multiplications": multiplications, "seconds": {"MKL": (mkl, 0, 9), "oneDNN": (onednn, 0, 9)}}
+
+    products = module("products")
+    steps = [step(1, 1, 2), step(1, 2, 1), step(5, 3, 2), step(5, 4, 3), step(9, 5, 4), step(9, 6, 1)]
+    assert products.least(steps) == 5 and products.least(steps[2:]) == 5
+    assert products.least([*steps, step(9, 2, 2)]) is None
 
 
 def test_ratios_are_paired_by_repeat(record: dict[str, Any]) -> None:
@@ -177,9 +206,11 @@ def test_a_library_that_is_missing_becomes_a_row_that_says_so(data_dir: str, tmp
     ("peers.tutorial", None), ("peers.pytorch", None), ("limit", None), ("peers.sklearn", "sklearn"),
     ("peers.jax_scan", "jax"),
 ])
-def test_a_cheap_row(name: str, library: str | None, data_dir: str) -> None:
+def test_a_cheap_row(name: str, library: str | None, data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if library:
         pytest.importorskip(library)
+    monkeypatch.setattr(module("products"), "TURNS", 1)
+    monkeypatch.setattr(module("products"), "PAUSE_SECONDS", 0.0)
     line = module(name).main(data_dir, 64, 200)  # the last batch is smaller
     assert_line(line, 200, "cpu" if library == "sklearn" else DEVICE)
 

@@ -36,8 +36,8 @@ SAME_GRADIENT = 1e-4  # relative: processors of different makes round differentl
 
 def _here(config: TrainConfig, launch: Launch) -> list[Finding]:
     """What this machine finds out about itself."""
-    return [*machine.versions(), *machine.cores(torch.get_num_threads(), launch.local_size), *machine.gpus(),
-            *machine.data(config.dataset, config.data_dir, config.mirror),
+    return [*machine.versions(), *machine.cores(torch.get_num_threads(), launch.local_size), *machine.products(),
+            *machine.gpus(), *machine.data(config.dataset, config.data_dir, config.mirror),
             *machine.disk(Path(config.output_dir or "runs")), *machine.tracking(config.wandb)]
 
 

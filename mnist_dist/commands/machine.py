@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mnist_dist.data import check_name, load
 from mnist_dist.data.download import TORCHVISION_CLASS, answers
 from mnist_dist.data.layouts import find
@@ -33,11 +35,13 @@ from mnist_dist.processes.launch import cores_of_container, num_cores
 from mnist_dist.record.environment import processor_name
 from mnist_dist.record.wandb_mode import ANSWER_SECONDS, key_of, trusted_settings, wandb_mode
 from mnist_dist.text import cause
+from mnist_dist.training.products import has_onednn, onednn_from, product
 
 CHECKPOINT_BYTES = 2_500_000  # weights and Adam's moments of 784-256-10 in float32
 FREE_BYTES = 1_000_000_000  # on the disk of the runs: less may not be enough for a study
 SYNC_SECONDS = 0.5  # to have a checkpoint on the disk: more makes training wait for it
 BURN_SECONDS = 0.25  # of work on every core at once
+PRODUCT_TURNS, SLOW_PRODUCTS = 30, 0.7  # of the best turn; parts of oneDNN's rate
 LEAST_OF_CORES = 0.7  # of the work that all cores together should do
 
 
@@ -98,6 +102,28 @@ def cores(threads: int, processes: int) -> Iterator[Finding]:
             f"start at most {number} processes")
     yield Finding("threads", f"{threads} per process, {processes} process{'es' if processes > 1 else ''} here",
                   {"threads": threads, "processes": processes}, problem, remedy)
+
+
+def products() -> Iterator[Finding]:
+    """How fast PyTorch's products are beside oneDNN's, which it has too: MKL takes a slow path on some processors."""
+    if not has_onednn():
+        return
+    left_MK, right_NK = torch.randn(1000, 784), torch.randn(256, 784)
+    calls = {"mkl": lambda: left_MK @ right_NK.t(), "onednn": lambda: product(left_MK, right_NK)}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(PRODUCT_TURNS):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begin)
+    gflops = {name: 2e-9 * left_MK.numel() * len(right_NK) / min(each) for name, each in seconds.items()}
+    library = "MKL" if torch.backends.mkl.is_available() else "PyTorch's own"
+    says, part = f"{library} {gflops['mkl']:,.0f}, oneDNN {gflops['onednn']:,.0f} GFLOP/s in float32", (
+        gflops["mkl"] / gflops["onednn"])
+    if part < SLOW_PRODUCTS:
+        taken = "oneDNN" if onednn_from() else "PyTorch's own, because its table lacks this processor"
+        says += f": PyTorch's products run at {100 * part:.0f} % of oneDNN's here (mnist-dist takes {taken})"
+    yield Finding("products", says, gflops)
 
 
 GPU_FIELDS = ("name", "driver_version", "memory.total", "memory.used", "temperature.gpu", "pcie.link.width.current",

@@ -48,6 +48,12 @@ def processor_family() -> tuple[str, int] | None:
     return (maker, int(family)) if maker and family.isdecimal() else None
 
 
+def vector_instructions() -> list[str]:
+    """The vector and matrix instructions that the system names, as avx512_bf16 of x86 and sve of ARM."""
+    features = _of_processor("flags", "Features") or ""
+    return sorted(name for name in features.split() if name.startswith(("avx", "amx", "asimd", "sve", "sme")))
+
+
 def processor_kind() -> str:
     """A short name for processors that run the same code: two that only have the same name may not."""
     features = _of_processor("flags", "Features") or ""  # as x86 and ARM have it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import time
 
 import pytest
 from forked import run_forked
@@ -16,6 +17,7 @@ from mnist_dist.commands import machine
 from mnist_dist.commands.machine import Finding, lines
 from mnist_dist.processes.fabric import rounds
 from mnist_dist.processes.launch import cores_of_container
+from mnist_dist.training.products import has_onednn
 
 SMI = """#!/bin/sh
 [ "$1" = topo ] && { printf 'GPU0 GPU1\\nGPU0 X NV18\\n'; exit 0; }
@@ -48,6 +50,21 @@ def test_threads_and_cores(monkeypatch):
     counts = iter([(70, 0.175), (60, 0.2), (40, 0.1), (60, 0.1), (50, 0.1), (50, 0.1)])  # a neighbour takes the half
     monkeypatch.setattr(machine, "_burnt", lambda block: next(counts))
     assert "of 4 cores only 2.0 do work at once" in next(machine.cores(1, 1)).problem
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize(("onednn", "least", "said"), [
+    (lambda left, right: time.sleep(0.1), 1, None),
+    (lambda left, right: None, 1, "(mnist-dist takes oneDNN)"),
+    (lambda left, right: None, None, "because its table lacks this processor)"),
+])
+def test_slow_products_are_one_line(onednn, least, said, monkeypatch):
+    monkeypatch.setattr(machine, "product", onednn)
+    monkeypatch.setattr(machine, "onednn_from", lambda: least)
+    monkeypatch.setattr(machine, "PRODUCT_TURNS", 2)
+    found = one(machine.products())
+    assert found.problem is None and found.value["mkl"] > 0 and "GFLOP/s" in found.says and "\n" not in found.says
+    assert ("of oneDNN's here" in found.says) == bool(said) and found.says.endswith(said or "in float32")
 
 
 @pytest.mark.parametrize(("files", "cores"), [
@@ -138,7 +155,8 @@ def test_one_process(small_dir, tmp_path):
     found = json.loads(done.stdout)
     assert done.returncode == (0 if found["healthy"] else 1), done.stderr
     names = [finding["name"] for finding in found["findings"]]
-    assert names == ["versions", "cores", "threads", "GPUs", "data", "disk", "W&B", "processes", "gradient", "step"]
+    assert names == ["versions", "cores", "threads", *["products"] * has_onednn(), "GPUs", "data", "disk", "W&B",
+                     "processes", "gradient", "step"]
     assert not list(tmp_path.iterdir()), "it leaves nothing"
 
 
