@@ -26,7 +26,7 @@ from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError
 from mnist_dist.output import complain, protect
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
-from mnist_dist.processes.signals import block_ignored, interrupting, number_of
+from mnist_dist.processes.signals import block_ignored, ending, interrupting, number_of
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
 from mnist_dist.record.config_file import from_environment, merged, read_config, read_run_config
 from mnist_dist.record.folder import CONFIG, check_place
@@ -265,7 +265,9 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
         raise UserError("machines that come and go need --output-dir and --resume: each start goes on from the newest "
                         "checkpoint there")
     config.global_batch_size(number * machines.number)  # before any process is started
-    return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout, options=config.common)
+    with interrupting():
+        return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout,
+                     options=config.common)
 
 
 def _on_ray(given: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int:
@@ -285,7 +287,8 @@ def _on_ray(given: argparse.Namespace, argv: Sequence[str], launch: Launch, conf
     for size in range(least, most + 1):
         config.global_batch_size(size)
     group = ray_launcher.Group(least, most, on_gpus=not runs_on_cpu(launch))
-    return ray_launcher.launch(argv, group, Path(config.output_dir).resolve(), restarts)
+    with interrupting():
+        return ray_launcher.launch(argv, group, Path(config.output_dir).resolve(), restarts)
 
 
 def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
@@ -379,8 +382,14 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
         launch = read_launch()
     rank, size, final_status = (launch.rank, launch.size, launch.final_status) if launch else (0, 1, 1)
     at_once = size > 1
+
+    def say_stopped(number: int) -> None:
+        if rank == 0:
+            complain("error", f"stopped by {signal.Signals(number).name}: the same command starts again")
+
     try:
-        return run(argv, launch), at_once
+        with ending(say_stopped):
+            return run(argv, launch), at_once
     except MnistDistError as error:
         if isinstance(error, OfThisProcess) or rank == 0:
             complain("error", error)
@@ -389,8 +398,7 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
         is_final = error.exit_status == MnistDistError.exit_status and not isinstance(error, OfThisProcess)
         return final_status if is_final else error.exit_status, at_once
     except KeyboardInterrupt as stop:
-        if rank == 0:
-            complain("error", f"stopped by {signal.Signals(number_of(stop)).name}: the same command starts again")
+        say_stopped(number_of(stop))
         return 128 + number_of(stop), at_once
     except (OSError, MemoryError) as error:  # of a kind that no command expects
         name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)

@@ -116,6 +116,27 @@ def test_ctrl_c_before_the_first_step_says_so_and_leaves_no_run(small_dir, tmp_p
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.long
+def test_ctrl_c_while_modules_are_imported_is_one_line(small_dir, tmp_path):
+    """An exception would come out of some imports as another one, with a traceback."""
+    for number in range(12):
+        waits = tmp_path / f"{number}"
+        waits.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mnist_dist", "train", "--data-dir", str(small_dir), *WORDS], cwd=tmp_path,
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={
+                **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'moments'}", "WAITS_AT": "start", "RANK": "0",
+                "WAITS_IN": str(waits), "WAITS_SECONDS": "0"})
+        while not list(waits.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(number * 0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=100)
+        assert (process.returncode, errors) == (
+            130, "mnist-dist: error: stopped by SIGINT: the same command starts again\n"), number
+
+
 @given(st.text(st.characters(codec=None), max_size=300))
 def test_a_message_is_one_short_printable_line(written):
     line = text.one_line(written)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -44,15 +45,37 @@ def number_of(interrupt: KeyboardInterrupt) -> int:
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Interrupt`, unless they are ignored: for a command that starts others, which it
-    must end. Not for a rank: it would wait for a collective first.
+    """Inside, SIGTERM and SIGHUP raise `Interrupt`, and SIGINT `KeyboardInterrupt`, unless they are ignored: for a
+    command that starts other processes, which it must end. Not for a rank: it would wait for a collective first.
     """
     def raise_it(number: int, _frame: object) -> None:
         raise Interrupt(number)
 
+    with _handling({signal.SIGTERM: raise_it, signal.SIGHUP: raise_it, signal.SIGINT: signal.default_int_handler}):
+        yield
+
+
+@contextmanager
+def ending(last_words: Callable[[int], None]) -> Iterator[None]:
+    """Inside, SIGINT ends this process at once, with status 130, after `last_words` with the signal's number, unless it
+    is ignored: for a process that has nothing to save yet, and has started no other. An exception that is raised while
+    a module is imported can come out of the import as another one.
+    """
+    def end(number: int, _frame: object) -> None:
+        with suppress(Exception):  # as of a stream that is just written to
+            last_words(number)
+        os._exit(128 + number)
+
+    with _handling({signal.SIGINT: end}):
+        yield
+
+
+@contextmanager
+def _handling(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Inside, these signals have these handlers, unless they are ignored; Python allows it in its main thread alone."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, raise_it) for number in (signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()
                   if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield

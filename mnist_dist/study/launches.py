@@ -21,7 +21,7 @@ from typing import Any
 
 from mnist_dist import runner
 from mnist_dist.config import flag_of
-from mnist_dist.disk.files import make_folder, remove_tree, replace_json, replace_synced
+from mnist_dist.disk.files import make_folder, remove_tree, replace_json, write_synced
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
 from mnist_dist.study.grid import LAUNCHERS, PlannedRun
@@ -145,7 +145,7 @@ def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: di
     except subprocess.TimeoutExpired:
         printed, reason = "", f"no result after {timeout:g} s (--cell-timeout): ended"
     if folder.is_dir():
-        replace_synced(folder / OUTPUT, printed.encode(errors="replace"))
+        write_synced(folder / OUTPUT, printed.encode(errors="replace"))
     if not reason:
         try:
             whole_result(run, folder)

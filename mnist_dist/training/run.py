@@ -87,25 +87,29 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
         console.warn(team.clocks_apart)
     run = None
     try:
-        config = of_earlier_start(config, team)
-        name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
-                           patient=True)
-        sets = team.run_on("every", lambda: load(name, config.data_dir))
-        digest = common_digest(team, sets.digest() if launch.local_rank == 0 else None)
-        notes: list[str] = []
-        team.run_on("main", lambda: check_name(name, config.data_dir, digest, notes.append))
-        run = Run(config, launch, team, console, sets, {**sets.summary, "digest": digest}, held, notes)
-        run.go()
-    except OfThisProcess:
-        raise  # a barrier would wait for others
-    except MnistDistError as error:
-        if team.starts and team.is_main and not isinstance(error, Stopped):
-            team.starts.end = error.exit_status, str(error)
-        if run:
-            # before any rank ends: a launcher would then end the main one, which has a line to print
-            team.run_on("main", partial(run.mirror.finish, error.exit_status), patient=True)
-        team.end()
-        raise
+        try:
+            config = of_earlier_start(config, team)
+            name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
+                               patient=True)
+            sets = team.run_on("every", lambda: load(name, config.data_dir))
+            digest = common_digest(team, sets.digest() if launch.local_rank == 0 else None)
+            notes: list[str] = []
+            team.run_on("main", lambda: check_name(name, config.data_dir, digest, notes.append))
+            run = Run(config, launch, team, console, sets, {**sets.summary, "digest": digest}, held, notes)
+            run.go()
+        except OfThisProcess:
+            raise  # a barrier would wait for others
+        except MnistDistError as error:
+            if team.starts and team.is_main and not isinstance(error, Stopped):
+                team.starts.end = error.exit_status, str(error)
+            if run:
+                # before any rank ends: a launcher would then end the main one, which has a line to print
+                team.run_on("main", partial(run.mirror.finish, error.exit_status), patient=True)
+            team.end()
+            raise
+        finally:
+            console.hide_bar()
+        team.end()  # the other ranks need not wait for W&B
     except torch.OutOfMemoryError as error:
         step = run.progress.global_step if run else 0
         raise OfThisProcess(f"process {team.rank} of {team.size} has no GPU memory left after step {step}: give a "
@@ -116,9 +120,6 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
         if lost is None:
             raise
         raise lost from error
-    finally:
-        console.hide_bar()
-    team.end()  # the other ranks need not wait for W&B
     run.mirror.finish()
     if hint := run.mirror.sync_hint():
         console.say(f"W&B was offline: to bring this run there, {hint}")

@@ -41,6 +41,7 @@ class Launched:
     def __init__(self, moment, data_dir, folder):
         self.folder, self.waits_in, self.mark = folder / "run", folder / "waits", uuid.uuid4().hex
         self.waits_in.mkdir()
+        self.number = 2 if moment == "start" else 1
         words = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", *OPTIONS, "--checkpoint-every",
                  MOMENTS[moment][1], "--data-dir", str(data_dir), "--output-dir", str(self.folder)]
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
@@ -48,9 +49,11 @@ class Launched:
             "WAITS_IN": str(self.waits_in), "WAITS_SECONDS": str(WAITS_SECONDS), runner.MARK: self.mark})
 
     def at_the_moment(self, deadline=60.0):
-        """Wait until a rank is there; returns the process of the last rank."""
+        """Wait until a rank is there, at the start both: before, a rank is in Python's own start. Returns the last
+        rank's process.
+        """
         until = time.monotonic() + deadline
-        while not any(self.waits_in.iterdir()):
+        while len(list(self.waits_in.iterdir())) < self.number:
             assert self.process.poll() is None and time.monotonic() < until, "the moment did not come"
             time.sleep(0.01)
         rank = named(self.process, "rank 1")
