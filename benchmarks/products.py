@@ -9,6 +9,7 @@ The ways take turns; a figure is the median over the turns. At the end: the entr
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -29,11 +30,13 @@ from mnist_dist.record.environment import processor_family, processor_name
 from mnist_dist.tables import Spread, cell, spread, table
 from mnist_dist.training import products
 from mnist_dist.training.steps import Step
+from mnist_dist.training.steps.compiled import PART
 from mnist_dist.training.trainer import Trainer
 
 INPUTS, HIDDEN, OUTPUTS = 784, 256, 10
-BATCH_SIZES = (4, 8, 16, 24, 32, 64, 128, 200, 500, 1000, 8192)
-TURNS, TURN_SECONDS, PAUSE_SECONDS, STEP_TURNS = 9, 0.01, 0.05, 6
+BATCH_SIZES = (8, 16, 24, 32, 64, 128, 200, 500, 1000, 8192)
+TURNS, TURN_SECONDS, PAUSE_SECONDS, STEP_TURNS = 9, 0.01, 0.25, 12
+KINDS = {"off": "plain", "on": "compiled"}  # of steps, by --compile
 MKL, ONEDNN, OPENBLAS = "MKL", "oneDNN", "OpenBLAS"  # of PyTorch, of PyTorch, of numpy
 Way = TypeVar("Way")
 
@@ -87,12 +90,12 @@ def step_products(batch_size: int, device: torch.device) -> list[Product]:
 
 
 def seconds_per_call(calls: Mapping[Way, Callable[[], Any]]) -> dict[Way, Spread]:
-    """Of each call, in turns, over warm caches. A pause lets the threads of the library before go to sleep; then the
-    calls are warmed up for as long as they are timed, because threads that wake up may begin on one core.
+    """Of each call, in turns, over warm caches. OpenBLAS comes last: its threads spin for long after a call, so that
+    each turn begins with a pause. The calls are warmed up for as long as they are timed, because threads that wake up
+    may begin on one core.
     """
 
     def turn(call: Callable[[], Any], number: int) -> float:
-        time.sleep(PAUSE_SECONDS)
         begin = time.perf_counter()
         while time.perf_counter() < begin + TURN_SECONDS:
             call()
@@ -102,7 +105,10 @@ def seconds_per_call(calls: Mapping[Way, Callable[[], Any]]) -> dict[Way, Spread
         return (time.perf_counter() - begin) / number
 
     numbers = {name: max(1, round(TURN_SECONDS / min(turn(call, 3) for _ in range(3)))) for name, call in calls.items()}
-    turns = [{name: turn(call, numbers[name]) for name, call in calls.items()} for _ in range(TURNS)]
+    turns = []
+    for _ in range(TURNS):
+        time.sleep(PAUSE_SECONDS)
+        turns.append({name: turn(call, numbers[name]) for name, call in calls.items()})
     return {name: spread([each[name] for each in turns]) for name in calls}
 
 
@@ -160,24 +166,23 @@ def trainer(sets: ImageSets, batch_size: int, compile: str, **options: Any) -> T
 
 
 def measure_steps(sets: ImageSets, batch_sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """The seconds of a step, plain and compiled, with PyTorch's products and with oneDNN's for the first layer's."""
-    measured = []
-    for batch_size in batch_sizes:
-        multiplications = batch_size * INPUTS * HIDDEN
-        ways = {}
-        for compile in ("off", "on"):
-            for library, rule in ((MKL, {}), (ONEDNN, {processor_family(): multiplications})):
-                with patch.object(products, "ONEDNN_FROM", rule):
-                    ways[compile, library] = trainer(sets, batch_size, compile).step
-        seconds = {way: list[float]() for way in ways}
-        for turn in range(STEP_TURNS + 1):
-            for way, step in ways.items():
-                seconds[way].append(seconds_per_step(step, turn, max(16, min(1000, 60_000 // batch_size))))
-        for compile in ("off", "on"):
-            measured.append({"batch_size": batch_size, "compile": compile, "multiplications": multiplications,
-                             "seconds": {library: spread(seconds[compile, library][1:])  # the first turn warms up
-                                         for library in (MKL, ONEDNN)}})
-    return measured
+    """The seconds of a step, plain and compiled, with PyTorch's products and with oneDNN's for the first layer's. Each
+    turn has all batch sizes, because a machine can be in another state some minutes later.
+    """
+    cells = {}
+    for batch_size, (compile, kind) in itertools.product(batch_sizes, KINDS.items()):
+        rules = {MKL: {}, ONEDNN: {processor_family(): {kind: batch_size * INPUTS * HIDDEN}}}
+        for library, rule in rules.items():
+            with patch.object(products, "ONEDNN_FROM", rule):
+                cells[batch_size, kind, library] = trainer(sets, batch_size, compile).step
+    seconds = {at: list[float]() for at in cells}
+    for turn in range(STEP_TURNS + 1):
+        for at, step in cells.items():
+            seconds[at].append(seconds_per_step(step, turn, max(16, min(1000, 30_000 // at[0]))))
+    return [{"batch_size": batch_size, "kind": kind, "multiplications": batch_size * INPUTS * HIDDEN,
+             "seconds": {library: spread(seconds[batch_size, kind, library][1:])  # the first turn warms up
+                         for library in (MKL, ONEDNN)}}
+            for batch_size, kind in itertools.product(batch_sizes, KINDS.values())]
 
 
 def seconds_per_step(step: Step, epoch: int, number: int) -> float:
@@ -191,16 +196,16 @@ def seconds_per_step(step: Step, epoch: int, number: int) -> float:
     return (time.perf_counter() - begin) / number
 
 
-def least(steps: Sequence[Mapping[str, Any]]) -> int | None:
-    """The least multiplications from which a step with oneDNN is the faster one, plain and compiled, at every batch
-    size; None if it is not at the largest.
+def least(steps: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """By kind of step the least multiplications from which it is faster with oneDNN at every batch size; a kind that is
+    not at the largest has no entry. The fastest turn counts, which other processes disturb least.
     """
-    entry = None
-    for number in sorted({step["multiplications"] for step in steps}, reverse=True):
-        if any(step["seconds"][ONEDNN][0] >= step["seconds"][MKL][0] for step in steps
-               if step["multiplications"] == number):
-            break
-        entry = number
+    entry = {}
+    for kind in KINDS.values():
+        for step in sorted((step for step in steps if step["kind"] == kind), key=lambda step: -step["multiplications"]):
+            if step["seconds"][ONEDNN][1] >= step["seconds"][MKL][1]:  # the minima
+                break
+            entry[kind] = step["multiplications"]
     return entry
 
 
@@ -212,14 +217,15 @@ def microseconds(seconds: Mapping[str, Sequence[float]]) -> list[str]:
 def main(data_dir: str, output: str | None = None) -> None:
     """Measure, print two tables, and write the measurements."""
     of_products = measure_products(BATCH_SIZES)
-    of_steps = measure_steps(load("mnist", data_dir), BATCH_SIZES)
+    # a compiled step takes a larger batch in parts
+    of_steps = measure_steps(load("mnist", data_dir), [size for size in BATCH_SIZES if size <= PART])
     print(f"Microseconds, median (minimum to maximum); {torch.get_num_threads()} threads, {processor_name()} "
           f"{processor_family()}, torch {torch.__version__}, numpy {np.__version__}\n")
     print("\n".join(table(["batch", "product", "million multiplications", MKL, ONEDNN, OPENBLAS], [
         [str(each["batch_size"]), each["product"], f"{each['multiplications'] / 1e6:.3g}",
          *microseconds(each["seconds"])] for each in of_products])))
-    print("\n".join(table(["batch", "step, --compile", "million multiplications", MKL, ONEDNN], [
-        [str(each["batch_size"]), each["compile"], f"{each['multiplications'] / 1e6:.3g}",
+    print("\n".join(table(["batch", "step", "million multiplications", MKL, ONEDNN], [
+        [str(each["batch_size"]), each["kind"], f"{each['multiplications'] / 1e6:.3g}",
          *microseconds(each["seconds"])] for each in of_steps])))
     print(f"ONEDNN_FROM of this processor: {processor_family()}: {least(of_steps)}")
     if output:

@@ -11,9 +11,11 @@ from mnist_dist import cli
 from mnist_dist.record.environment import processor_family
 from mnist_dist.training import products
 
+KINDS = ("plain", "compiled")
+
 
 def main(argv: Sequence[str]) -> None:
     """Ends the process."""
     least, *words = argv
-    products.ONEDNN_FROM = {} if least == "never" else {processor_family(): int(least)}
+    products.ONEDNN_FROM = {} if least == "never" else {processor_family(): dict.fromkeys(KINDS, int(least))}
     cli.main(words)

@@ -121,7 +121,7 @@ def products() -> Iterator[Finding]:
     says, part = f"{library} {gflops['mkl']:,.0f}, oneDNN {gflops['onednn']:,.0f} GFLOP/s in float32", (
         gflops["mkl"] / gflops["onednn"])
     if part < SLOW_PRODUCTS:
-        taken = "oneDNN" if onednn_from() else "PyTorch's own, because its table lacks this processor"
+        taken = "oneDNN" if onednn_from("plain") else "PyTorch's own, because its table lacks this processor"
         says += f": PyTorch's products run at {100 * part:.0f} % of oneDNN's here (mnist-dist takes {taken})"
     yield Finding("products", says, gflops)
 

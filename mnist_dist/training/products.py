@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from mnist_dist.record.environment import processor_family
 
-# The least multiplications of a product for which oneDNN is faster than MKL, by the maker and the family of the
-# processor: `python -m benchmarks.products` prints the entry of the machine on which it runs.
-ONEDNN_FROM: dict[tuple[str, int] | None, int] = {("AuthenticAMD", 26): 5_000_000}
+# By the maker and the family of the processor, the least multiplications of a product from which a step with oneDNN is
+# faster than with MKL: `python -m benchmarks.products` prints the entry of the machine on which it runs.
+ONEDNN_FROM: dict[tuple[str, int] | None, dict[str, int]] = {
+    # Zen 5: from 64 and from 16 samples on; benchmarks/results/products-zen5.json
+    ("AuthenticAMD", 26): {"plain": 12_845_056, "compiled": 3_211_264},
+}
 
 
-def onednn_from(family: tuple[str, int] | None = None) -> int | None:
-    """The least multiplications that oneDNN gets on a processor of this family, by default on this machine's; None if
-    MKL gets all.
+def onednn_from(kind: str, family: tuple[str, int] | None = None) -> int | None:
+    """The least multiplications that oneDNN gets in this kind of step, on a processor of this family, by default on
+    this machine's; None if MKL gets all.
     """
-    return ONEDNN_FROM.get(family or processor_family()) if has_onednn() else None
+    return ONEDNN_FROM.get(family or processor_family(), {}).get(kind) if has_onednn() else None
 
 
 def has_onednn() -> bool:
@@ -35,7 +38,7 @@ def has_onednn() -> bool:
 
 def product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """left x right^T + bias [M, N], by oneDNN. Transposed views are read as they are."""
-    return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, bias_N, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(left_MK, right_NK, bias_N, "none", [], "")
 
 
 class _Linear(Function):
@@ -47,7 +50,6 @@ class _Linear(Function):
         return product(x_BI, weight_OI, bias_O)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient_BO: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x_BI, weight_OI = ctx.saved_tensors
         of_x = product(gradient_BO, weight_OI.t()) if ctx.needs_input_grad[0] else None

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,10 +71,6 @@ class Trainer:
         if config.reproducible:
             exact.draw_weights(self.module, config.seed)
         self.module.to(team.device, self.dtype)
-        self.onednn_from = self._products(before)
-        if self.onednn_from is not None:
-            for layer in self.module.linears:
-                layer.function = partial(products.linear, least=self.onednn_from)
         self.sums = torch.zeros(3, self.batches.num_batches, dtype=torch.float64, device=team.device)
         self.noise = NOT_KNOWN  # as of the last `train_loss`
         # fused also if the step is compiled: it decides on which device Adam's step counts are
@@ -83,8 +80,13 @@ class Trainer:
         self._start_adam()
         self.neighbours = Neighbours(on_cpu=team.device.type == "cpu")
         self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.sums, self.dtype,
-                               self.neighbours, self._measures_noise(), self.onednn_from)
+                               self.neighbours, self._measures_noise())
         self.compiles = wants_compiling(config, self.parts, before.get("kind") if before else None)
+        self.onednn_from = self._products(before)
+        if self.onednn_from is not None:
+            self.parts = replace(self.parts, onednn_from=self.onednn_from)
+            for layer in self.module.linears:
+                layer.function = partial(products.linear, least=self.onednn_from)
         self._warm = 0  # warm-up steps done
 
     def _products(self, before: Mapping[str, Any] | None) -> int | None:
@@ -95,7 +97,9 @@ class Trainer:
         if (team.device.type != "cpu" or self.dtype != torch.float32 or team.accelerator.mixed_precision != "no"
                 or self.config.reproducible):
             return None
-        least = team.run_on("main", products.onednn_from) if before is None else before.get("onednn_from")
+        kind = "compiled" if self.compiles else "plain"
+        least = (team.run_on("main", lambda: products.onednn_from(kind)) if before is None
+                 else before.get("onednn_from"))
         return least if isinstance(least, int) and all(team.share(products.has_onednn())) else None
 
     def _measures_noise(self) -> bool:

@@ -60,7 +60,7 @@ def test_threads_and_cores(monkeypatch):
 ])
 def test_slow_products_are_one_line(onednn, least, said, monkeypatch):
     monkeypatch.setattr(machine, "product", onednn)
-    monkeypatch.setattr(machine, "onednn_from", lambda: least)
+    monkeypatch.setattr(machine, "onednn_from", lambda kind: least)
     monkeypatch.setattr(machine, "PRODUCT_TURNS", 2)
     found = one(machine.products())
     assert found.problem is None and found.value["mkl"] > 0 and "GFLOP/s" in found.says and "\n" not in found.says

@@ -23,7 +23,7 @@ LINEAR = "layers.1.weight"
 @pytest.fixture
 def always(monkeypatch):
     """Every product is oneDNN's."""
-    monkeypatch.setattr(products, "ONEDNN_FROM", {processor_family(): 1})
+    monkeypatch.setattr(products, "ONEDNN_FROM", {processor_family(): {"plain": 1, "compiled": 2}})
 
 
 @pytest.mark.parametrize("transposed", [(False, False), (True, True), (False, True), (True, False)])
@@ -65,23 +65,25 @@ def test_small_products_stay_as_they_are(monkeypatch):
 
 
 def test_the_rule_is_a_table_of_processors(monkeypatch):
-    assert products.onednn_from(("AuthenticAMD", 26)) == products.ONEDNN_FROM["AuthenticAMD", 26]
-    assert products.onednn_from(("GenuineIntel", 6)) is None and products.onednn_from(("Another", 1)) is None
+    for kind, least in products.ONEDNN_FROM["AuthenticAMD", 26].items():
+        assert products.onednn_from(kind, ("AuthenticAMD", 26)) == least > 0
+    assert products.onednn_from("plain", ("GenuineIntel", 6)) is products.onednn_from("plain", ("Another", 1)) is None
     monkeypatch.setattr(products, "processor_family", lambda: None)
-    assert products.onednn_from() is None, "the system does not tell"
+    assert products.onednn_from("plain") is None, "the system does not tell"
     monkeypatch.setattr(products, "has_onednn", lambda: False)
-    assert products.onednn_from(("AuthenticAMD", 26)) is None
+    assert products.onednn_from("plain", ("AuthenticAMD", 26)) is None
 
 
-def chosen(before=None, *, device="cpu", precision="no", others_can=True, **options):
+def chosen(before=None, *, device="cpu", precision="no", others_can=True, compiles=False, **options):
     config = TrainConfig(**options)
     team = SimpleNamespace(device=torch.device(device), accelerator=SimpleNamespace(mixed_precision=precision),
                            run_on=lambda where, task: task(), share=lambda mine: [mine, others_can])
-    return Trainer._products(SimpleNamespace(team=team, config=config, dtype=getattr(torch, config.dtype)), before)
+    trainer = SimpleNamespace(team=team, config=config, dtype=getattr(torch, config.dtype), compiles=compiles)
+    return Trainer._products(trainer, before)
 
 
 def test_who_takes_it(always):
-    assert chosen() == 1
+    assert chosen() == 1 and chosen(compiles=True) == 2
     assert chosen(dtype="float64") is chosen(reproducible=True) is chosen(precision="bf16") is None
     assert chosen(device="cuda") is None
     assert chosen(others_can=False) is None, "all ranks, or none"
