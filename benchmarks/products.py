@@ -35,7 +35,7 @@ from mnist_dist.training.trainer import Trainer
 
 INPUTS, HIDDEN, OUTPUTS = 784, 256, 10
 BATCH_SIZES = (8, 16, 24, 32, 64, 128, 200, 500, 1000, 8192)
-TURNS, TURN_SECONDS, PAUSE_SECONDS, STEP_TURNS = 9, 0.01, 0.25, 12
+TURNS, TURN_SECONDS, PAUSE_SECONDS, STEP_TURNS = 7, 0.01, 0.2, 12
 KINDS = {"off": "plain", "on": "compiled"}  # of steps, by --compile
 MKL, ONEDNN, OPENBLAS = "MKL", "oneDNN", "OpenBLAS"  # of PyTorch, of PyTorch, of numpy
 Way = TypeVar("Way")
@@ -91,14 +91,17 @@ def step_products(batch_size: int, device: torch.device) -> list[Product]:
 
 def seconds_per_call(calls: Mapping[Way, Callable[[], Any]]) -> dict[Way, Spread]:
     """Of each call, in turns, over warm caches. OpenBLAS comes last: its threads spin for long after a call, so that
-    each turn begins with a pause. The calls are warmed up for as long as they are timed, because threads that wake up
-    may begin on one core.
+    each turn begins with a pause. Threads that wake up after it may begin on one core, so the first call is made for
+    some time before.
     """
 
-    def turn(call: Callable[[], Any], number: int) -> float:
+    def warm_up(call: Callable[[], Any], seconds: float) -> None:
         begin = time.perf_counter()
-        while time.perf_counter() < begin + TURN_SECONDS:
+        while time.perf_counter() < begin + seconds:
             call()
+
+    def turn(call: Callable[[], Any], number: int) -> float:
+        warm_up(call, TURN_SECONDS)
         begin = time.perf_counter()
         for _ in range(number):
             call()
@@ -108,6 +111,7 @@ def seconds_per_call(calls: Mapping[Way, Callable[[], Any]]) -> dict[Way, Spread
     turns = []
     for _ in range(TURNS):
         time.sleep(PAUSE_SECONDS)
+        warm_up(next(iter(calls.values())), PAUSE_SECONDS)
         turns.append({name: turn(call, numbers[name]) for name, call in calls.items()})
     return {name: spread([each[name] for each in turns]) for name in calls}
 

@@ -41,7 +41,8 @@ CHECKPOINT_BYTES = 2_500_000  # weights and Adam's moments of 784-256-10 in floa
 FREE_BYTES = 1_000_000_000  # on the disk of the runs: less may not be enough for a study
 SYNC_SECONDS = 0.5  # to have a checkpoint on the disk: more makes training wait for it
 BURN_SECONDS = 0.25  # of work on every core at once
-PRODUCT_TURNS, SLOW_PRODUCTS = 30, 0.7  # of the best turn; parts of oneDNN's rate
+PRODUCT_TURNS = 30  # of which the fastest counts
+SLOW_PRODUCTS = 0.7  # of oneDNN's rate: a lower rate of PyTorch's products is worth a word
 LEAST_OF_CORES = 0.7  # of the work that all cores together should do
 
 
@@ -118,8 +119,8 @@ def products() -> Iterator[Finding]:
             seconds[name].append(time.perf_counter() - begin)
     gflops = {name: 2e-9 * left_MK.numel() * len(right_NK) / min(each) for name, each in seconds.items()}
     library = "MKL" if torch.backends.mkl.is_available() else "PyTorch's own"
-    says, part = f"{library} {gflops['mkl']:,.0f}, oneDNN {gflops['onednn']:,.0f} GFLOP/s in float32", (
-        gflops["mkl"] / gflops["onednn"])
+    says = f"{library} {gflops['mkl']:,.0f}, oneDNN {gflops['onednn']:,.0f} GFLOP/s in float32"
+    part = gflops["mkl"] / gflops["onednn"]
     if part < SLOW_PRODUCTS:
         taken = "oneDNN" if onednn_from("plain") else "PyTorch's own, because its table lacks this processor"
         says += f": PyTorch's products run at {100 * part:.0f} % of oneDNN's here (mnist-dist takes {taken})"

@@ -214,6 +214,30 @@ def test_where_one_thread_gives_other_bits_all_threads_are_taken(small_dir, two_
     assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
 
 
+@pytest.mark.skipif(not products.has_onednn(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize(("least", "wanted_count"), [(97 * 784 * 256, 2), (1, 5)])
+def test_large_products_are_onednns(least, wanted_count, small_dir, two_threads, monkeypatch):
+    """Of the first layer, or all of a step; the same training but for rounding, and for other products than MKL's."""
+    counted = []
+
+    def count(self, graph):
+        whole(self, graph)
+        counted.append(len(graph.find_nodes(op="call_function", target=torch.ops.mnist_dist.product.default)))
+
+    whole = GraphPass.__call__
+    monkeypatch.setattr(GraphPass, "__call__", count)
+    monkeypatch.setattr(GraphPass, "uuid", lambda self: os.urandom(32))  # nothing is found in the cache
+    trainers = []
+    for rule in ({}, {"compiled": least}):
+        monkeypatch.setattr(products, "ONEDNN_FROM", {processor_family(): rule})
+        trainers.append(after_three_steps(small_dir, "on", dtype="float32", batch_size=97))
+    assert counted == [0, wanted_count]
+    mkl, onednn = (torch.cat([weight.flatten() for weight in trainer.module.parameters()]) for trainer in trainers)
+    assert not torch.equal(mkl, onednn)
+    torch.testing.assert_close(mkl, onednn, rtol=0, atol=2e-4)  # of three steps of 1e-4
+    torch.testing.assert_close(trainers[0].sums, trainers[1].sums, rtol=1e-4, atol=1e-5)
+
+
 def test_beside_a_busy_process_products_of_onednn_have_the_same_bits(small_dir, two_threads, monkeypatch):
     monkeypatch.setattr(products, "ONEDNN_FROM", {processor_family(): {"compiled": 1}})
     alone, beside = (after_three_steps(small_dir, "on", dtype="float32", batch_size=97, others_are_there=there)

@@ -9,6 +9,9 @@ becomes one for each block of columns, because it has few rows.
 Then, up to `MOST_SAMPLES` and where the threads divide the blocks evenly, MKL shares out no product in its own way. So
 the step has the same bits with one thread, which it takes beside busy processes (compiled.py).
 
+On processors on which MKL is slow, large products are oneDNN's instead (training/products.py). oneDNN shares them out
+by the number of threads.
+
 Small products become loops of inductor's own, which it joins to the loops before and after them. MKL is slow at
 products with ten columns, as the second layer's are, and a call of it takes longer than a product with few samples.
 Then Adam's loop computes the gradient of a large weight itself, which does not go through memory; from one sample on
@@ -32,7 +35,7 @@ from mnist_dist.training.products import product
 
 aten = torch.ops.aten
 
-# An operator of our own, because inductor would copy the transposed operands of oneDNN's.
+# An operator of our own: inductor would copy the transposed operands of PyTorch's operator for oneDNN.
 library = torch.library.Library("mnist_dist", "DEF")
 library.define("product(Tensor left_MK, Tensor right_NK) -> Tensor")
 library.impl("product", product, "CPU")
