@@ -215,7 +215,7 @@ def test_where_one_thread_gives_other_bits_all_threads_are_taken(small_dir, two_
 
 
 @pytest.mark.skipif(not products.has_onednn(), reason="this PyTorch has no oneDNN")
-@pytest.mark.parametrize(("least", "wanted_count"), [(97 * 784 * 256, 2), (1, 5)])
+@pytest.mark.parametrize(("least", "wanted_count"), [(97 * 784 * 256, 2), pytest.param(1, 5, marks=pytest.mark.long)])
 def test_large_products_are_onednns(least, wanted_count, small_dir, two_threads, monkeypatch):
     """Of the first layer, or all of a step; the same training but for rounding, and for other products than MKL's."""
     counted = []
@@ -246,6 +246,7 @@ def test_beside_a_busy_process_products_of_onednn_have_the_same_bits(small_dir, 
     assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
 
 
+@pytest.mark.long
 def test_cut_and_continued_it_has_the_same_bits(small_dir, tmp_path):
     trained(tmp_path, small_dir, "whole", "--epochs", 2, "--compile", "on")
     trained(tmp_path, small_dir, "cut", "--max-steps", 17, "--compile", "on", "--checkpoint-every", "5steps")

@@ -117,7 +117,7 @@ def test_the_same_bits_twice_and_cut_and_continued(compile, small_dir, tmp_path)
     assert torch.allclose(whole, other, atol=2e-3)  # float32: rounding, amplified by Adam
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_processes_change_nothing_but_rounding(size, small_dir, tmp_path):
     (_, alone), (_, together) = (trained(tmp_path, small_dir, f"{count}", "--epochs", 2, size=count)
                                  for count in (1, size))
