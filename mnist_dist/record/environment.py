@@ -51,7 +51,7 @@ def processor_family() -> tuple[str, int] | None:
 def vector_instructions() -> list[str]:
     """The vector and matrix instructions that the system names, as avx512_bf16 of x86 and sve of ARM."""
     features = _of_processor("flags", "Features") or ""
-    return sorted(name for name in features.split() if name.startswith(("avx", "amx", "asimd", "sve", "sme")))
+    return sorted(name for name in features.split() if name.startswith(("avx", "amx", "asimd", "sve")))
 
 
 def processor_kind() -> str:
