@@ -57,6 +57,7 @@ def launch(command, folder, data_dir):
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_started_again_as_often_as_was_asked_for(alone, small_dir, tmp_path):
     """Once; the second kill ends the launch, and the run continues on one process."""
     folder = tmp_path / "run"

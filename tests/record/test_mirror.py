@@ -149,6 +149,7 @@ def stalling_server():
     server.server_close()
 
 
+@pytest.mark.long
 def test_a_server_that_does_not_answer(stalling_server, small_dir, tmp_path):
     begin = time.monotonic()
     done = mnist_dist("train", "--data-dir", small_dir, "--max-steps", 2, "--output-dir", "run", cwd=tmp_path,

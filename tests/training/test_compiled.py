@@ -125,7 +125,8 @@ def assert_same(*trainers):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("batch_size", "passes", "parts"), [(401, 2, 10), (1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(("batch_size", "passes", "parts"), [
+    pytest.param(401, 2, 10, marks=pytest.mark.long), (1, 1, 1), (2, 2, 2)])
 def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir, monkeypatch):
     """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; or single samples."""
     monkeypatch.setattr(compiled, "PART", 40)
