@@ -42,7 +42,7 @@ Way = TypeVar("Way")
 
 
 def libraries() -> list[str]:
-    """Those that there are; OpenBLAS last."""
+    """The libraries on this machine; OpenBLAS is the last."""
     return [MKL, *[ONEDNN] * products.has_onednn(), OPENBLAS]
 
 
@@ -117,8 +117,8 @@ def seconds_per_call(calls: Mapping[Way, Callable[[], Any]]) -> dict[Way, Spread
 
 
 def fastest(batch_size: int) -> tuple[list[str], Callable[[], None]]:
-    """The fastest way on the CPU to multiply a step's products: the library of each, and the call of all of them. MKL
-    and oneDNN have common threads, so that each product has the faster one; OpenBLAS has threads of its own.
+    """The fastest way on the CPU to multiply a step's products: the library of each, and the call of all of them. Each
+    product is MKL's or oneDNN's, which use the same threads, or all are OpenBLAS's, which starts other threads.
     """
     all_five = step_products(batch_size, torch.device("cpu"))
     mixed = []
@@ -190,7 +190,7 @@ def measure_steps(sets: ImageSets, batch_sizes: Sequence[int]) -> list[dict[str,
 
 
 def seconds_per_step(step: Step, epoch: int, number: int) -> float:
-    """The mean of so many steps, or of those of an epoch."""
+    """The mean over the first `number` steps of the epoch, or over all if it has fewer."""
     number = min(number, step.batches.num_batches)  # type: ignore[attr-defined]  # every kind has it
     step.begin(epoch, range(number))
     begin = time.perf_counter()
