@@ -3,8 +3,8 @@
     python -m benchmarks.limit DATA_DIR BATCH_SIZE NUM_SAMPLES
 
 Speaks the peers' protocol; the images are not read. On a CPU the products are those of the fastest library on this
-machine (benchmarks/products.py). They have their operands and results in place already,
-which a training step has not; on a GPU a CUDA graph of many calls leaves out what launching costs.
+machine (benchmarks/products.py). They have their operands and results in place already, which a training step has not;
+on a GPU a CUDA graph of many calls leaves out what launching costs.
 """
 
 from __future__ import annotations

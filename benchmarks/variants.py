@@ -34,6 +34,7 @@ from mnist_dist.training.steps.plain import loss_sum
 from mnist_dist.training.trainer import Trainer
 
 TURNS = 7
+PASS = "post_grad_custom_pre_pass"  # the option of inductor that has our pass
 Way = Callable[[list[Tensor]], None]  # takes a step on each of these rows of indices
 
 
@@ -101,7 +102,8 @@ def beside_fused_adam(step: CompiledStep) -> Way:
             kept.copy_(gradient)
         return total
 
-    first, weights = compile_once(set_gradients, step.rows[0], step.full), list(step.weights.values())
+    first = compile_once(set_gradients, step.rows[0], step.full, onednn_from=step.onednn_from)
+    weights = list(step.weights.values())
 
     def run(rows: list[Tensor]) -> None:
         for row in rows:
@@ -133,7 +135,7 @@ def flat_weights(step: CompiledStep) -> Way:
         step._adam([gradient])
         return loss
 
-    return one_by_one(compile_once(whole, step.rows[0], step.full), step.full)
+    return one_by_one(compile_once(whole, step.rows[0], step.full, onednn_from=step.onednn_from), step.full)
 
 
 def several_per_call(step: CompiledStep, number: int) -> Way:
@@ -141,7 +143,7 @@ def several_per_call(step: CompiledStep, number: int) -> Way:
     def steps(rows_KB: Tensor, count: Tensor) -> Tensor:
         return torch.stack([step._whole_step(rows, count) for rows in rows_KB.unbind()])
 
-    together = compile_once(steps, torch.stack(step.rows[:number]), step.full)
+    together = compile_once(steps, torch.stack(step.rows[:number]), step.full, onednn_from=step.onednn_from)
 
     def run(rows: list[Tensor]) -> None:
         for rows_KB in torch.stack(rows).split(number):
@@ -167,7 +169,8 @@ def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str
     yield "hand-written PyTorch", one_by_one(step_on(scale(sets.train.images.flatten(1)), sets.train.labels))
     yield "this step in the trainer's loop", in_loop(trainer(epoch, batch_size, "on"))
     step = fresh()
-    through = torch.compile(step._whole_step, dynamic=False, fullgraph=True, options=inductor_options())
+    least = step.onednn_from
+    through = torch.compile(step._whole_step, dynamic=False, fullgraph=True, options=inductor_options(least))
     yield "called through torch.compile's own entry", one_by_one(torch.no_grad()(through), step.full)
     yield "Adam's fused kernel beside compiled gradients", beside_fused_adam(fresh())
     yield "all weights in one flat buffer", flat_weights(fresh())
@@ -177,10 +180,10 @@ def ways(sets: ImageSets, batch_size: int, num_steps: int) -> Iterator[tuple[str
             ("bias corrections computed for every vector (inductor's default)", {"realize_opcount_threshold": 30}),
             ("images scaled in two passes", {"realize_opcount_threshold": 4}),
             ("shapes checked at each call (inductor's default)", {"size_asserts": True}),
-            ("products as MKL shares them out to the threads", {"post_grad_custom_pre_pass": WithoutBlocks()}),
-            ("small products by MKL, but for one sample", {"post_grad_custom_pre_pass": WithoutLoops()}),
-            ("Adam's loop divides twice for a weight", {"post_grad_custom_pre_pass": WithDivisions()}),
-            ("the graph as it is", {"post_grad_custom_pre_pass": None})):
+            ("products as MKL shares them out to the threads", {PASS: WithoutBlocks(least)}),
+            ("small products by MKL, but for one sample", {PASS: WithoutLoops(least)}),
+            ("Adam's loop divides twice for a weight", {PASS: WithDivisions(least)}),
+            ("the graph as it is", {PASS: None})):
         with patch.dict(compiled.INDUCTOR_OPTIONS, without):
             step = fresh()
         yield what, one_by_one(step._whole, step.full)

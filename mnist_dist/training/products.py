@@ -60,5 +60,6 @@ def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor, *, least: int) -> Te
     """As PyTorch's function of this name, [B, O]; by oneDNN if the product has at least so many multiplications. Each
     of the three products of a layer has the same number of them.
     """
-    is_large = len(x_BI) * weight_OI.numel() >= least
+    # of a function that is compiled, the pass over its graph replaces the products (steps/graph_pass.py)
+    is_large = len(x_BI) * weight_OI.numel() >= least and not torch.compiler.is_compiling()
     return _Linear.apply(x_BI, weight_OI, bias_O) if is_large else torch.nn.functional.linear(x_BI, weight_OI, bias_O)

@@ -31,8 +31,10 @@ from mnist_dist.training.trainer import Trainer
 GRID_IMAGES = 16  # the tutorial's 4 x 4 test images
 
 
-def describe_environment(launch: Launch, team: Team, step: str) -> Environment:
-    """Hardware and versions of this run; `step` is the kind of its optimizer step."""
+def describe_environment(launch: Launch, team: Team, step: str, onednn_from: int | None) -> Environment:
+    """Hardware and versions of this run; `step` is the kind of its optimizer step, `onednn_from` the least
+    multiplications of a product that is oneDNN's.
+    """
     device = team.accelerator.device
     return Environment(
         device=device.type,
@@ -47,6 +49,7 @@ def describe_environment(launch: Launch, team: Team, step: str) -> Environment:
         python=platform.python_version(),
         mnist_dist=mnist_dist.__version__,
         git_commit=git_commit(),
+        onednn_from=onednn_from,
     )
 
 

@@ -205,9 +205,8 @@ class Run:
                             "--output-dir")
         if kept:
             self._restore(kept)
-        self.environment = replace(
-            describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain"),
-            onednn_from=self.trainer.onednn_from)
+        self.environment = describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain",
+                                                self.trainer.onednn_from)
         console.introduce(self.environment, self.config, sets.summary, notes, self.trainer.global_batch_size,
                           self.trainer.per_device_batch_size, self.progress.num_batches, self.trainer.learning_rate)
         if config.resume:

@@ -199,7 +199,7 @@ class CompiledStep:
             inputs: list[Tensor] = []
 
             def linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-                y = torch.nn.functional.linear(x, layer.weight, layer.bias)
+                y = layer(x)
                 if zeros:
                     y = y + zeros[len(inputs)].to(y.dtype)
                     inputs.append(x)

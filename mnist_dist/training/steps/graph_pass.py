@@ -103,12 +103,10 @@ class GraphPass(CustomGraphPass):
                 _replace(node, _times_reciprocal)
 
     def _is_onednns(self, left_MK: Node, right_KN: Node) -> bool:
-        multiplications = value(left_MK).shape[0] * value(right_KN).numel()
-        return self.onednn_from is not None and multiplications >= self.onednn_from
+        return self.onednn_from is not None and _multiplications(left_MK, right_KN) >= self.onednn_from
 
     def _is_small(self, left_MK: Node, right_KN: Node) -> bool:
-        multiplications = value(left_MK).shape[0] * value(right_KN).numel()
-        return (_is_on_cpu(left_MK) and self.threads > 1 and multiplications <= SMALL_PRODUCT
+        return (_is_on_cpu(left_MK) and self.threads > 1 and _multiplications(left_MK, right_KN) <= SMALL_PRODUCT
                 and value(right_KN).nbytes <= FIRST_CACHE)
 
     def _cuts(self, weight: Node, length: int, samples: int, *, is_large: bool) -> bool:
@@ -140,6 +138,10 @@ class GraphPass(CustomGraphPass):
         y_TBn = add(graph, aten.bmm.default, add(graph, aten.expand.default, x_BK, [self.threads, B, K]), weight_TKn)
         y_BN = add(graph, aten.reshape.default, add(graph, aten.permute.default, y_TBn, [1, 0, 2]), [B, N])
         return add(graph, aten.add.Tensor, y_BN, bias_N)
+
+
+def _multiplications(left_MK: Node, right_KN: Node) -> int:
+    return value(left_MK).shape[0] * value(right_KN).numel()
 
 
 def _is_on_cpu(node: Any) -> bool:
