@@ -84,8 +84,11 @@ def build_parser() -> Parser:
 
     predict = command("predict", "classify image files, or 16 random test images, with a run's model")
     predict.add_argument("run_dir", metavar="RUN_DIR", help="folder of a completed run")
-    predict.add_argument("images", metavar="IMAGE", nargs="*", help="image file of one digit, dark or light")
-    predict.add_argument("--output", metavar="FILE", help="the picture to draw (default: predict.png in RUN_DIR)")
+    predict.add_argument("images", metavar="IMAGE", nargs="*", help="PNG or JPEG of one digit, dark or light, of any "
+                         "size and place; a picture of 28 x 28 is taken as it is")
+    predict.add_argument("--json", action="store_true", help="a line of JSON for each image file")
+    predict.add_argument("--output", metavar="FILE", help="with image files: draw each of them, what the model sees of "
+                         "it, and the ten probabilities; else: where the grid goes (default: predict.png in RUN_DIR)")
     _add_options(predict, SHARED)
 
     show = command("show", "look at the data and the untrained model, as the tutorial does")
@@ -313,6 +316,17 @@ def _doctor(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> i
     return doctor(config, launch, given.json)
 
 
+def _predict(given: argparse.Namespace, config: TrainConfig) -> int:
+    from mnist_dist.commands.predict import predict_files, predict_grid
+
+    if given.images:
+        return predict_files(Path(given.run_dir), list(map(Path, given.images)), given.output, given.json)
+    if given.json:
+        raise UserError("--json is of image files: name some")
+    predict_grid(config, Path(given.run_dir), given.output)
+    return 0
+
+
 def _check_alone(given: argparse.Namespace, launch: Launch | None) -> None:
     """Raises `UserError` if a launcher has started a command that starts the processes of its runs itself."""
     launch = launch or read_launch()
@@ -343,9 +357,7 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
     of_run = _data_of_run(Path(given.run_dir)) if given.command == "predict" and not given.images else {}
     config = merged(of_run, from_environment("mirror"), options)
     if given.command == "predict":
-        from mnist_dist.commands.predict import predict
-
-        predict(config, Path(given.run_dir), [Path(image) for image in given.images], given.output)
+        return _predict(given, config)
     elif given.command == "show":
         from mnist_dist.commands.show import show
 

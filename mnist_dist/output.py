@@ -9,7 +9,9 @@ import contextlib
 import io
 import os
 import select
+import shutil
 import sys
+import textwrap
 
 from mnist_dist.text import one_line, printable
 
@@ -55,10 +57,29 @@ def protect() -> None:
             io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=name == "stderr" or raw.isatty()))
 
 
+def columns() -> int:
+    """Characters in a line of the terminal: as COLUMNS says, else the terminal, else 80."""
+    return shutil.get_terminal_size().columns
+
+
 def say(text: object = "", *, end: str = "\n", is_error: bool = False) -> None:
-    """Print lines at once, on standard output or standard error."""
-    print("\n".join(map(printable, str(text).split("\n"))), end=end, flush=True,
-          file=sys.stderr if is_error else sys.stdout)
+    """Print lines at once, on standard output or standard error. On a terminal a long line continues below, between two
+    words.
+    """
+    stream = sys.stderr if is_error else sys.stdout
+    lines = [printable(line) for line in str(text).split("\n")]
+    if stream.isatty():
+        lines = [part for line in lines for part in wrapped(line, columns())]
+    print("\n".join(lines), end=end, flush=True, file=stream)
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """The line in parts of at most so many characters, cut between words, the second and later ones indented by two
+    more than the first. A longer word stays whole: a path can then be copied.
+    """
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.wrap(line, width, subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False,
+                         replace_whitespace=False, drop_whitespace=True) if len(line) > width else [line]
 
 
 def complain(kind: str, message: object) -> None:

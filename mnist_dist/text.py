@@ -41,6 +41,11 @@ def one_line(text: str) -> str:
     return cut(" ".join(without_passwords(text).split()), MOST_OF_A_MESSAGE)
 
 
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 step`, `2 steps`, `1,200 steps`; a plural that takes more than an s is given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def whole(text: str) -> int | None:
     """The whole number of at least 0 that the text is; None if it is none, or has more than 18 digits."""
     return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None

@@ -22,9 +22,9 @@ from safetensors.torch import save
 from support import epoch_record, idx_bytes, run_result
 
 from mnist_dist.cli import parse, training_config
-from mnist_dist.commands.predict import read_image
 from mnist_dist.config import TrainConfig
 from mnist_dist.data.idx import read_idx
+from mnist_dist.data.picture import prepare, read_picture
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.checkpoint import FORMAT, CheckpointWriter, load_newest
 from mnist_dist.record.config_file import config_text, merged, read_config
@@ -197,8 +197,8 @@ def image(draw, folder):
     path.write_bytes(draw(changed_bytes(content.getvalue())) if draw(st.booleans()) else content.getvalue())
 
     def read():
-        pixels, _ = read_image(path)
-        assert pixels.shape == (1, 28, 28) and path.read_bytes()[:4] in (b"\x89PNG", *(
+        grey, _ = read_picture(path)
+        assert prepare(grey).image_1HW.shape == (1, 28, 28) and path.read_bytes()[:4] in (b"\x89PNG", *(
             b"\xff\xd8\xff" + bytes([last]) for last in range(256)))
     return read
 

@@ -149,7 +149,7 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
         from ray.train.v2.api import config as train
         from ray.train.v2.api import data_parallel_trainer as trainers
     except ImportError:
-        raise UserError("--launcher ray needs Ray: pip install 'mnist-dist[ray]'") from None
+        raise UserError("--launcher ray needs Ray: pip install -e '.[ray]'") from None
     _connect(group)
     try:
         _check(group, folder)

@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mnist_dist.disk.files import replace_synced
 from mnist_dist.record.figures import EpochRecord
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
+MOST_ROWS = 50  # of a picture of predictions
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -70,6 +73,31 @@ def draw_predictions(images_N1HW: Tensor, labels_N: Tensor, probabilities_NC: Te
                                                 strict=True)
     ]
     draw_grid(images_N1HW, titles, path, wrong=wrong, heading=heading)
+
+
+def draw_seen(pictures: Sequence[tuple[str, NDArray[np.float32], Tensor, Tensor]], path: Path) -> None:
+    """A row for each picture: the picture [H, W], what the model sees of it [1, 28, 28], its probabilities [10].
+
+    The first `MOST_ROWS` pictures are drawn.
+    """
+    pictures = pictures[:MOST_ROWS]
+    figure = Figure(figsize=(8, 2.2 * len(pictures)), layout="constrained")
+    grid = figure.subplots(len(pictures), 3, squeeze=False, width_ratios=(1, 1, 2))
+    for (name, picture, seen, probabilities), (left, middle, right) in zip(pictures, grid, strict=True):
+        left.imshow(picture[:: -(-picture.shape[0] // 800), :: -(-picture.shape[1] // 800)], cmap="gray", vmin=0,
+                    vmax=255)
+        middle.imshow(seen.squeeze(0).numpy(), cmap="gray", vmin=0, vmax=255)
+        left.set_title(name if len(name) <= 24 else f"…{name[-23:]}", fontsize=9, parse_math=False)
+        middle.set_title("what the model sees", fontsize=9)
+        for axes in (left, middle):
+            axes.set(xticks=[], yticks=[])
+        digit = int(probabilities.argmax())
+        bars = right.bar(range(10), (100 * probabilities).tolist(), color=BLUE)
+        bars[digit].set_color(ORANGE)
+        right.set(xticks=range(10), ylim=(0, 108), ylabel="%")
+        right.set_title(f"{digit} ({100 * probabilities[digit]:.1f} %)", fontsize=9)
+        right.grid(axis="y", color=GREY, alpha=0.25)
+    _save(figure, path)
 
 
 def draw_curves(records: Sequence[EpochRecord], path: Path, heading: str) -> None:

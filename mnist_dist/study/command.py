@@ -34,7 +34,7 @@ OPTIONS = {option.name: option for option in fields(TrainConfig)}
 def need_statistics() -> None:
     """Raises `UserError` if scipy is missing, before anything is run."""
     if importlib.util.find_spec("scipy") is None:
-        raise UserError("a study needs scipy for its intervals: pip install 'mnist-dist[study]'")
+        raise UserError("a study needs scipy for its intervals: pip install -e '.[study]'")
 
 
 def study(given: argparse.Namespace, argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,8 @@ from PIL import Image
 from support import assert_one_line_error, epoch_record, mnist_dist, run_result
 
 from mnist_dist.commands import reproduce
-from mnist_dist.commands.predict import read_image
 from mnist_dist.data import load, scale
-from mnist_dist.errors import UserError
+from mnist_dist.data.picture import prepare, read_picture
 from mnist_dist.record.result import read_result, write_result
 from mnist_dist.training.results import load_model
 
@@ -26,60 +26,69 @@ def trained(small_dir, tmp_path_factory):
     return folder / "run"
 
 
-def digit():
-    pixels = np.zeros((28, 28), np.uint8)
-    pixels[6:22, 13:16] = 250
-    return pixels
-
-
-def test_an_image_of_28_pixels_is_taken_as_it_is(tmp_path):
-    Image.fromarray(digit()).save(tmp_path / "d.png")
-    image, inverted = read_image(tmp_path / "d.png")
-    assert not inverted and np.array_equal(image[0].numpy(), digit())
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
-def test_dark_on_light_is_inverted_and_other_sizes_fitted(mode, tmp_path):
-    paper = Image.fromarray(255 - digit()).resize((90, 120))
-    paper.convert(mode).save(tmp_path / "d.png")
-    image, inverted = read_image(tmp_path / "d.png")
-    assert inverted and image.shape == (1, 28, 28)
-    assert image[0, 14, 14] > 200 and image[0, :, :3].max() < 30
-
-
-def test_what_is_transparent_is_paper(tmp_path):
-    ink = np.zeros((28, 28, 4), np.uint8)
-    ink[..., 3] = digit()
-    Image.fromarray(ink).save(tmp_path / "d.png")
-    image, inverted = read_image(tmp_path / "d.png")
-    assert inverted and image[0, 14, 14] > 200 and image[0, 0, 0] == 0
-
-
-def test_no_image_is_named(tmp_path):
-    (tmp_path / "d.png").write_text("no picture")
-    for path in (tmp_path / "d.png", tmp_path / "missing.png", tmp_path):
-        with pytest.raises(UserError, match="cannot be read as an image"):
-            read_image(path)
-
-
-def test_predictions_of_files_and_of_the_grid(trained, small_dir, tmp_path):
-    model = load_model(trained)
+def files(small_dir, folder, number=3):
+    """Test images as PNG files of 28 x 28; what the model sees of each."""
     test = load("mnist", str(small_dir)).test
-    for i in range(3):
-        Image.fromarray(test.images[i, 0].numpy()).save(tmp_path / f"{i}.png")
-    done = mnist_dist("predict", trained, "0.png", "1.png", "2.png", cwd=tmp_path)
+    for i in range(number):
+        Image.fromarray(test.images[i, 0].numpy()).save(folder / f"{i}.png")
+    return [prepare(read_picture(folder / f"{i}.png")[0]).image_1HW for i in range(number)]
+
+
+def test_a_line_of_json_for_each_picture(trained, small_dir, tmp_path):
+    model, images = load_model(trained), files(small_dir, tmp_path)
+    done = mnist_dist("predict", trained, "0.png", "1.png", "2.png", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    _, *rows = done.stdout.splitlines()
-    for i, row in enumerate(rows):
-        words = row.split()
-        probabilities = [float(word) for word in words[3:13]]
-        image, inverted = read_image(tmp_path / f"{i}.png")  # half of these noisy images pass for dark on light
-        assert ("inverted" in row) == inverted and f"{i}.png" in row
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["file"] for line in lines] == ["0.png", "1.png", "2.png"]
+    for line, image in zip(lines, images, strict=True):
         expected = model.probabilities(scale(image.unsqueeze(0)))[0].tolist()
-        assert probabilities == pytest.approx(expected, abs=1e-4) and sum(probabilities) == pytest.approx(1, abs=1e-3)
-        assert int(words[0]) == int(np.argmax(expected))
+        assert line["probabilities"] == pytest.approx(expected, abs=1e-6) and list(line) == [
+            "file", "digit", "probabilities", "notes"]
+        assert line["digit"] == int(np.argmax(expected))
+        assert any("unsure" in note for note in line["notes"]) == (max(expected) < 0.6)
+
+
+@pytest.mark.parametrize("columns, shares", [(80, 10), (60, 0)])
+def test_the_table_fits_the_terminal(columns, shares, trained, small_dir, tmp_path):
+    model, images = load_model(trained), files(small_dir, tmp_path)
+    done = mnist_dist("predict", trained, "0.png", "1.png", "2.png", cwd=tmp_path, COLUMNS=str(columns))
+    head, *rows = done.stdout.splitlines()
+    assert len(rows) == 3 and all(len(line) < columns for line in (head, *rows)), done.stdout
+    for i, row in enumerate(rows):
+        digit, sure, _, *percents, name = row.split()
+        expected = model.probabilities(scale(images[i].unsqueeze(0)))[0].tolist()
+        assert int(digit) == int(np.argmax(expected)) and float(sure) == pytest.approx(100 * max(expected), abs=0.06)
+        assert list(map(float, percents)) == pytest.approx([100 * share for share in expected[:shares]], abs=0.51)
+        assert name == f"{i}.png"
+
+
+def test_a_bad_file_among_several_is_a_line_and_the_rest_is_predicted(trained, small_dir, tmp_path):
+    files(small_dir, tmp_path)
+    (tmp_path / "bad.png").write_text("no picture")
+    Image.new("L", (90, 60), 255).save(tmp_path / "blank.png")
+    done = mnist_dist("predict", trained, "0.png", "bad.png", "none.png", "blank.png", "2.png", "--output", "seen.png",
+                      cwd=tmp_path)
+    assert done.returncode == 2 and [line.split()[-1] for line in done.stdout.splitlines()[1:-1]] == [
+        "0.png", "blank.png", "2.png"]
+    complaints = done.stderr.splitlines()
+    for needle in ("error: bad.png cannot be read as an image", "error: none.png cannot be read",
+                   "warning: blank.png: blank"):
+        assert sum(needle in line for line in complaints) == 1, done.stderr
+    with Image.open(tmp_path / "seen.png") as seen:
+        assert seen.format == "PNG" and seen.height / seen.width == pytest.approx(3 * 2.2 / 8, rel=0.02)
+
+
+def test_what_cannot_be_written_or_makes_no_sense_is_named(trained, small_dir, tmp_path):
+    files(small_dir, tmp_path)
+    done = mnist_dist("predict", trained, "0.png", "--output", "no/seen.png", cwd=tmp_path)
+    assert done.returncode == 2 and "--output" in done.stderr and "cannot be written" in done.stderr
+    assert_one_line_error(mnist_dist("predict", trained, "--json", cwd=tmp_path), "--json is of image files")
+
+
+def test_the_grid_of_test_images(trained, small_dir, tmp_path):
     done = mnist_dist("predict", trained, "--data-dir", small_dir, "--output", "grid.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()[:3])
     labels, guesses = (line.split()[1:] for line in done.stdout.splitlines()[:2])
     assert len(labels) == 16 and sum(a == b for a, b in zip(labels, guesses, strict=True)) >= 12
     with Image.open(tmp_path / "grid.png") as grid:

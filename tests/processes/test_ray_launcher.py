@@ -26,7 +26,7 @@ class Cluster:
     """Two nodes of one core each, and what is started on them."""
 
     def __init__(self):
-        pytest.importorskip("ray", reason="needs Ray: pip install 'mnist-dist[ray]'")
+        pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
         self.mark = uuid.uuid4().hex
         self.environment = {**os.environ, runner.MARK: self.mark, "PYTHONPATH": str(ROOT)}
         self.process = self.popen(ROOT / "tests" / "ray_cluster.py")
@@ -97,7 +97,7 @@ def test_without_ray(tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError")
     done = mnist_dist_launched("train", "--launcher", "ray", "--output-dir", "run", cwd=tmp_path,
                                PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert_one_line_error(done, "--launcher ray needs Ray: pip install 'mnist-dist[ray]'")
+    assert_one_line_error(done, "--launcher ray needs Ray: pip install -e '.[ray]'")
 
 
 FAULTS = {"none": 1, "process 0": 1, "process 1": 1, "worker": 10, "node": 10, "node and back": 1}  # and how often

@@ -240,7 +240,7 @@ def test_without_scipy_it_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for words in (["report", str(tmp_path)], ["study", "--output-dir", str(tmp_path / "s")]):
         assert run_here(words) == 2
-        assert "pip install 'mnist-dist[study]'" in capsys.readouterr().err
+        assert "pip install -e '.[study]'" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 
