@@ -35,7 +35,7 @@ from mnist_dist.text import cut, is_text, whole, without_passwords
 from mnist_dist.worker import any_left
 
 # options of training that a study sets for each run
-NOT_IN_STUDY = ("batch_size", "per_device_batch_size", "output_dir", "resume", "run_name")
+NOT_IN_STUDY = ("batch_size", "per_device_batch_size", "output_dir", "resume", "run_name", "quiet")
 SHARED = ("dataset", "data_dir", "mirror", "seed")  # options of training that other commands have too
 
 MOST_PROCESSES = 4096  # on a machine
@@ -151,7 +151,7 @@ def _add_options(parser: Parser, names: Sequence[str]) -> None:
             continue
         rule = option.metadata
         described = rule["help"].replace("%", "%%")
-        if option.default not in (None, False, True):
+        if option.default is not None and not isinstance(option.default, bool):
             described += f" (default {option.default})"
         extra: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": option.name}
         if rule["kind"] is bool:

@@ -19,11 +19,11 @@ from mnist_dist.text import cut, is_text
 REFERENCE_BATCH_SIZE = 200  # the tutorial's mini-batch: the default, and what --lr-rule scales from
 DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "synthetic")
 # These do not change what a run computes, so its config.yaml leaves them out.
-NOT_IN_FILE = ("output_dir", "resume")
+NOT_IN_FILE = ("output_dir", "resume", "quiet")
 # Each machine of a run may have its own: files lie in other places, the data are compared by their digest, and the main
 # process alone records the run.
 OF_A_MACHINE = ("dataset", "data_dir", "mirror", "output_dir", "wandb", "wandb_project", "wandb_group", "run_name",
-                "tags")
+                "tags", "quiet")
 
 
 class Every(NamedTuple):
@@ -100,6 +100,7 @@ class TrainConfig:
     reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
                               "exact, and so has no order; slower", fixed=True)
     logical_shards: int = knob(8, int, "of no effect: --reproducible does not need it any more", minimum=1)
+    quiet: bool = knob(False, bool, "print warnings and the closing line only")
     wandb: str = knob("auto", str, "auto = online if an API key is configured and W&B is not switched off in one of "
                       "its own ways, else offline or disabled; never asks, never stops a run",
                       choices=("auto", "online", "offline", "disabled"))

@@ -41,7 +41,7 @@ def one_line(text: str) -> str:
     return cut(" ".join(without_passwords(text).split()), MOST_OF_A_MESSAGE)
 
 
-def count(number: int, noun: str, plural: str | None = None) -> str:
+def counted(number: int, noun: str, plural: str | None = None) -> str:
     """`1 step`, `2 steps`, `1,200 steps`; a plural that takes more than an s is given."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 

@@ -34,7 +34,7 @@ from mnist_dist.errors import MnistDistError
 from mnist_dist.processes.launch import cores_of_container, num_cores
 from mnist_dist.record.environment import processor_name
 from mnist_dist.record.wandb_mode import ANSWER_SECONDS, key_of, trusted_settings, wandb_mode
-from mnist_dist.text import cause
+from mnist_dist.text import cause, counted
 from mnist_dist.training.products import has_onednn, onednn_from, product
 
 CHECKPOINT_BYTES = 2_500_000  # weights and Adam's moments of 784-256-10 in float32
@@ -91,17 +91,18 @@ def cores(threads: int, processes: int) -> Iterator[Finding]:
             f"{'' if share is None else f', its container has {share:g}'}; {there:.1f} do work at once")
     problem = remedy = None
     if there < LEAST_OF_CORES * number:
-        problem = f"of {number} cores only {there:.1f} do work at once"
+        problem = f"of {counted(number, 'core')} only {there:.1f} do work at once"
         remedy = "end what else runs here, raise the container's share, or start fewer processes"
     yield Finding("cores", says, {"usable": number, "of": os.cpu_count(), "container": share, "working": there},
                   problem, remedy)
     problem = remedy = None
     if threads * processes > number:
-        problem = (f"{processes} processes of {threads} threads on {number} cores: a step may take a hundred times as "
+        problem = (f"{counted(processes, 'process', 'processes')} of {counted(threads, 'thread')} on "
+                   f"{counted(number, 'core')}: a step may take a hundred times as "
                    "long")
         remedy = f"OMP_NUM_THREADS={max(1, number // processes)}" if processes <= number else (
-            f"start at most {number} processes")
-    yield Finding("threads", f"{threads} per process, {processes} process{'es' if processes > 1 else ''} here",
+            f"start at most {counted(number, 'process', 'processes')}")
+    yield Finding("threads", f"{threads} per process, {counted(processes, 'process', 'processes')} here",
                   {"threads": threads, "processes": processes}, problem, remedy)
 
 

@@ -18,7 +18,8 @@ from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws
 from mnist_dist.study.step_time import Model
 from mnist_dist.study.targets import Target, TimeTo, modelled
-from mnist_dist.study.words import cell_head, cell_words, counted, name_of_line, say
+from mnist_dist.study.words import cell_head, cell_words, name_of_line, say
+from mnist_dist.text import counted
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping
 
 from mnist_dist.study.analysis import CellFigures, usual_own_ms
-from mnist_dist.study.words import counted
 from mnist_dist.tables import number
+from mnist_dist.text import counted
 
 LEAST_SHARE = 0.1  # a part that is less of what is lost is not named
 AS_LARGE = 0.5  # a part that is so much of the largest one is a cause as well

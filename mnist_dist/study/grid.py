@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any
 
 from mnist_dist.errors import UserError
+from mnist_dist.text import counted
 
 SCALINGS = ("strong", "weak")
 ROLES = ("repeat", "first", "last")  # of a planned run
@@ -55,8 +56,7 @@ class Cell:
 
     def __str__(self) -> str:
         others = "".join(f", {key.replace('_', ' ')} {value}" for key, value in self.options)
-        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        return f"batch {self.global_batch_size:,} on {processes}{others}"
+        return f"batch {self.global_batch_size:,} on {counted(self.processes, 'process', 'processes')}{others}"
 
 
 def cell_of(row: Mapping[str, Any]) -> Cell:
@@ -168,10 +168,11 @@ def possible(cells: Iterable[Cell], devices: int, kind: str, oversubscribe: bool
         if cell.global_batch_size < cell.processes:
             cannot[cell] = f"a batch of {cell.global_batch_size} is smaller than {cell.processes} processes"
         elif cell.processes > devices and kind == "GPUs":
-            cannot[cell] = f"{cell.processes} processes, and this machine has {devices} GPUs: each process needs one"
+            cannot[cell] = (f"{cell.processes} processes, and this machine has {counted(devices, 'GPU')}: each process "
+                            "needs one")
         elif cell.processes > devices and not oversubscribe:
-            cannot[cell] = (f"{cell.processes} processes, and this machine has {devices} cores: --oversubscribe runs "
-                            "it all the same")
+            cannot[cell] = (f"{cell.processes} processes, and this machine has {counted(devices, 'core')}: "
+                            "--oversubscribe runs it all the same")
         else:
             try:
                 check(cell)

@@ -24,8 +24,9 @@ from mnist_dist.study.step_time import (
     Place,
     seconds,
 )
-from mnist_dist.study.words import cell_head, cell_words, counted, for_options, options_alone, say, short
+from mnist_dist.study.words import cell_head, cell_words, for_options, options_alone, say, short
 from mnist_dist.tables import number
+from mnist_dist.text import counted
 
 TITLE = "Model of the step time"
 SAID = {

@@ -22,8 +22,9 @@ from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import LEAST_CHANGE, LEAST_REPEATS, LEVEL, PRECISION, SIGNIFICANT, Interval
 from mnist_dist.study.table import CSV, JSONL, Row
 from mnist_dist.study.targets import targets_of
-from mnist_dist.study.words import cell_head, cell_words, counted, level_of, listed, name_of_line, say, short
+from mnist_dist.study.words import cell_head, cell_words, level_of, listed, name_of_line, say, short
 from mnist_dist.tables import number
+from mnist_dist.text import counted
 
 REPORT, PICTURES = "report", "pictures"
 MOST_NAMED = 200  # runs in the list of their order

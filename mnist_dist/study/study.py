@@ -44,8 +44,7 @@ from mnist_dist.study.launches import (
 )
 from mnist_dist.study.quick import SECONDS, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
-from mnist_dist.study.words import counted
-from mnist_dist.text import cause
+from mnist_dist.text import cause, counted
 
 # of a run that has ended when the study was killed: its result is what counts
 OF_A_KILLED_STUDY: dict[str, Any] = {"status": "completed", "reason": "", "started": None, "seconds": None}
@@ -228,13 +227,14 @@ def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> lis
     done = {row["run"] for row in rows if row["status"] == "completed"}
     pending = [run for run in study.runs if run.name not in done]
     cells = sorted({run.cell for run in study.runs}, key=lambda cell: cell.place)
-    say(f"{len(cells)} cells, {len(study.runs)} runs on {machine}, of which {len(study.runs) - len(pending)} are "
-        f"done; the others take about {say_duration(estimate(pending, rows, study.fixed))}")
+    say(f"{counted(len(cells), 'cell')}, {counted(len(study.runs), 'run')} on {machine}, of which "
+        f"{len(study.runs) - len(pending)} are done; the others take about "
+        f"{say_duration(estimate(pending, rows, study.fixed))}")
     for cell in cells:
         own = [run for run in study.runs if run.cell == cell]
         drift = sum(run.role != "repeat" for run in own)
         more = f", and {drift} more as a check of drift" if drift else ""
-        say(f"  {cell}: {len(own) - drift} {'repeat' if len(own) - drift == 1 else 'repeats'}{more}")
+        say(f"  {cell}: {counted(len(own) - drift, 'repeat')}{more}")
     for cell, reason in study.impossible.items():
         say(f"  cannot run: {cell}: {reason}")
     return pending

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.pages import Code, Inline
 from mnist_dist.tables import number
+from mnist_dist.text import counted
 
 if TYPE_CHECKING:  # the command and the runner need no numpy
     from mnist_dist.study.statistics import Interval
@@ -46,11 +47,6 @@ def listed(cells: Sequence[Cell]) -> str:
     """Batch sizes of cells, with their options if the study has any."""
     return Code(", ".join(f"{cell.global_batch_size:,}" + "".join(f" ({name} {value})" for name, value in cell.options)
                           for cell in cells))
-
-
-def counted(n: int, one: str, many: str | None = None) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def name_of_line(processes: int, options: Options) -> str:

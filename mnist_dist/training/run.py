@@ -56,8 +56,10 @@ from mnist_dist.training.resume import (
     has_ended,
     look_at,
 )
+from mnist_dist.training.running import RunningLoss
 from mnist_dist.training.trainer import Trainer
 
+SHOW_SECONDS = 0.25  # between two looks at the progress at least
 RESTART_SECONDS = 30.0  # that a start waits for the one before it, which may still write its last checkpoint
 
 
@@ -79,7 +81,7 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
         dynamo_backend="no",  # it would compile the model alone: we compile the whole step
         kwargs_handlers=[ddp_options(config.gradient_compression)],
     )
-    console = Console(team.is_main)
+    console = Console(team.is_main, config.quiet)
     if interface and launch.num_machines > 1:
         console.say(f"{launch.num_machines} machines, over the network interface {interface}: GLOO_SOCKET_IFNAME names "
                     "another")
@@ -189,6 +191,7 @@ class Run:
             earlier = team.run_on("main", lambda: look_at(self.folder, console.warn))
         kept = earlier.checkpoint
         self.trainer = Trainer(config, team, sets, kept and kept.state)
+        self.running_loss = RunningLoss(self.trainer.sums, self.trainer.batches)
         self.progress = Progress(run_id, self.trainer.batches.num_batches)
         every, batches = config.evaluation_samples, self.trainer.batches
         self.pacer = Pacer(config.checkpoint_interval, batches.num_batches, team,
@@ -277,12 +280,14 @@ class Run:
             end = min(end, self.config.max_steps - epoch * progress.num_batches)
         watch = Stopwatch(self.team.synchronize, exchange_clock=lambda: self.team.exchange_seconds,
                           marks=DeviceMarks(self.team.wait_for) if self.team.queues else None, **progress.watch)
+        self._start_showing(progress.step)
         for done in trainer.steps(epoch, range(progress.step, end), watch, pacer, self._show_progress):
             progress.step, progress.watch = done, watch.state()
             trainer.train_loss(epoch, done)  # no checkpoint of a run that has diverged
             if pacer.wants_evaluation(epoch, done) and self._evaluate_within(watch):
                 end = done
                 break
+            self._start_showing(done)
             if pacer.wants_checkpoint(epoch, done):
                 self._save()
                 self._stop_if_asked()
@@ -301,6 +306,11 @@ class Run:
         if not self._is_finished():
             self._stop_if_asked()
 
+    def _start_showing(self, step: int) -> None:
+        """Show the progress of the steps from `step` of the epoch on; the sums before are over all ranks."""
+        self.running_loss.start(step)
+        self._shown = time.monotonic(), step
+
     def _is_finished(self) -> bool:
         return has_ended(self.config, self.progress.all_records, self.progress.num_batches)
 
@@ -308,19 +318,22 @@ class Run:
         """Evaluate between two steps; whether the lowest target is reached, which ends the run. Collective."""
         test, targets = self._test(), self.config.targets
         (seconds,) = self.team.max(watch.seconds + watch.warmup_seconds)
-        self._add_evaluation(test["test_nll"], test["test_accuracy"], seconds)
+        evaluation = self._add_evaluation(test["test_nll"], test["test_accuracy"], seconds)
+        self.console.evaluation_row(self.progress.epoch, evaluation)
         self.trainer.module.train()
         return bool(targets) and test["test_nll"] <= targets[-1]
 
-    def _add_evaluation(self, test_nll: float, test_accuracy: float, seconds: float) -> None:
+    def _add_evaluation(self, test_nll: float, test_accuracy: float, seconds: float) -> dict[str, Any]:
         """Record an evaluation within the epoch, after so many seconds of training in it."""
         progress = self.progress
-        progress.evaluations.append({
+        evaluation = {
             "step": progress.global_step,
             "samples": samples_at(progress.global_step, len(self.sets.train), self.trainer.global_batch_size),
             "train_seconds": sum(record.train_seconds for record in progress.records) + seconds,
             "test_nll": test_nll, "test_accuracy": test_accuracy,
-        })
+        }
+        progress.evaluations.append(evaluation)
+        return evaluation
 
     def _evaluate(self, watch: Stopwatch) -> EpochRecord:
         """The record of the epoch whose steps are done, shown and written. Collective."""
@@ -344,7 +357,7 @@ class Run:
         self._write(lambda: append_metrics(self.folder, record))
         if team.is_main:
             self.mirror.log(record)
-        self.console.table_row(record)
+        self.console.epoch_row(record)
         return record
 
     def _test(self) -> dict[str, Any]:
@@ -357,7 +370,23 @@ class Run:
         return test
 
     def _show_progress(self, done: int) -> None:
-        self.console.progress(self.progress.epoch, done, self.progress.num_batches)
+        """Show that `done` steps of the epoch are done, if the last time is long enough ago."""
+        now, (then, before) = time.monotonic(), self._shown
+        if now - then < SHOW_SECONDS:
+            return
+        self._shown = now, done
+        batch = self.trainer.global_batch_size
+        samples = min(done * batch, len(self.sets.train)) - before * batch
+        self.console.progress(
+            self.progress.epoch, self.config.epochs, self.progress.epoch * self.progress.num_batches + done,
+            self._planned_steps, loss=self.running_loss.after(done), samples_per_second=samples / (now - then),
+            is_share=self.team.size > 1)
+
+    @property
+    def _planned_steps(self) -> int:
+        """Steps of the whole run, unless a target ends it."""
+        whole = self.config.epochs * self.progress.num_batches
+        return min(whole, self.config.max_steps or whole)
 
     def _stop_if_asked(self) -> None:
         if self.pacer.stop_signal:
@@ -395,7 +424,9 @@ class Run:
         self._write(task, patient=True)
         self.console.table_head()
         for record in records:
-            self.console.table_row(record)
+            self.console.epoch_rows(record)
+        for evaluation in self.progress.evaluations:
+            self.console.evaluation_row(self.progress.epoch, evaluation)
 
     def _save(self) -> None:
         """Begin to write a checkpoint, if any are wanted. Collective."""
@@ -457,6 +488,5 @@ class Run:
                 epochs=tuple(records), summary=summary, run_id=self.progress.run_id,
             ))
         if predictions:
-            self.console.say_checkpoints(summary)
-            self.console.say_where(self.folder)
+            self.console.close(self.folder, summary, records)
             self.mirror.log_results(summary, *predictions)

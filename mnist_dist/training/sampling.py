@@ -54,6 +54,12 @@ class GlobalBatchSampler:
         start = step * self.global_batch_size
         return range(start + (rank - start) % size, start + self.count(step), size)
 
+    def own_samples(self, steps: range) -> int:
+        """Samples of these consecutive steps on this rank."""
+        rank, size = self.sampler.rank, self.sampler.num_replicas
+        start, stop = (min(step * self.global_batch_size, self.num_samples) for step in (steps.start, steps.stop))
+        return len(range(start + (rank - start) % size, stop, size))
+
     def steps_of_samples(self, every: int, epoch: int) -> list[int]:
         """The steps of the epoch by which a further `every` samples of the run are done, but for its last one."""
         before, batch = epoch * self.num_samples, self.global_batch_size
