@@ -22,12 +22,12 @@ DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "synthetic")
 NOT_IN_FILE = ("output_dir", "resume", "quiet")
 # Each machine of a run may have its own: files lie in other places, the data are compared by their digest, and the main
 # process alone records the run.
-OF_A_MACHINE = ("dataset", "data_dir", "mirror", "output_dir", "wandb", "wandb_project", "wandb_group", "run_name",
-                "tags", "quiet")
+OF_A_MACHINE = ("dataset", "data_dir", "mirror", "output_dir", "wandb", "wandb_project", "wandb_entity", "wandb_notes",
+                "wandb_group", "run_name", "tags", "quiet")
 
 
 class Every(NamedTuple):
-    """How often a checkpoint is due: `number` of `unit`s (epochs, steps or seconds); a number of 0 is never."""
+    """How often something is due: `number` of `unit`s (epochs, steps, samples or seconds); a number of 0 is never."""
 
     number: int
     unit: str
@@ -100,14 +100,19 @@ class TrainConfig:
     reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
                               "exact, and so has no order; slower", fixed=True)
     logical_shards: int = knob(8, int, "of no effect: --reproducible does not need it any more", minimum=1)
+    log_every: str | None = knob(None, str, "how often the loss within an epoch is recorded: a number with its unit, "
+                                 "20steps or 1000samples, or never (default about 50 times an epoch)",
+                                 metavar="N{steps,samples}")
     quiet: bool = knob(False, bool, "print warnings and the closing line only")
     wandb: str = knob("auto", str, "auto = online if an API key is configured and W&B is not switched off in one of "
                       "its own ways, else offline or disabled; never asks, never stops a run",
                       choices=("auto", "online", "offline", "disabled"))
     wandb_project: str = knob("mnist_dist", str, "W&B project (also: WANDB_PROJECT)", metavar="NAME")
+    wandb_entity: str | None = knob(None, str, "W&B team or user (also: WANDB_ENTITY)", metavar="NAME")
+    wandb_notes: str | None = knob(None, str, "W&B: what the run is about (also: WANDB_NOTES)")
     wandb_group: str | None = knob(None, str, "W&B group, for runs that belong together", metavar="NAME")
-    run_name: str | None = knob(None, str, "name of the run in W&B (also: WANDB_NAME; default: that of its folder)",
-                                metavar="NAME")
+    run_name: str | None = knob(None, str, "name of the run in W&B (also: WANDB_NAME; default like "
+                                "b200-p2-lr1e-4-seed0)", metavar="NAME")
     tags: str | None = knob(None, str, "W&B tags, separated by commas (also: WANDB_TAGS)", metavar="A,B")
 
     def __post_init__(self) -> None:
@@ -131,7 +136,7 @@ class TrainConfig:
             self._check_reproducible()
         if self.compile == "on" and self.clashes_with_compile:
             raise UserError(f"--compile on and {self.clashes_with_compile} exclude each other: drop one")
-        _ = self.checkpoint_interval, self.targets, self.evaluation_samples
+        _ = self.checkpoint_interval, self.targets, self.evaluation_samples, self.log_interval
 
     def _check_reproducible(self) -> None:
         clashes = {
@@ -196,6 +201,18 @@ class TrainConfig:
                 f"or never; got {_shown(text)}"
             )
         return Every(int(match[1]), {"e": "epochs", "s": "steps"}[match[2][0]] if match[2] != "s" else "seconds")
+
+    @property
+    def log_interval(self) -> Every | None:
+        """`log_every`, read: `20steps` is Every(20, "steps"); None if it is not given."""
+        if self.log_every is None:
+            return None
+        text = self.log_every.strip()
+        match = re.fullmatch(r"(\d{1,18})\s*(step|sample)s?", text)
+        if text != "never" and (not match or int(match[1]) == 0):
+            raise UserError("--log-every must be a number of at least 1 with its unit, like 20steps or 1000samples, or "
+                            f"never; got {_shown(text)}")
+        return Every(int(match[1]), f"{match[2]}s") if match else Every(0, "steps")
 
     def global_batch_size(self, num_processes: int) -> int:
         """Samples that one optimizer step averages over. Raises `UserError` if there are fewer than processes."""

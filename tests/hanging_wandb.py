@@ -26,6 +26,9 @@ class Run:
     def __init__(self) -> None:
         self.summary, self.config = {}, SimpleNamespace(update=lambda values, allow_val_change: None)
 
+    def define_metric(self, name: str, step_metric: str) -> None:
+        pass
+
     def log(self, values: dict, step: int) -> None:
         _call("results" if "confusion_matrix" in values else "log")
 
@@ -54,7 +57,7 @@ def Image(path: str) -> str:
 
 
 class Artifact:
-    def __init__(self, name: str, type: str) -> None:
+    def __init__(self, name: str, type: str, metadata: dict) -> None:
         self.files: list[str] = []
 
     def add_file(self, path: str) -> None:

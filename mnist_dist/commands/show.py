@@ -64,6 +64,6 @@ def show(config: TrainConfig, output_dir: Path) -> None:
 
     batch = scale(images[:REFERENCE_BATCH_SIZE])
     within = model.probabilities(batch)
-    say(f"5. a batch is {list(batch.shape)}, its prediction {list(within.shape)}")
+    say(f"4. a batch is {list(batch.shape)}, its prediction {list(within.shape)}")
     say(f"   the first image's prediction within the batch and alone differ by at most "
         f"{(within[0] - alone[0]).abs().max():.1e}")

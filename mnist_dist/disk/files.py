@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -197,6 +197,18 @@ def append_line(path: Path, line: str) -> None:
     """Append a line, which ends with a newline, in one write."""
     with opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
         _write(descriptor, line.encode())
+
+
+def cut_lines(path: Path, is_kept: Callable[[bytes], bool]) -> None:
+    """Cut a file, if it is there, before its first line that is not kept or not whole."""
+    with suppress(FileNotFoundError), opened(path, os.O_RDWR) as descriptor:
+        with open(descriptor, "rb", closefd=False) as file:
+            end = 0
+            while (line := file.readline(MEGABYTE)).endswith(b"\n") and is_kept(line):
+                end += len(line)
+        if end < os.fstat(descriptor).st_size:
+            os.ftruncate(descriptor, end)
+            os.fsync(descriptor)
 
 
 def read_limited(path: Path, limit: int = LIMIT) -> bytes:

@@ -19,8 +19,8 @@ from mnist_dist.errors import UserError
 from mnist_dist.text import cause, cut
 
 # of an option, which wandb's own functions would otherwise find and ours override
-VARIABLES = {"mirror": "MNIST_DIST_MIRROR", "wandb_project": "WANDB_PROJECT", "run_name": "WANDB_NAME",
-             "tags": "WANDB_TAGS"}
+VARIABLES = {"mirror": "MNIST_DIST_MIRROR", "wandb_project": "WANDB_PROJECT", "wandb_entity": "WANDB_ENTITY",
+             "wandb_notes": "WANDB_NOTES", "run_name": "WANDB_NAME", "tags": "WANDB_TAGS"}
 MOST_BYTES = 65_536  # of a file of options, which has 2,000
 VERSION = "mnist_dist"  # key: the version of this package that wrote the file
 

@@ -59,14 +59,22 @@ class EpochRecord:
                                       "exchange of gradients; on a GPU the same as step_ms), data_wait_ms (means over "
                                       "measured steps) and peak_memory_bytes; the rank with the most own_ms, its host")
     windows: Sequence[Sequence[float]] = figure("time", "the measured steps in windows of consecutive ones, each "
-                                                "[steps, samples, seconds]; after --resume only those since then")
+                                                "[steps, samples, seconds]; after --resume only those since then; in "
+                                                "windows.jsonl", default=())
 
     @cached_property
     def line(self) -> str:
         """This record as a line of `metrics.jsonl`; every checkpoint has the lines of all epochs, so each is made once.
         Raises `ValueError` if a figure is not finite.
         """
-        return json.dumps(asdict(self), allow_nan=False) + "\n"
+        return json.dumps(self.values, allow_nan=False) + "\n"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The figures by their names, but for the windows, which have a file of their own."""
+        values = asdict(self)
+        del values["windows"]
+        return values
 
 
 GROUP_OF = {option.name: option.metadata["group"] for option in fields(EpochRecord)}
@@ -76,9 +84,9 @@ def grouped(record: EpochRecord) -> dict[str, Any]:
     """The record under W&B's names: `test_nll` is `test/test_nll`. Left out: values that are None, the windows, the
     evaluations within it, and the figures over ranks if there is one rank.
     """
-    values = asdict(record)
+    values = record.values
     ranks = values.pop("ranks")
-    del values["windows"], values["evaluations"]
+    del values["evaluations"]
     named = {f"{GROUP_OF[name]}/{name}": value for name, value in values.items() if value is not None}
     if ranks["count"] > 1:
         for name, value in ranks.items():
@@ -104,6 +112,7 @@ class RunSummary:
                                               default=None)
     samples_per_second: float | None = figure("summary", "measured samples / measured seconds", unit="samples/s")
     best_test_nll: float | None = figure("summary", "the lowest test_nll of an epoch", unit="nats")
+    best_test_accuracy: float | None = figure("summary", "the highest test_accuracy of an epoch", default=None)
     final_test_nll: float | None = figure("summary", "test_nll of the last epoch", unit="nats")
     seconds_to_target: float | None = figure("summary", "train_seconds until the (lowest) --target-nll is reached",
                                              unit="s")
@@ -149,6 +158,7 @@ def summarise(records: Sequence[EpochRecord], targets: Sequence[float], num_trai
     return {
         "samples_per_second": sum(record.measured_samples for record in records) / seconds if seconds else None,
         "best_test_nll": min((record.test_nll for record in records), default=None),
+        "best_test_accuracy": max((record.test_accuracy for record in records), default=None),
         "final_test_nll": records[-1].test_nll if records else None,
         "seconds_to_target": last["train_seconds"],
         "steps_to_target": last["step"],

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.disk.files import append_line, make_folder, names_in, real, remove, remove_left, replace_synced
+from mnist_dist.disk.files import (
+    append_line,
+    cut_lines,
+    make_folder,
+    names_in,
+    read_limited,
+    real,
+    remove,
+    remove_left,
+    replace_synced,
+)
 from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.config_file import config_text
 from mnist_dist.record.figures import EpochRecord
 
+STEPS, WINDOWS = "steps.jsonl", "windows.jsonl"
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
 CHECKPOINTS, PREDICTIONS, CURVES, WANDB = "checkpoints", "predictions.png", "curves.png", "wandb"
-OF_A_RUN = (METRICS, RESULT, CONFIG, MODEL, CHECKPOINTS, PREDICTIONS, CURVES, WANDB)
+OF_A_RUN = (METRICS, STEPS, WINDOWS, RESULT, CONFIG, MODEL, CHECKPOINTS, PREDICTIONS, CURVES, WANDB)
 
 
 def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, FolderLock]:
@@ -103,3 +116,36 @@ def append_metrics(folder: Path, record: EpochRecord) -> None:
     """Append one epoch's line to `metrics.jsonl`. Raises `MnistDistError`."""
     with writing(folder):
         append_line(folder / METRICS, record.line)
+
+
+def append_all(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
+    """Append a line of JSON for each of these to a file of the run, in one write. Raises `MnistDistError`."""
+    with writing(path.parent):
+        append_line(path, "".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
+
+
+def read_points(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `steps.jsonl`; none if it is not there or is damaged: they are for W&B and a picture alone."""
+    try:
+        points = [json.loads(line) for line in read_limited(folder / STEPS).splitlines()]
+        for point in points:
+            for name in ("step", "epoch", "train_loss"):
+                point[name] + 0  # raises unless it is a number
+            point.setdefault("samples_per_second")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return points
+
+
+def cut_back(path: Path, keeps: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Cut a file of lines of JSON before the first line that `keeps` refuses or that is damaged: to what was there at
+    the checkpoint that is continued. Raises `MnistDistError`.
+    """
+    def is_kept(line: bytes) -> bool:
+        try:
+            return keeps(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+    with writing(path.parent):
+        cut_lines(path, is_kept)

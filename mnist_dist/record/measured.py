@@ -12,9 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.disk.files import real, replace_json
+from mnist_dist.disk.files import make_folder, real, replace_synced
 from mnist_dist.record.environment import processor_name
 from mnist_dist.record.folder import RESULT
+from mnist_dist.record.result import result_text
 
 
 def in_windows(samples: Sequence[int], seconds: Sequence[float], at_most: int = 40) -> list[list[float]]:
@@ -84,8 +85,9 @@ class Meter:
         })
 
     def write(self, folder: str | Path, *, global_batch_size: int, num_processes: int, **environment: Any) -> None:
-        """Write `result.json` into the folder; for one process to call. `environment` is what else the study's table
-        is to say of hardware and versions, such as torch="2.6".
+        """Write `result.json` into the folder, which is made if it is missing; for one process to call.
+
+        `environment` is what else the study's table is to say of hardware and versions, such as torch="2.6".
         """
         result = {
             "status": "completed",
@@ -93,4 +95,6 @@ class Meter:
             "summary": {"global_batch_size": global_batch_size},
             "epochs": self.epochs,
         }
-        replace_json(real(Path(folder)) / RESULT, result)
+        target = real(Path(folder))
+        make_folder(target)
+        replace_synced(target / RESULT, result_text(result).encode())

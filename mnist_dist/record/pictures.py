@@ -7,8 +7,9 @@ colour alone. Images are uint8 [N, 1, 28, 28]. It draws what it is given and kno
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mnist_dist.disk.files import replace_synced
-from mnist_dist.record.figures import EpochRecord
+from mnist_dist.record.figures import EpochRecord, samples_at
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
 MOST_ROWS = 50  # of a picture of predictions
@@ -100,14 +101,21 @@ def draw_seen(pictures: Sequence[tuple[str, NDArray[np.float32], Tensor, Tensor]
     _save(figure, path)
 
 
-def draw_curves(records: Sequence[EpochRecord], path: Path, heading: str) -> None:
-    """Learning curves of a run: loss, error and throughput against the epoch."""
-    epochs = [record.epoch for record in records]
+def draw_curves(records: Sequence[EpochRecord], points: Sequence[Mapping[str, Any]], num_train: int, batch: int,
+                path: Path, heading: str) -> None:
+    """Learning curves of a run: loss, error and throughput against the epochs done, of `num_train` samples in batches
+    of `batch`. `points` are the lines of `steps.jsonl`.
+    """
+    epochs = [samples_at(record.step, num_train, batch) / num_train for record in records]
     figure = Figure(figsize=(11, 3.6))
     loss, error, rate = figure.subplots(1, 3, gridspec_kw={"left": 0.065, "right": 0.99, "bottom": 0.14, "top": 0.9,
                                                            "wspace": 0.36})
     marker = "o" if len(epochs) <= 30 else None
-    loss.plot(epochs, [r.train_loss for r in records], color=BLUE, marker=marker, markersize=4, label="training")
+    if points:
+        loss.plot([point["epoch"] for point in points], [point["train_loss"] for point in points], color=BLUE,
+                  linewidth=0.8, label="training")
+    else:
+        loss.plot(epochs, [r.train_loss for r in records], color=BLUE, marker=marker, markersize=4, label="training")
     loss.plot(epochs, [r.test_nll for r in records], color=ORANGE, marker=marker and "s", markersize=4,
               linestyle="--", label="test")
     loss.set(ylabel="negative log-likelihood (nats per image)", yscale="log")
@@ -117,13 +125,14 @@ def draw_curves(records: Sequence[EpochRecord], path: Path, heading: str) -> Non
     error.plot(epochs, [100 * (1 - r.test_accuracy) for r in records], color=ORANGE, marker=marker and "s",
                markersize=4, linestyle="--")
     error.set(ylabel="test error (%)")
-    measured = [(r.epoch, r.samples_per_second) for r in records if r.samples_per_second]
+    measured = [(done, r.samples_per_second) for done, r in zip(epochs, records, strict=True) if r.samples_per_second]
     rate.plot([e for e, _ in measured], [s for _, s in measured], color=BLUE, marker=marker, markersize=4)
     rate.set(ylabel="training throughput (samples/s)")
     for axes in (error, rate):
         axes.set_ylim(0, 1.08 * axes.dataLim.ymax if measured and axes.dataLim.ymax > 0 else None)
     for axes in (loss, error, rate):
-        axes.set_xlabel("epoch")
+        axes.set_xlabel("epochs done")
+        axes.set_xlim(left=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color=GREY, alpha=0.25)
     figure.suptitle(heading, fontsize=11)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.disk.files import read_json, replace_json
+from mnist_dist.disk.files import read_json, replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
@@ -30,7 +31,16 @@ class RunResult:
 
 def write_result(folder: Path, result: RunResult) -> None:
     """Write the run's `result.json`, atomically."""
-    replace_json(folder / RESULT, asdict(result))
+    values = {**asdict(result), "epochs": [epoch.values for epoch in result.epochs]}
+    replace_synced(folder / RESULT, result_text(values).encode())
+
+
+def result_text(values: Mapping[str, Any]) -> str:
+    """A result as JSON with one line for each epoch. Raises `ValueError` if a number is not finite."""
+    epochs = ",\n".join(f"  {json.dumps(epoch, allow_nan=False)}" for epoch in values["epochs"])
+    text = json.dumps({**values, "epochs": []}, indent=1, allow_nan=False)
+    # within a string the quotes would be escaped: this is the list
+    return text.replace('"epochs": []', f'"epochs": [\n{epochs}\n ]' if epochs else '"epochs": []') + "\n"
 
 
 def read_result(folder: Path) -> RunResult:

@@ -19,7 +19,7 @@ from mnist_dist.disk.files import read_json, read_limited, replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary
-from mnist_dist.record.folder import RESULT
+from mnist_dist.record.folder import RESULT, WINDOWS
 from mnist_dist.record.schema import check_types
 from mnist_dist.study.grid import MOST_PROCESSES, HoldOut
 from mnist_dist.text import cause
@@ -41,9 +41,25 @@ def read_contract(folder: Path) -> dict[str, Any]:
         raise UserError(f"its {RESULT} cannot be read ({cause(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"its {RESULT} holds no mapping of names to values")
+    _add_windows(values, folder / WINDOWS)
     if missing := _missing(values):
         raise UserError(f"its {RESULT} has no {', '.join(missing)}")
     return values
+
+
+def _add_windows(values: dict[str, Any], path: Path) -> None:
+    """Give the epochs the windows that a run has in a file of its own. Raises `UserError`."""
+    try:
+        lines = [json.loads(line) for line in read_limited(path).splitlines()]
+        windows = {line["epoch"]: line["windows"] for line in lines}
+    except FileNotFoundError:
+        return  # another training has them in its epochs, or none
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"its {path.name} cannot be read ({cause(error)})") from None
+    epochs = values.get("epochs")
+    for epoch in epochs if isinstance(epochs, list) else ():
+        if isinstance(epoch, dict) and isinstance(number := epoch.get("epoch"), int) and number in windows:
+            epoch.setdefault("windows", windows[number])
 
 
 def _missing(values: Mapping[str, Any]) -> list[str]:

@@ -23,8 +23,8 @@ from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import tensor_bytes
 from mnist_dist.record.environment import Environment, git_commit, processor_name
 from mnist_dist.record.figures import EpochRecord
-from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS
-from mnist_dist.text import cause, cut
+from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS, read_points
+from mnist_dist.text import cause, counted, cut
 from mnist_dist.training.model import MLP
 from mnist_dist.training.trainer import Trainer
 
@@ -77,8 +77,9 @@ def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[E
     picked = random_indices(test, seed)
     draw_predictions(test.images[picked], test.labels[picked], probabilities[picked], folder / PREDICTIONS,
                      f"{trainer.sets.name}: 16 random test images")
-    draw_curves(records, folder / CURVES, f"{trainer.sets.name}, global batch {trainer.global_batch_size}, "
-                f"{trainer.team.size} process{'es' if trainer.team.size > 1 else ''}")
+    batch, size = trainer.global_batch_size, trainer.team.size
+    draw_curves(records, read_points(folder), len(trainer.sets.train), batch, folder / CURVES,
+                f"{trainer.sets.name}, global batch {batch}, {counted(size, 'process', 'processes')}")
     return test.labels.tolist(), probabilities.argmax(dim=1).tolist()
 
 

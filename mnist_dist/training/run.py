@@ -31,17 +31,23 @@ from mnist_dist.record.checkpoint import FORMAT, Checkpoint, CheckpointWriter
 from mnist_dist.record.figures import EpochRecord, RunSummary, samples_at, summarise
 from mnist_dist.record.folder import (
     CHECKPOINTS,
+    STEPS,
+    WINDOWS,
+    append_all,
     append_metrics,
+    cut_back,
     open_folder,
+    read_points,
     remove_result,
     write_config,
     write_metrics,
     writing,
 )
 from mnist_dist.record.measured import over_ranks
-from mnist_dist.record.mirror import Mirror
+from mnist_dist.record.mirror import Mirror, Rows, run_name
 from mnist_dist.record.result import RunResult, write_result
 from mnist_dist.text import without_passwords
+from mnist_dist.training.losses import RunningLoss, ends_of_points, points
 from mnist_dist.training.marks import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer
@@ -56,7 +62,6 @@ from mnist_dist.training.resume import (
     has_ended,
     look_at,
 )
-from mnist_dist.training.running import RunningLoss
 from mnist_dist.training.trainer import Trainer
 
 SHOW_SECONDS = 0.25  # between two looks at the progress at least
@@ -191,6 +196,8 @@ class Run:
             earlier = team.run_on("main", lambda: look_at(self.folder, console.warn))
         kept = earlier.checkpoint
         self.trainer = Trainer(config, team, sets, kept and kept.state)
+        self.recorded = 0  # the step up to which steps.jsonl has the loss
+        self.rows = Rows(len(sets.train), self.trainer.global_batch_size)
         self.running_loss = RunningLoss(self.trainer.sums, self.trainer.batches)
         self.progress = Progress(run_id, self.trainer.batches.num_batches)
         every, batches = config.evaluation_samples, self.trainer.batches
@@ -266,10 +273,20 @@ class Run:
             return
         settings = {**result.config, "global_batch_size": result.summary.global_batch_size,
                     "environment": asdict(result.environment)}
-        self.mirror.start(self.config, result.run_id or self.progress.run_id, settings)
-        self.mirror.log_again(result.epochs)
+        self.mirror.start(self.config, result.run_id or self.progress.run_id, settings, name=self._name)
+        self.mirror.log_again(self.rows.of_run(result.epochs, (), read_points(self.folder)))
         guesses = predict(load_model(self.folder), test.images, torch.device("cpu"), torch.float32).argmax(dim=1)
-        self.mirror.log_results(result.summary, test.labels.tolist(), guesses.tolist())
+        self.mirror.log_results(result.summary, test.labels.tolist(), guesses.tolist(),
+                                self._of_model(result.epochs[-1]))
+
+    @property
+    def _name(self) -> str:
+        return run_name(self.trainer.global_batch_size, self.team.size, self.config.lr, self.config.seed)
+
+    def _of_model(self, record: EpochRecord) -> dict[str, Any]:
+        """What W&B keeps beside the model: how good it is, what it is, and on which data."""
+        return {"test_nll": record.test_nll, "test_accuracy": record.test_accuracy, "epoch": record.epoch,
+                "step": record.step, "sizes": list(self.trainer.module.sizes), **dict(self.data)}
 
     def _run_epoch(self) -> None:
         """Train and evaluate one epoch, or the part of it that --max-steps leaves; record it, save a checkpoint."""
@@ -283,7 +300,7 @@ class Run:
         self._start_showing(progress.step)
         for done in trainer.steps(epoch, range(progress.step, end), watch, pacer, self._show_progress):
             progress.step, progress.watch = done, watch.state()
-            trainer.train_loss(epoch, done)  # no checkpoint of a run that has diverged
+            self._mean_loss(watch, done)  # no checkpoint of a run that has diverged
             if pacer.wants_evaluation(epoch, done) and self._evaluate_within(watch):
                 end = done
                 break
@@ -320,6 +337,8 @@ class Run:
         (seconds,) = self.team.max(watch.seconds + watch.warmup_seconds)
         evaluation = self._add_evaluation(test["test_nll"], test["test_accuracy"], seconds)
         self.console.evaluation_row(self.progress.epoch, evaluation)
+        if self.team.is_main:
+            self.mirror.log([self.rows.of_evaluation(evaluation)])
         self.trainer.module.train()
         return bool(targets) and test["test_nll"] <= targets[-1]
 
@@ -338,7 +357,7 @@ class Run:
     def _evaluate(self, watch: Stopwatch) -> EpochRecord:
         """The record of the epoch whose steps are done, shown and written. Collective."""
         team, progress = self.team, self.progress
-        loss = self.trainer.train_loss(progress.epoch, progress.step)
+        loss = self._mean_loss(watch, progress.step)
         noise = self.trainer.noise._asdict()
         begin = time.perf_counter()
         test = self._test()
@@ -354,11 +373,42 @@ class Run:
             eval_seconds=evaluation, epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,
             evaluations=progress.evaluations, peak_memory_bytes=ranks["peak_memory_bytes"]["max"],
         )
-        self._write(lambda: append_metrics(self.folder, record))
+        self._write(lambda: self._append(record))
         if team.is_main:
-            self.mirror.log(record)
+            self.mirror.log([self.rows.of_epoch(record)])
         self.console.epoch_row(record)
         return record
+
+    def _append(self, record: EpochRecord) -> None:
+        append_metrics(self.folder, record)
+        append_all(self.folder / WINDOWS, [{"epoch": record.epoch, "windows": record.windows}])
+
+    def _mean_loss(self, watch: Stopwatch, done: int) -> float:
+        """Mean loss per sample of the epoch's steps so far. Its new points are recorded, also those before a step whose
+        loss is not finite, which raises `Diverged`. Collective.
+        """
+        try:
+            loss = self.trainer.train_loss(self.progress.epoch, done)
+        except Diverged:
+            untimed = done - len(self.trainer.losses)
+            self._record_losses(watch.step_seconds[: max(0, len(watch.step_seconds) - untimed)])
+            raise
+        self._record_losses(watch.step_seconds)
+        return loss
+
+    def _record_losses(self, step_seconds: Sequence[float]) -> None:
+        """Record the points of the losses that `train_loss` has summed; the times are of the last of their steps.
+        Collective.
+        """
+        epoch, batches = self.progress.epoch, self.trainer.batches
+        ends = ends_of_points(self.config.log_interval, batches, epoch)
+        since = self.recorded - epoch * batches.num_batches
+        new = points(ends, since, self.trainer.losses, step_seconds, epoch, batches)
+        if new:
+            self.recorded = new[-1]["step"]
+            self._write(lambda: append_all(self.folder / STEPS, new))
+            if self.team.is_main:
+                self.mirror.log(list(map(self.rows.of_point, new)))
 
     def _test(self) -> dict[str, Any]:
         """The figures of the test. Raises `Diverged` if the last step has made the weights useless. Collective."""
@@ -409,17 +459,20 @@ class Run:
         changes nothing. Collective.
         """
         records = self.progress.all_records
+        self.recorded = self.progress.global_step
 
         def task() -> None:
             remove_result(self.folder)
             write_config(self.folder, self.config)
             write_metrics(self.folder, records)
+            cut_back(self.folder / STEPS, lambda line: line["step"] <= self.progress.global_step)
+            cut_back(self.folder / WINDOWS, lambda line: line["epoch"] < self.progress.epoch)
             self.checkpoints.tidy(self.progress.global_step)
             self.mirror.start(self.config, self.progress.run_id, {
                 **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
                 "environment": asdict(self.environment),
-            })
-            self.mirror.log_again(records)
+            }, name=self._name)
+            self.mirror.log_again(self.rows.of_run(records, self.progress.evaluations, read_points(self.folder)))
 
         self._write(task, patient=True)
         self.console.table_head()
@@ -489,4 +542,4 @@ class Run:
             ))
         if predictions:
             self.console.close(self.folder, summary, records)
-            self.mirror.log_results(summary, *predictions)
+            self.mirror.log_results(summary, *predictions, self._of_model(records[-1]))

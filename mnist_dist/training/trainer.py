@@ -73,6 +73,7 @@ class Trainer:
         self.module.to(team.device, self.dtype)
         self.sums = torch.zeros(3, self.batches.num_batches, dtype=torch.float64, device=team.device)
         self.noise = NOT_KNOWN  # as of the last `train_loss`
+        self.losses: list[float] = []  # the same: the sums of losses of the epoch's steps, up to one that is not finite
         # fused also if the step is compiled: it decides on which device Adam's step counts are
         self.optimizer = accelerator.prepare_optimizer(
             Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
@@ -173,8 +174,10 @@ class Trainer:
         total = self.team.sum(self.sums.clone())
         self.team.wait_for_device()  # with a time limit, which reading the sums has not
         losses, samples, batches = total[:, :num_steps].tolist()
+        self.losses = losses
         for step, loss in enumerate(losses):
             if not math.isfinite(loss):
+                self.losses = losses[:step]
                 at = epoch * self.batches.num_batches + step + 1
                 raise Diverged(f"training diverged: the loss is {loss} at step {at} (epoch {epoch}); try a smaller "
                                f"--lr than {self.learning_rate:g}")

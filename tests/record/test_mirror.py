@@ -26,6 +26,7 @@ from mnist_dist.record.figures import GROUP_OF, RunSummary
 from mnist_dist.record.wandb_mode import ANSWER_SECONDS
 from mnist_dist.worker import THREAD_NAME
 
+ROWS = mirror.Rows(60_000, 200)
 KEY = "0123456789012345678901234567890123456789"
 
 
@@ -191,7 +192,7 @@ def test_a_wandb_that_fails_to_start_stops_nothing(monkeypatch, tmp_path):
     made.start(TrainConfig(), "id", {})
     assert attempts == ["online", "offline", "offline"] and made.mode == "disabled"
     assert len(warnings) == 2 and all("out of order" in warning for warning in warnings)
-    made.log(epoch_record())
+    made.log([ROWS.of_epoch(epoch_record())])
     made.finish()
     assert len(warnings) == 2 and made.sync_hint() is None
 
@@ -204,7 +205,7 @@ def test_a_damaged_wandb_stops_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(mirror, "wandb_mode", fail)
     made = mirror.Mirror(tmp_path, warnings.append)
     made.start(TrainConfig(), "id", {})
-    made.log(epoch_record())
+    made.log([ROWS.of_epoch(epoch_record())])
     made.finish()
     assert warnings == ["W&B could not start (half installed); continuing without W&B"]
 
@@ -224,8 +225,8 @@ def mirrored(folder):
     made = mirror.Mirror(folder, warnings.append)
     made.start(TrainConfig(), "id", {})
     for epoch in range(3):
-        made.log(epoch_record(epoch=epoch))
-    made.log_results(run_summary(), [1], [1])
+        made.log([ROWS.of_epoch(epoch_record(epoch=epoch))])
+    made.log_results(run_summary(), [1], [1], {})
     made.finish()
     return made, warnings, time.monotonic() - begin
 
