@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mnist_dist import __version__
-from mnist_dist.config import TrainConfig, flag_of
+from mnist_dist.config import HEADINGS, TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError
-from mnist_dist.output import complain, protect
+from mnist_dist.output import complain, protect, say
 from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.processes.signals import block_ignored, ending, interrupting, number_of
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
@@ -52,6 +52,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+class Version(argparse.Action):
+    """Prints the versions, without importing what they are of."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        names = [f"mnist-dist {__version__}"]
+        for name in ("torch", "accelerate"):
+            try:
+                names.append(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                names.append(f"{name} is not installed")
+        say(", ".join(names))
+        raise SystemExit(0)
+
+
 def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", metavar="N", help="start N processes on this machine: on its GPUs, else its CPU")
     parser.add_argument("--machines", metavar="M", help="run on M machines: the same command on each, but for "
@@ -66,11 +82,13 @@ def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(prog="mnist-dist", description="Distributed MNIST training: exact on any number of processes, and "
                     "measured.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action=Version, nargs=0, help="print the versions of mnist-dist, torch and "
+                        "accelerate")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, help: str) -> Parser:
-        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+    def command(name: str, help: str, positional: str = "") -> Parser:
+        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False,
+                                   usage=f"mnist-dist {name} {positional}[OPTIONS]")
 
     train = command("train", "train on one process, or on several")
     _add_launch(train)
@@ -82,7 +100,8 @@ def build_parser() -> Parser:
     train.add_argument("--config", metavar="FILE", help="a run's config.yaml; flags on the command line win")
     _add_options(train, [option.name for option in fields(TrainConfig)])
 
-    predict = command("predict", "classify image files, or 16 random test images, with a run's model")
+    predict = command("predict", "classify image files, or 16 random test images, with a run's model",
+                      "RUN_DIR [IMAGE ...] ")
     predict.add_argument("run_dir", metavar="RUN_DIR", help="folder of a completed run")
     predict.add_argument("images", metavar="IMAGE", nargs="*", help="PNG or JPEG of one digit, dark or light, of any "
                          "size and place; a picture of 28 x 28 is taken as it is")
@@ -95,8 +114,12 @@ def build_parser() -> Parser:
     show.add_argument("--output-dir", metavar="DIR", default="show", help="folder for the pictures (default: show)")
     _add_options(show, SHARED)
 
+    lesson = command("lesson", "what a mini-batch changes, measured here in 90 seconds: one picture, five sentences")
+    lesson.add_argument("--output-dir", metavar="DIR", default="lesson", help="folder for the picture and the text "
+                        "(default: lesson)")
+    _add_options(lesson, SHARED)
+
     reproduce = command("reproduce", "run the tutorial's two trainings and print its numbers beside ours")
-    reproduce.add_argument("--quick", action="store_true", help="a shortened run, for a look")
     reproduce.add_argument("--output-dir", metavar="DIR", help="folder for both runs and the report (default: "
                            "runs/reproduce-<time>)")
     _add_options(reproduce, (*SHARED, "wandb"))
@@ -136,7 +159,8 @@ def build_parser() -> Parser:
     study.add_argument("--dry-run", action="store_true", help="print the plan and its time, and start nothing")
     _add_options(study, [option.name for option in fields(TrainConfig) if option.name not in NOT_IN_STUDY])
 
-    report = command("report", "draw a study's report again, or compare two studies cell by cell")
+    report = command("report", "draw a study's report again, or compare two studies cell by cell",
+                     "STUDY_DIR [STUDY_DIR] ")
     report.add_argument("folders", metavar="STUDY_DIR", nargs="+", help="folder of a study; with two, the second is "
                         "compared with the first")
     report.add_argument("--hold-out", **HOLD_OUT)
@@ -144,11 +168,15 @@ def build_parser() -> Parser:
 
 
 def _add_options(parser: Parser, names: Sequence[str]) -> None:
-    """Add options of training. They are read as text and checked by `TrainConfig`; only those given are set."""
-    group = parser.add_argument_group("options of training" if "epochs" in names else "data")
+    """Add options of training, in groups. They are read as text and checked by `TrainConfig`; only those given are set.
+    """
+    heading, group = "", None
     for option in fields(TrainConfig):
+        heading = HEADINGS.get(option.name, heading)
         if option.name not in names:
             continue
+        if group is None or group.title != heading:
+            group = parser.add_argument_group(heading)
         rule = option.metadata
         described = rule["help"].replace("%", "%%")
         if option.default is not None and not isinstance(option.default, bool):
@@ -181,7 +209,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             words.append(word)
     given, unknown = parser.parse_known_args(words)
     if given.command is None:
-        parser.error("a command is needed: train, predict, show, reproduce, doctor, study or report")
+        parser.error("a command is needed: train, predict, show, lesson, reproduce, doctor, study or report")
     if unknown:
         commands: Any = next(action.choices for action in parser._actions if action.dest == "command")
         known = [flag for action in commands[given.command]._actions for flag in action.option_strings]
@@ -362,12 +390,17 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
         from mnist_dist.commands.show import show
 
         show(config, Path(given.output_dir))
+    elif given.command == "lesson":
+        from mnist_dist.commands.lesson import lesson
+
+        _check_alone(given, launch)
+        lesson(config, launch or read_launch(), Path(given.output_dir))
     else:
         from mnist_dist.commands.reproduce import reproduce
 
         _check_alone(given, launch)
         with interrupting():
-            reproduce(options, quick=given.quick, output_dir=given.output_dir)
+            reproduce(options, output_dir=given.output_dir)
     return 0
 
 

@@ -25,6 +25,10 @@ NOT_IN_FILE = ("output_dir", "resume", "quiet")
 OF_A_MACHINE = ("dataset", "data_dir", "mirror", "output_dir", "wandb", "wandb_project", "wandb_entity", "wandb_notes",
                 "wandb_group", "run_name", "tags", "quiet")
 
+# Headings of --help, each above the option with which it begins.
+HEADINGS = {"dataset": "data", "batch_size": "batch and optimizer", "epochs": "length and evaluation",
+            "dtype": "precision and speed", "output_dir": "what a run leaves, and resume", "wandb": "Weights & Biases"}
+
 
 class Every(NamedTuple):
     """How often something is due: `number` of `unit`s (epochs, steps, samples or seconds); a number of 0 is never."""
@@ -54,6 +58,15 @@ class TrainConfig:
                                   f"the number of processes (default {REFERENCE_BATCH_SIZE})", minimum=1)
     per_device_batch_size: int | None = knob(None, int, "samples per process in one optimizer step; alternative to "
                                              "--batch-size", minimum=1)
+    gradient_accumulation_steps: int = knob(1, int, "cut each process's share of a batch into this many passes; the "
+                                            "result is the same and needs less memory", minimum=1,
+                                            maximum=1_000_000)
+    lr: float = knob(1e-4, float, "Adam's learning rate", above=0.0, fixed=True)
+    lr_rule: str = knob("none", str, f"scale --lr from a batch of {REFERENCE_BATCH_SIZE} to the global batch: by the "
+                        "square root of the ratio, or by the ratio", choices=("none", "sqrt", "linear"), fixed=True)
+    seed: int = knob(0, int, "seed of the initial weights and of the order of the samples", minimum=0,
+                     maximum=2**32 - 1, fixed=True)
+    shuffle: bool = knob(True, bool, "a new order each epoch; --no-shuffle is file order", fixed=True)
     epochs: int = knob(20, int, "passes over the training images", minimum=1)
     max_steps: int | None = knob(None, int, "end after this many optimizer steps, if that comes first; none = no limit",
                                 minimum=1, none=True)
@@ -63,31 +76,27 @@ class TrainConfig:
     evaluate_every: str | None = knob(None, str, "evaluate also within the epochs, after so many samples, rounded up "
                                       "to whole steps: 10000samples; none = at their ends alone", metavar="Nsamples",
                                       none=True)
-    lr: float = knob(1e-4, float, "Adam's learning rate", above=0.0, fixed=True)
-    seed: int = knob(0, int, "seed of the initial weights and of the order of the samples", minimum=0,
-                     maximum=2**32 - 1, fixed=True)
-    shuffle: bool = knob(True, bool, "a new order each epoch; --no-shuffle is file order", fixed=True)
-    lr_rule: str = knob("none", str, f"scale --lr from a batch of {REFERENCE_BATCH_SIZE} to the global batch: by the "
-                        "square root of the ratio, or by the ratio", choices=("none", "sqrt", "linear"), fixed=True)
-    gradient_accumulation_steps: int = knob(1, int, "cut each process's share of a batch into this many passes; the "
-                                            "result is the same and needs less memory", minimum=1,
-                                            maximum=1_000_000)
-    mixed_precision: str | None = knob(None, str, "default: the launcher's choice, else no; fp16 needs a GPU",
-                                       choices=("no", "fp16", "bf16"), fixed=True)
+    noise_scale: bool = knob(False, bool, "estimate the gradient noise scale in each epoch, from some of its steps; "
+                             "not with --reproducible, Local SGD, fp16 or batches of one sample", fixed=True)
     dtype: str = knob("float32", str, "float64 is for proving exactness: 1 and N processes agree to 1e-12; in float32 "
                       "the rounding, amplified by Adam, grows to 1e-4 in three epochs",
                       choices=("float32", "float64"), fixed=True)
+    mixed_precision: str | None = knob(None, str, "default: the launcher's choice, else no; fp16 needs a GPU",
+                                       choices=("no", "fp16", "bf16"), fixed=True)
     compile: str = knob("auto", str, "compile the whole step; auto = if the run has steps enough to save more time "
                         "than compiling takes: 12,000 on the CPU, on a GPU what launch/qualify.sh has measured",
                         choices=("auto", "on", "off"))
+    reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
+                              "exact, and so has no order; slower", fixed=True)
+    logical_shards: int = knob(8, int, "of no effect: --reproducible does not need it any more", minimum=1)
     gradient_compression: str = knob("none", str, "send gradients between processes as fp16 or bf16, or as PowerSGD's "
                                      "rank-1 factors: approximate, so the number of processes changes the result",
                                      choices=("none", "fp16", "bf16", "powersgd"), fixed=True)
     local_sgd_steps: int = knob(1, int, "Local SGD: each process takes this many steps alone, then the weights (not "
                                 "Adam's moments) are averaged; approximate, so the number of processes changes the "
                                 "result", minimum=1, fixed=True)
-    noise_scale: bool = knob(False, bool, "estimate the gradient noise scale in each epoch, from some of its steps; "
-                             "not with --reproducible, Local SGD, fp16 or batches of one sample", fixed=True)
+    timeout: float = knob(300.0, float, "seconds that a process waits for another one before it ends with an error",
+                          above=0.0, maximum=1e7, metavar="SECONDS")
     output_dir: str | None = knob(None, str, "folder for everything a run leaves (default runs/<time>-<id>)",
                                   metavar="DIR")
     checkpoint_every: str = knob("1epoch", str, "a number with its unit: 2epochs, 100steps, 30s; or never",
@@ -95,11 +104,6 @@ class TrainConfig:
     keep_checkpoints: int = knob(2, int, "newest checkpoints to keep", minimum=1)
     resume: bool = knob(False, bool, "continue from the newest whole checkpoint in --output-dir; without one, start "
                         "from the beginning")
-    timeout: float = knob(300.0, float, "seconds that a process waits for another one before it ends with an error",
-                          above=0.0, maximum=1e7, metavar="SECONDS")
-    reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
-                              "exact, and so has no order; slower", fixed=True)
-    logical_shards: int = knob(8, int, "of no effect: --reproducible does not need it any more", minimum=1)
     log_every: str | None = knob(None, str, "how often the loss within an epoch is recorded: a number with its unit, "
                                  "20steps or 1000samples, or never (default about 50 times an epoch)",
                                  metavar="N{steps,samples}")
@@ -109,11 +113,11 @@ class TrainConfig:
                       choices=("auto", "online", "offline", "disabled"))
     wandb_project: str = knob("mnist_dist", str, "W&B project (also: WANDB_PROJECT)", metavar="NAME")
     wandb_entity: str | None = knob(None, str, "W&B team or user (also: WANDB_ENTITY)", metavar="NAME")
-    wandb_notes: str | None = knob(None, str, "W&B: what the run is about (also: WANDB_NOTES)")
     wandb_group: str | None = knob(None, str, "W&B group, for runs that belong together", metavar="NAME")
     run_name: str | None = knob(None, str, "name of the run in W&B (also: WANDB_NAME; default like "
                                 "b200-p2-lr1e-4-seed0)", metavar="NAME")
     tags: str | None = knob(None, str, "W&B tags, separated by commas (also: WANDB_TAGS)", metavar="A,B")
+    wandb_notes: str | None = knob(None, str, "W&B: what the run is about (also: WANDB_NOTES)")
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -113,7 +113,7 @@ def epoch_record(**figures: Any) -> EpochRecord:
               "samples_per_second_per_process": 6e4, "step_ms_p50": 3.0, "step_ms_p95": 4.0,
               "data_wait_fraction": 0.1, "eval_seconds": 0.1, "epoch_seconds": 1.1, "peak_memory_bytes": 10**9,
               "ranks": over_ranks([{"step_ms": 3.0, "own_ms": 3.0, "data_wait_ms": 0.3, "peak_memory_bytes": 10**9,
-                                    "host": "attic"}]), "windows": [[300, 60_000, 1.0]], "evaluations": []}
+                                    "host": "attic"}]), "evaluations": []}
     return EpochRecord(**{**others, **figures})
 
 
@@ -138,6 +138,11 @@ def run_result(epochs: Sequence[EpochRecord], dataset: str = "mnist", **summary:
 def result_of(folder: Path) -> dict[str, Any]:
     """A run's `result.json`."""
     return json.loads((folder / "result.json").read_text())
+
+
+def windows_of(folder: Path) -> list[list[list[float]]]:
+    """Of each epoch that a run has recorded, its windows: [steps, samples, seconds]."""
+    return [json.loads(line)["windows"] for line in (folder / "windows.jsonl").read_text().splitlines()]
 
 
 def check_one_run(folder: Path, size: int) -> dict[str, Any]:

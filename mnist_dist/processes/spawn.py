@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.output import complain
 from mnist_dist.processes.launch import Launch, child_environment, num_cores
 from mnist_dist.processes.meeting import LOOPBACK, Facts, Meeting, local_store, reach, store_at
-from mnist_dist.text import cut, whole
+from mnist_dist.text import counted, cut, whole
 
 if TYPE_CHECKING:
     from mnist_dist.processes.watch import Watch
@@ -148,6 +149,9 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     check_gpus(launch, num_processes)
+    if runs_on_cpu(launch) and num_processes > num_cores():
+        complain("warning", f"{counted(num_processes, 'process', 'processes')} on {counted(num_cores(), 'core')} take "
+                 f"turns: a step takes longer than on {counted(num_cores(), 'process', 'processes')}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     os.environ["ACCELERATE_USE_CPU"] = str(runs_on_cpu(launch)).lower()
     os.environ.update(child_environment())

@@ -29,6 +29,7 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.config_file import config_text
 from mnist_dist.record.figures import EpochRecord
 
+MOST = 10**15  # of a number in a file that is read back
 STEPS, WINDOWS = "steps.jsonl", "windows.jsonl"
 METRICS, RESULT, CONFIG, MODEL = "metrics.jsonl", "result.json", "config.yaml", "model.safetensors"
 CHECKPOINTS, PREDICTIONS, CURVES, WANDB = "checkpoints", "predictions.png", "curves.png", "wandb"
@@ -129,8 +130,8 @@ def read_points(folder: Path) -> list[dict[str, Any]]:
     try:
         points = [json.loads(line) for line in read_limited(folder / STEPS).splitlines()]
         for point in points:
-            for name in ("step", "epoch", "train_loss"):
-                point[name] + 0  # raises unless it is a number
+            if not all(0 <= point[name] < MOST for name in ("step", "epoch", "train_loss")):
+                raise ValueError
             point.setdefault("samples_per_second")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []

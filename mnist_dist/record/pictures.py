@@ -22,6 +22,7 @@ from mnist_dist.disk.files import replace_synced
 from mnist_dist.record.figures import EpochRecord, samples_at
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
+LINES = (GREY, "#E69F00", "#009E73", BLUE, ORANGE)  # of the same palette
 MOST_ROWS = 50  # of a picture of predictions
 
 
@@ -98,6 +99,29 @@ def draw_seen(pictures: Sequence[tuple[str, NDArray[np.float32], Tensor, Tensor]
         right.set(xticks=range(10), ylim=(0, 108), ylabel="%")
         right.set_title(f"{digit} ({100 * probabilities[digit]:.1f} %)", fontsize=9)
         right.grid(axis="y", color=GREY, alpha=0.25)
+    _save(figure, path)
+
+
+def draw_lesson(courses: Sequence[tuple[int, Sequence[tuple[float, int, float]]]], path: Path, heading: str) -> None:
+    """The test NLL of trainings with different batch sizes, against the seconds and against the samples. Each course is
+    a batch size and its (seconds, samples, test NLL).
+    """
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    by_seconds, by_samples = figure.subplots(1, 2, sharey=True)
+    for (batch_size, moments), color, marker in zip(courses, LINES, "osD^v", strict=False):
+        label = f"{batch_size:,}"
+        for axes, at in ((by_seconds, 0), (by_samples, 1)):
+            axes.plot([moment[at] for moment in moments], [moment[2] for moment in moments], color=color,
+                      marker=marker, markersize=4, label=label)
+    by_seconds.set(xlabel="seconds of training", ylabel="test NLL (nats per image)", xscale="log", yscale="log")
+    by_samples.set(xlabel="samples", xscale="log")
+    by_seconds.yaxis.set_major_formatter("{x:g}")
+    by_seconds.yaxis.set_minor_formatter("{x:g}")
+    by_samples.legend(title="batch size", fontsize=9)
+    for axes in (by_seconds, by_samples):
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.grid(color=GREY, alpha=0.25)
+    figure.suptitle(heading, fontsize=11)
     _save(figure, path)
 
 

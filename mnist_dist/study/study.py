@@ -42,7 +42,7 @@ from mnist_dist.study.launches import (
     whole_result,
     write_outcome,
 )
-from mnist_dist.study.quick import SECONDS, choose, first_look
+from mnist_dist.study.quick import SECONDS, Looks, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
 from mnist_dist.text import cause, counted
 
@@ -89,6 +89,7 @@ class Study:
     runs: list[PlannedRun] = field(default_factory=list)  # all of them, in their order
     impossible: dict[Cell, str] = field(default_factory=dict)
     jobs: list[slurm.Job] = field(default_factory=list)  # whose runs are in SLURM's queue, or not looked at since
+    predicted: Callable[[Cell], float] | None = None  # seconds of a run, where a first look has told them
     _rows: dict[str, Row] = field(default_factory=dict)  # as read: a study of many runs reads each once
 
     def save(self) -> None:
@@ -192,9 +193,10 @@ def extend(study: Study, request: Request, machine: Machine) -> None:
         study.runs += new
 
 
-def estimate(pending: Sequence[PlannedRun], rows: Sequence[Row], fixed: Mapping[str, Any]) -> float:
-    """Seconds that the pending runs take: as the same cell took, else as all cells did in comparison with a rough
-    formula, else by that formula.
+def estimate(pending: Sequence[PlannedRun], rows: Sequence[Row], fixed: Mapping[str, Any],
+             predicted: Callable[[Cell], float] | None = None) -> float:
+    """Seconds that the pending runs take: as the same cell took, else as all cells did in comparison with what is
+    `predicted` or with a rough formula, else by that.
     """
     def rough(cell: Cell) -> float:
         samples = UNKNOWN_SAMPLES * int(fixed.get("--epochs") or 1)
@@ -209,8 +211,9 @@ def estimate(pending: Sequence[PlannedRun], rows: Sequence[Row], fixed: Mapping[
         if row["status"] == "completed" and row["seconds"]:
             seen.setdefault(cell_of(row), []).append(row["seconds"])
     known = {cell: statistics.median(seconds) for cell, seconds in seen.items()}
-    factor = statistics.median(seconds / rough(cell) for cell, seconds in known.items()) if known else 1.0
-    return sum(known.get(run.cell, factor * rough(run.cell)) for run in pending)
+    expected = predicted or rough
+    factor = statistics.median(seconds / expected(cell) for cell, seconds in known.items()) if known else 1.0
+    return sum(known.get(run.cell, factor * expected(run.cell)) for run in pending)
 
 
 def say_duration(seconds: float) -> str:
@@ -229,7 +232,7 @@ def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> lis
     cells = sorted({run.cell for run in study.runs}, key=lambda cell: cell.place)
     say(f"{counted(len(cells), 'cell')}, {counted(len(study.runs), 'run')} on {machine}, of which "
         f"{len(study.runs) - len(pending)} are done; the others take about "
-        f"{say_duration(estimate(pending, rows, study.fixed))}")
+        f"{say_duration(estimate(pending, rows, study.fixed, study.predicted))}")
     for cell in cells:
         own = [run for run in study.runs if run.cell == cell]
         drift = sum(run.role != "repeat" for run in own)
@@ -249,6 +252,7 @@ def requests(request: Request, study: Study, machine: Machine) -> Iterator[Reque
     completed = {cell_of(row) for row in study.rows() if row["status"] == "completed"}
     if not completed.issuperset(first_look(devices).cells()):
         yield replace(request, grid=first_look(devices), cell_timeout=min(request.cell_timeout, SECONDS / 4))
+    study.predicted = Looks(study.rows(), devices).seconds
     grid, hold_out = choose(study.rows(), devices)
     yield replace(request, grid=grid, hold_out=request.hold_out or hold_out, seconds=SECONDS)
 
@@ -363,7 +367,7 @@ def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[
         if math.isfinite(left):
             rows = study.rows()
             left -= sum(row.get("seconds") or 0.0 for row in rows)
-            if estimate([run], rows, study.fixed) > left:
+            if estimate([run], rows, study.fixed, study.predicted) > left:
                 many = counted(len(pending) - done + 1, "run")
                 say(f"the {request.seconds:.0f} s of --quick are over: {many} left out")
                 return
@@ -422,7 +426,7 @@ def _add_row(study: Study, run: PlannedRun, say: Callable[[str], None], place: s
     else:
         what = f"failed: {row['reason']}"
     took = "" if row["seconds"] is None else f", {row['seconds']:.1f} s"
-    rest = f"; about {say_duration(estimate(left, rows, study.fixed))} left" if left else ""
+    rest = f"; about {say_duration(estimate(left, rows, study.fixed, study.predicted))} left" if left else ""
     say(f"{place} {run.name}: {what}{took}{rest}")
 
 

@@ -124,13 +124,13 @@ def fake_result(folder, protocol, dataset="mnist"):
 def test_the_report_sets_our_numbers_beside_the_tutorials(tmp_path, capsys):
     for protocol in reproduce.PROTOCOLS:
         fake_result(tmp_path / protocol.folder, protocol.folder)
-    reproduce.reproduce({}, quick=False, output_dir=str(tmp_path))
+    reproduce.reproduce({}, output_dir=str(tmp_path))
     report = (tmp_path / "report.md").read_text()
     assert report.strip() in capsys.readouterr().out
     assert "| 16 | 1234.5 | 1435.5 | 1440 ± 29 | 90.00 % | 0.50 | 5.28 |" in report
     assert "| 0 (cut at step 300) | 1234.5 | - | - |" in report, "what is not an epoch is not compared with one"
     assert "200 times as fast" in report and "in the tutorial 21 times" in report
-    assert "not MNIST" not in report and "--quick" not in report
+    assert "not MNIST" not in report
 
 
 @pytest.mark.parametrize(("step", "given", "wanted"), [
@@ -138,14 +138,14 @@ def test_the_report_sets_our_numbers_beside_the_tutorials(tmp_path, capsys):
 def test_both_protocols_have_one_kind_of_step(step, given, wanted, tmp_path, monkeypatch):
     asked = []
 
-    def run(protocol, folder, options, quick):
+    def run(protocol, folder, options):
         asked.append(options.get("compile"))
         fake_result(folder, protocol.folder)
         result = read_result(folder)
         return replace(result, environment=replace(result.environment, step=step))
 
     monkeypatch.setattr(reproduce, "run_protocol", run)
-    reproduce.reproduce(given, quick=False, output_dir=str(tmp_path))
+    reproduce.reproduce(given, output_dir=str(tmp_path))
     assert asked == [given.get("compile"), wanted]
 
 
@@ -154,5 +154,5 @@ def test_a_report_on_other_data_says_so(tmp_path):
     for protocol in reproduce.PROTOCOLS:
         fake_result(tmp_path / protocol.folder, protocol.folder, dataset="synthetic")
         results.append(read_result(tmp_path / protocol.folder))
-    text = "\n".join(reproduce.report_lines(results, quick=True))
-    assert "Trained on synthetic, not MNIST" in text and "Shortened by --quick" in text
+    text = "\n".join(reproduce.report_lines(results))
+    assert "Trained on synthetic, not MNIST" in text

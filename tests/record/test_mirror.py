@@ -36,7 +36,8 @@ def tracked(small_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")
     done = mnist_dist("train", "--processes", 2, "--data-dir", small_dir, "--epochs", 3, "--batch-size", 48, "--wandb",
                       "offline", "--wandb-group", "a group", "--tags", "one, two", "--run-name", "a name",
-                      "--output-dir", "run", cwd=folder, ACCELERATE_USE_CPU="true")
+                      "--wandb-notes", "two words", "--output-dir", "run", cwd=folder, ACCELERATE_USE_CPU="true",
+                      WANDB_ENTITY="a-team")
     assert done.returncode == 0, done.stderr
     return folder / "run", done
 
@@ -45,7 +46,7 @@ def test_the_folder_is_whole(tracked):
     folder, done = tracked
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "result.json", "model.safetensors", "predictions.png", "curves.png",
-            "checkpoints", "wandb"} == names
+            "checkpoints", "wandb", "steps.jsonl", "windows.jsonl"} == names
     result = result_of(folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == result["epochs"] and len(lines) == 3
@@ -57,14 +58,15 @@ def test_the_folder_is_whole(tracked):
 
 def test_the_figures_of_an_epoch_fit_together(tracked):
     result = result_of(tracked[0])
-    for epoch in result["epochs"]:
-        assert set(epoch) == set(GROUP_OF)
+    windows = [json.loads(line) for line in (tracked[0] / "windows.jsonl").read_text().splitlines()]
+    for epoch, of_epoch in zip(result["epochs"], windows, strict=True):
+        assert set(epoch) == set(GROUP_OF) - {"windows"} and epoch["epoch"] == of_epoch["epoch"]
         assert epoch["epoch_seconds"] == pytest.approx(epoch["train_seconds"] + epoch["eval_seconds"])
         assert epoch["samples_per_second_per_process"] == pytest.approx(epoch["samples_per_second"] / 2)
         assert epoch["test_nll"] == pytest.approx(epoch["test_nll_sum"] / 211)
         assert 0 <= epoch["data_wait_fraction"] < 1 and epoch["step_ms_p50"] <= epoch["step_ms_p95"]
         assert epoch["peak_memory_bytes"] == epoch["ranks"]["peak_memory_bytes"]["max"] > 1e6
-        assert epoch["measured_samples"] == sum(samples for _, samples, _ in epoch["windows"])
+        assert epoch["measured_samples"] == sum(samples for _, samples, _ in of_epoch["windows"])
         assert epoch["ranks"]["count"] == 2 and epoch["ranks"]["slowest_host"] == platform.node()
         for name in ("step_ms", "own_ms", "data_wait_ms", "peak_memory_bytes"):
             over = epoch["ranks"][name]
@@ -77,6 +79,7 @@ def test_the_figures_of_an_epoch_fit_together(tracked):
     summary = result["summary"]
     assert (summary["global_batch_size"], summary["per_device_batch_size"]) == (48, 24)
     assert summary["best_test_nll"] == min(epoch["test_nll"] for epoch in result["epochs"])
+    assert summary["best_test_accuracy"] == max(epoch["test_accuracy"] for epoch in result["epochs"])
     assert summary["final_test_nll"] == result["epochs"][-1]["test_nll"]
     assert summary["seconds_to_target"] is None
 
@@ -103,23 +106,42 @@ def test_wandb_has_config_metrics_summary_pictures_and_model(tracked):
     history = [record["item"] for record in records["history"]]
     for epoch in result["epochs"]:
         (row,) = [row for row in history if row.get("train/epoch") == epoch["epoch"]]
-        ranks, _, _ = (epoch.pop(name) for name in ("ranks", "windows", "evaluations"))
+        ranks, _ = (epoch.pop(name) for name in ("ranks", "evaluations"))
+        assert (row["step"], row["samples"], row["epoch"]) == (epoch["step"], 1009 * (1 + epoch["epoch"]),
+                                                               1 + epoch["epoch"])
         for name, value in epoch.items():
             # None stands for what was not measured, here the noise scale: it is not there
             assert row.get(f"{GROUP_OF[name]}/{name}") == (value if value is None else pytest.approx(value)), name
         assert row["ranks/own_ms_max"] == pytest.approx(ranks["own_ms"]["max"])
         assert row["ranks/slowest_rank"] == ranks["slowest_rank"] and row["ranks/slowest_host"] == platform.node()
+    points = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    sent = [row for row in history if "steps/train_loss" in row]
+    assert [(row["samples"], row["steps/train_loss"]) for row in sent] == [
+        (point["samples"], pytest.approx(point["train_loss"])) for point in points] and len(points) == 3 * 22
+    axes = {metric["glob_name"]: metric["step_metric"] for metric in records["metric"]}
+    assert axes == {f"{group}/*": "samples" for group in ("train", "test", "throughput", "time", "memory", "ranks",
+                                                          "steps")}
+    assert records["stats"], "a short run has the machine's figures too"
     summary = {key: value for update in records["summary"] for key, value in update["update"].items()}
-    assert summary["batch_size"] == 48
+    assert summary["batch_size"] == 48 and summary["best_test_accuracy"] == result["summary"]["best_test_accuracy"]
     assert summary["samples_per_second"] == pytest.approx(result["summary"]["samples_per_second"])
     files = [entry["path"] for record in records["files"] for entry in record["files"]]
     for kind in ("predictions", "curves"):
         assert any(re.search(rf"media/images/{kind}_.*\.png", path) for path in files), files
     assert any("confusion_matrix" in path for path in files), files
-    assert "model" in {artifact["type"] for artifact in records["artifact"]}
+    (model,) = (artifact for artifact in records["artifact"] if artifact["type"] == "model")
+    metadata, last = json.loads(model["metadata"]), result["epochs"][-1]
+    assert metadata["test_nll"] == last["test_nll"] and metadata["test_accuracy"] == last["test_accuracy"]
+    assert metadata["sizes"] == [784, 256, 10] and metadata["digest"] == result["dataset"]["digest"]
     (began,) = records["run"]
     assert (began["project"], began["display_name"], began["run_group"]) == ("mnist_dist", "a name", "a group")
-    assert began["tags"] == ["one", "two"]
+    assert began["tags"] == ["one", "two"] and (began["notes"], began["entity"]) == ("two words", "a-team")
+
+
+def test_a_run_without_a_name_is_called_after_what_it_is():
+    assert mirror.run_name(200, 2, 1e-4, 0) == "b200-p2-lr1e-4-seed0"
+    assert [mirror.run_name(1, 1, rate, 7) for rate in (0.00025, 1.0, 12.5)] == [
+        f"b1-p1-lr{rate}-seed7" for rate in ("2.5e-4", "1e0", "1.25e1")]
 
 
 def test_an_offline_run_says_how_to_sync(tracked):

@@ -15,16 +15,20 @@ from mnist_dist.errors import MnistDistError
 from mnist_dist.study import launches, study
 from mnist_dist.study.grid import Cell, HoldOut
 from mnist_dist.study.launches import Machine
-from mnist_dist.study.quick import LADDER, LARGE, SMALLEST, batch_sizes, choose, duration, first_look
+from mnist_dist.study.quick import LADDER, LARGE, SECONDS, SMALL, Looks, batch_sizes, choose, duration, first_look
 from mnist_dist.study.table import read_table
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
 
 def looks(devices, seconds=10.0, fixed=1e-3, per_sample=7e-6):
-    """The rows of a first look at a machine."""
-    return [{**row(cell, cell.global_batch_size / (fixed + per_sample * cell.global_batch_size), 1), "seconds": seconds}
-            for cell in first_look(devices).cells()]
+    """The rows of a first look at a machine: of `seconds`, half are steps."""
+    rows = []
+    for cell in first_look(devices).cells():
+        made = row(cell, cell.global_batch_size / (fixed + per_sample * cell.global_batch_size), 1)
+        (epoch,) = made["epochs"]
+        rows.append({**made, "seconds": seconds, "epochs": [{**epoch, "train_seconds": seconds / 2}]})
+    return rows
 
 
 @pytest.mark.parametrize("fixed, per_sample, largest", [
@@ -33,34 +37,50 @@ def looks(devices, seconds=10.0, fixed=1e-3, per_sample=7e-6):
     (0.0, 1e-6, 12_800), (1e-3, 0.0, 51_200),
 ])
 def test_the_step_times_decide_the_batch_sizes(fixed, per_sample, largest):
-    sizes = batch_sizes(fixed + SMALLEST * per_sample, fixed + LARGE * per_sample)
+    sizes = batch_sizes(fixed + SMALL * per_sample, fixed + LARGE * per_sample)
     assert sizes[-1] == largest and len(sizes) == 5 and set(sizes) <= set(LADDER) and 200 in sizes
 
 
-@pytest.mark.parametrize("devices, seconds, processes, repeats", [
-    (1, 6.0, (1,), 5), (1, 60.0, (1,), 3), (2, 8.0, (1, 2), 5), (2, 14.0, (1, 2), 3), (2, 100.0, (1, 2), 3),
-    (6, 8.0, (1, 2, 4, 6), 3), (8, 16.0, (1, 8), 3), (8, 5.0, (1, 2, 4, 8), 5),
+@pytest.mark.parametrize("devices, seconds, processes, repeats, sizes", [
+    (1, 6.0, (1,), 5, 5), (1, 25.0, (1,), 3, 5), (1, 60.0, (1,), 3, 2), (2, 8.0, (1, 2), 5, 5), (2, 20.0, (1, 2), 3, 4),
+    (2, 26.0, (1, 2), 3, 3), (2, 36.0, (1, 2), 3, 2), (2, 44.0, (1, 2), 3, 2), (6, 5.0, (1, 2, 4, 6), 4, 5),
+    (8, 16.0, (1, 8), 4, 4), (8, 3.0, (1, 2, 4, 8), 5, 5),
 ])
-def test_the_duration_of_runs_decides_processes_and_repeats(devices, seconds, processes, repeats):
-    grid, hold_out = choose(looks(devices, seconds), devices)
-    assert (grid.processes, grid.repeats) == (processes, repeats)
-    assert hold_out == HoldOut({"global_batch_size": 800} if len(processes) < 3 else {})
+def test_the_duration_of_runs_decides_the_grid(devices, seconds, processes, repeats, sizes):
+    rows = looks(devices, seconds)
+    grid, hold_out = choose(rows, devices)
+    assert (grid.processes, grid.repeats, len(grid.batch_sizes)) == (processes, repeats, sizes)
+    assert {SMALL, LARGE} <= set(grid.batch_sizes), "the runs of the first look are part of it"
+    assert duration(grid, Looks(rows, devices)) <= SECONDS or seconds > 44
+    held = {} if len(processes) > 2 or sizes < 4 else {"global_batch_size": grid.batch_sizes[sizes // 2]}
+    assert hold_out == HoldOut(held)
 
 
-def test_the_duration_lies_between_those_of_the_first_look():
-    seconds = {Cell(SMALLEST, 1): 10.0, Cell(LARGE, 1): 20.0, Cell(SMALLEST, 4): 30.0, Cell(LARGE, 4): 40.0}
+def test_however_slow_the_machine_every_cell_has_three_repeats():
+    for devices in (1, 2, 3, 8):
+        for seconds in range(1, 300, 7):
+            grid, _ = choose(looks(devices, float(seconds)), devices)
+            assert grid.repeats >= 3 and {1, devices} <= set(grid.processes)
+
+
+def test_what_a_run_takes_follows_from_the_first_look():
+    rows = looks(4)
+    told = Looks(rows, 4)
+    for cell, made in zip(first_look(4).cells(), rows, strict=True):
+        assert told.seconds(cell) == pytest.approx(made["seconds"]), "a cell of the first look takes what it took"
+    between = [told.seconds(Cell(size, 2)) for size in (200, 800, 3200, 12_800)]
+    assert all(9 < seconds < 30 for seconds in between)
     grid = first_look(4)
-    assert duration(grid, seconds, 4) == pytest.approx(10 + 20 + 30 + 40 + 2 * 10)
-    middle = type(grid)(batch_sizes=(800,), processes=(2,), repeats=2)
-    assert duration(middle, seconds, 4) == pytest.approx((2 + 2) * 25)
+    assert duration(grid, told) == pytest.approx(4 * 10)
+    assert duration(replace(grid, drift=True, repeats=3), told) == pytest.approx(3 * 40 + 2 * 10)
 
 
 def test_a_failed_first_look_is_named():
     rows = looks(2)
     rows[1] |= {"status": "failed", "reason": "no memory"}
-    with pytest.raises(MnistDistError, match="the first look failed: batch 50 on 2 processes: no memory"):
+    with pytest.raises(MnistDistError, match="the first look failed: batch 200 on 2 processes: no memory"):
         choose(rows, 2)
-    with pytest.raises(MnistDistError, match="the first look failed: batch 50 on 2 processes: it was not run"):
+    with pytest.raises(MnistDistError, match="the first look failed: batch 200 on 2 processes: it was not run"):
         choose([rows[0], *rows[2:]], 2)
 
 
@@ -107,7 +127,7 @@ def test_it_looks_chooses_and_reports(quick, tmp_path, capsys):
     assert {row["study"]["fabric"]["name"] for row in rows} == {"gloo over veth0"}
     assert [row["order"] for row in rows] == list(range(1, len(rows) + 1))
     assert {(row["global_batch_size"], row["processes"]) for row in rows[:4]} == {
-        (50, 1), (50, 2), (12_800, 1), (12_800, 2)}
+        (200, 1), (200, 2), (12_800, 1), (12_800, 2)}
     cells = {(row["global_batch_size"], row["processes"]) for row in rows}
     assert len(cells) == 10 and {200, 800, 3200} <= {batch for batch, _ in cells}
     assert all(row["status"] == "completed" for row in rows)

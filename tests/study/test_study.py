@@ -174,7 +174,9 @@ def test_our_own_training(small_dir, tmp_path):
     row = read_table(tmp_path / "s")[1]
     assert row["run"] == "b100-p1-lr-0.001-repeat-1" and row["config"]["lr"] == 1e-3
     assert row["config"]["wandb_group"] == "s" and row["config"]["checkpoint_every"] == "never"
-    assert row["epochs"] == result_of(tmp_path / "s" / "runs" / row["run"])["epochs"]
+    (epoch,), (of_run,) = row["epochs"], result_of(tmp_path / "s" / "runs" / row["run"])["epochs"]
+    assert sum(samples for _, samples, _ in epoch["windows"]) == epoch["measured_samples"], "from the run's own file"
+    assert {name: value for name, value in epoch.items() if name != "windows"} == of_run
     assert (tmp_path / "s" / "runs" / row["run"] / "output.txt").read_text().startswith("1 process on ")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from forked import run_forked
 from safetensors.torch import load_file
-from support import result_of
+from support import result_of, windows_of
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import load
@@ -88,9 +88,10 @@ def test_half_precision(precision, compile, small_dir, tmp_path):
 @pytest.mark.parametrize("kind", ["plain", "compiled"])
 def test_the_times_are_those_of_the_device(kind, small_dir, tmp_path):
     trained(tmp_path, small_dir, "run", "--epochs", 8, *KINDS[kind])
-    for epoch in result_of(tmp_path / "run")["epochs"][1:]:
-        assert sum(samples for _, samples, _ in epoch["windows"]) == epoch["measured_samples"] == 1009
-        in_windows = sum(seconds for *_, seconds in epoch["windows"])
+    both = zip(result_of(tmp_path / "run")["epochs"], windows_of(tmp_path / "run"), strict=True)
+    for epoch, windows in list(both)[1:]:
+        assert sum(samples for _, samples, _ in windows) == epoch["measured_samples"] == 1009
+        in_windows = sum(seconds for *_, seconds in windows)
         assert 0.3 * epoch["measured_seconds"] < in_windows <= 1.05 * epoch["measured_seconds"]
         assert 0 < epoch["step_ms_p50"] <= epoch["step_ms_p95"]
         rate = epoch["measured_samples"] / epoch["measured_seconds"]

@@ -12,7 +12,7 @@ import torch
 from forked import run_forked
 from safetensors.torch import load_file
 from stand_in_gpu import RULE_BROKEN
-from support import mnist_dist, result_of
+from support import mnist_dist, result_of, windows_of
 
 WORDS = ["--compile", "on", "--batch-size", 97, "--lr", "1e-3", "--wandb", "disabled", "--timeout", 20]
 
@@ -43,7 +43,7 @@ def test_a_run_has_the_bits_of_the_compiled_step(size, words, small_dir, tmp_pat
         assert (ours["step"], ours["test_nll_sum"]) == (theirs["step"], theirs["test_nll_sum"])
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-12)
         assert ours["step_ms_p50"] > 0
-    assert sum(window[1] for window in epochs[2]["windows"]) == epochs[2]["measured_samples"] == 1009
+    assert sum(window[1] for window in windows_of(tmp_path / "gpu")[2]) == epochs[2]["measured_samples"] == 1009
 
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.faults), pytest.param(1, marks=pytest.mark.long)])
