@@ -33,6 +33,7 @@ def test_warm_up_and_what_is_between_epochs_is_left_out(tmp_path):
                 clock.now += 1.0
                 meter.step(samples)
         clock.now += 60  # an evaluation
+    tmp_path /= "a/folder/that/is/not/there"
     meter.write(tmp_path, global_batch_size=10, num_processes=3, torch="2.6")
     first, second = meter.epochs
     assert (first["measured_samples"], first["measured_seconds"]) == (24, 3.5), "the wait at its end is the steps' work"
