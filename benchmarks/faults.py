@@ -88,6 +88,8 @@ def result_of(folder: Path, tracked: bool) -> dict[str, Any]:
         "model": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "checkpoint": json.loads((newest / "manifest.json").read_bytes())["tensors.safetensors"],
         "lines": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
+        "points": [{**json.loads(line), "samples_per_second": None}
+                   for line in (folder / "steps.jsonl").read_text().splitlines()],
         "history": history(folder) if tracked else None,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,7 +11,7 @@ import pytest
 from support import ROOT, TRAIN, assert_one_line_error, mnist_dist, result_of, run, run_here
 
 from mnist_dist.cli import main, parse, training_config
-from mnist_dist.config import TrainConfig, flag_of
+from mnist_dist.config import HEADINGS, TrainConfig, flag_of
 from mnist_dist.errors import UserError
 
 BAD = {
@@ -116,6 +117,24 @@ def test_every_knob_has_its_flag(capsys):
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert [flag_of(option.name) for option in fields(TrainConfig) if flag_of(option.name) not in text] == []
+
+
+def test_options_are_in_groups_with_headings_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{heading}:\n") for heading in HEADINGS.values()]
+    assert places == sorted(places) and len(places) >= 5
+    assert text.startswith("usage: mnist-dist train [OPTIONS]\n") and "(default 0)" in text[text.index("--seed") :][:160]
+    assert set(HEADINGS) <= {option.name for option in fields(TrainConfig)}
+
+
+def test_the_versions_are_printed_without_imports():
+    code = ("import sys; from mnist_dist.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
+            "print('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    versions, imported = done.stdout.splitlines()
+    assert re.fullmatch(r"mnist-dist [\d.]+, torch [\d.]+\S*, accelerate [\d.]+\S*", versions) and imported == "False"
 
 
 def test_underscores_and_the_mirror_of_the_environment(monkeypatch):

@@ -23,7 +23,7 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "console": {"config", "output", "record"},
     "runner": {"processes", "record"},
     "training": {"config", "data", "disk", "processes", "record", "console"},
-    "commands": {"config", "data", "disk", "output", "processes", "record", "console", "runner", "training"},
+    "commands": {"config", "data", "disk", "output", "tables", "processes", "record", "console", "runner", "training"},
     "study": {"config", "disk", "output", "tables", "processes", "record", "runner"},
     "cli": {"config", "output", "worker", "record", "processes", "training", "commands", "study"},
     "__main__": {"cli"},

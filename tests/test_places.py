@@ -52,6 +52,9 @@ def left_by_run(cwd):
     return {
         "weights": (folder / "model.safetensors").read_bytes(), "config": (folder / "config.yaml").read_text(),
         "lines": [without_times(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        "points": [{**json.loads(line), "samples_per_second": None}
+                   for line in (folder / "steps.jsonl").read_text().splitlines()],
+        "windows": [json.loads(line)["epoch"] for line in (folder / "windows.jsonl").read_text().splitlines()],
         "result": without_times(json.loads((folder / "result.json").read_text())),
         "names": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
     }

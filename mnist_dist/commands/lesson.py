@@ -91,7 +91,7 @@ def lesson(config: TrainConfig, launch: Launch, output_dir: Path) -> None:
         replace_synced(folder / "lesson.md", "\n".join(lines).encode())
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
-    say("\n" + "\n".join(lines))
+    say("\n" + "\n".join(screen_lines(courses, samples, seconds, len(sets.train))))
     say(f"drawn: {folder / 'lesson.png'}; the text is in {folder / 'lesson.md'}; this took "
         f"{time.monotonic() - begin:.0f} s")
 
@@ -145,12 +145,27 @@ def moments_of(trainer: Trainer, samples: int, seconds: float, most: int | None)
 
 def report_lines(courses: Sequence[Course], samples: int, seconds: float, num_train: int) -> list[str]:
     """The table and five sentences, as Markdown."""
-    rows = [[f"{course.batch_size:,}", f"{course.step_ms:.2f}", number(course.epoch_seconds(num_train)),
-             f"{course.at_samples.nll:.3f}", f"{course.last.nll:.3f}"] for course in courses]
+    rows = [_figures(course, num_train) for course in courses]
     head = ["batch size", "step, ms", "epoch, s", f"test NLL after {samples:,} samples",
             f"test NLL after {seconds:.1f} s"]
     return ["# What a mini-batch changes", "", *table(head, rows),
             *[f"{place}. {line}" for place, line in enumerate(sentences(courses, samples, seconds, num_train), 1)], ""]
+
+
+def screen_lines(courses: Sequence[Course], samples: int, seconds: float, num_train: int) -> list[str]:
+    """The same for a terminal of 60 columns."""
+    widths = (10, 9, 9, 15, 10)
+    rows = [("", "", "", "test NLL after", ""),
+            ("batch size", "step, ms", "epoch, s", f"{samples:,} samples", f"{seconds:.1f} s"),
+            *(_figures(course, num_train) for course in courses)]
+    table_lines = ["".join(f"{text:>{width + 1}}" for text, width in zip(row, widths, strict=True)).rstrip()
+                   for row in rows]
+    return [*table_lines, "", *sentences(courses, samples, seconds, num_train)]
+
+
+def _figures(course: Course, num_train: int) -> tuple[str, str, str, str, str]:
+    return (f"{course.batch_size:,}", f"{course.step_ms:.2f}", number(course.epoch_seconds(num_train)),
+            f"{course.at_samples.nll:.3f}", f"{course.last.nll:.3f}")
 
 
 def sentences(courses: Sequence[Course], samples: int, seconds: float, num_train: int) -> list[str]:

@@ -89,6 +89,14 @@ def check_gpus(launch: Launch, num_local_processes: int) -> None:
         )
 
 
+def too_many(launch: Launch, num_local_processes: int) -> str | None:
+    """A warning if processes on the CPU are more than its cores; None if not."""
+    if not runs_on_cpu(launch) or num_local_processes <= (cores := num_cores()):
+        return None
+    return (f"{num_local_processes} processes on {counted(cores, 'core')} take turns: a step takes longer than with "
+            f"{counted(cores, 'process', 'processes')}")
+
+
 def local_number(launch: Launch, asked: int) -> int:
     """Processes to run on this machine: `asked`, where 0 is one for each GPU, or one without GPUs."""
     if asked == 0:
@@ -149,9 +157,8 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     check_gpus(launch, num_processes)
-    if runs_on_cpu(launch) and num_processes > num_cores():
-        complain("warning", f"{counted(num_processes, 'process', 'processes')} on {counted(num_cores(), 'core')} take "
-                 f"turns: a step takes longer than on {counted(num_cores(), 'process', 'processes')}")
+    if warning := too_many(launch, num_processes):
+        complain("warning", warning)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     os.environ["ACCELERATE_USE_CPU"] = str(runs_on_cpu(launch)).lower()
     os.environ.update(child_environment())

@@ -14,6 +14,7 @@ from typing import Any
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.disk.files import (
+    JSON_LIMIT,
     append_line,
     cut_lines,
     make_folder,
@@ -126,9 +127,9 @@ def append_all(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_points(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `steps.jsonl`; none if it is not there or is damaged: they are for W&B and a picture alone."""
+    """The lines of `steps.jsonl`, for W&B and a picture; none if it is not there, is damaged, or too large for them."""
     try:
-        points = [json.loads(line) for line in read_limited(folder / STEPS).splitlines()]
+        points = [json.loads(line) for line in read_limited(folder / STEPS, JSON_LIMIT).splitlines()]
         for point in points:
             if not all(0 <= point[name] < MOST for name in ("step", "epoch", "train_loss")):
                 raise ValueError

@@ -119,7 +119,7 @@ def draw_lesson(courses: Sequence[tuple[int, Sequence[tuple[float, int, float]]]
     by_seconds.yaxis.set_minor_formatter("{x:g}")
     by_samples.legend(title="batch size", fontsize=9)
     for axes in (by_seconds, by_samples):
-        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_major_formatter("{x:,.10g}")
         axes.grid(color=GREY, alpha=0.25)
     figure.suptitle(heading, fontsize=11)
     _save(figure, path)

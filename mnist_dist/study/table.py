@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.disk.files import read_json, read_limited, replace_synced
+from mnist_dist.disk.files import JSON_LIMIT, read_json, read_limited, replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary
@@ -50,7 +50,7 @@ def read_contract(folder: Path) -> dict[str, Any]:
 def _add_windows(values: dict[str, Any], path: Path) -> None:
     """Give the epochs the windows that a run has in a file of its own. Raises `UserError`."""
     try:
-        lines = [json.loads(line) for line in read_limited(path).splitlines()]
+        lines = [json.loads(line) for line in read_limited(path, JSON_LIMIT).splitlines()]
         windows = {line["epoch"]: line["windows"] for line in lines}
     except FileNotFoundError:
         return  # another training has them in its epochs, or none

@@ -17,7 +17,10 @@ def test_the_lesson(small_dir, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(lesson, name, value)
     assert run_here(["lesson", "--data-dir", str(small_dir), "--output-dir", str(tmp_path / "lesson")]) == 0
     text = (tmp_path / "lesson" / "lesson.md").read_text()
-    assert text in capsys.readouterr().out and text.startswith("# What a mini-batch changes\n")
+    printed = capsys.readouterr().out
+    table = printed[printed.index("test NLL after") - 60 :].splitlines()
+    assert all(len(line) <= 60 for line in table[:7]) and text.splitlines()[-1][3:] in printed
+    assert text.startswith("# What a mini-batch changes\n")
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [row[1].strip() for row in rows] == ["1", "8", "32", "200", "1,000"]
     assert [line[:2] for line in text.splitlines() if line[:1].isdigit()] == ["1.", "2.", "3.", "4.", "5."]

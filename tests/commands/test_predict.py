@@ -109,6 +109,8 @@ def test_show_prints_the_tutorials_look(mnist_dir, tmp_path):
     for needle in ("60,000 training and 10,000 test images", "[1, 28, 28]", "the first label is 5", "-0.7647", "0.9843",
                    "203,530 parameters", "[200, 1, 28, 28]", "[200, 10]", "near 0.1"):
         assert needle in done.stdout, needle
+    assert [line[0] for line in done.stdout.splitlines() if line[:1].isdigit()] == ["1", "2", "3", "4"]
+    assert all(len(line) <= 60 for line in done.stdout.splitlines() if line.startswith("  -")), "rows of pixels"
     assert {path.name for path in (tmp_path / "show").iterdir()} == {"digit.png", "digits.png"}
 
 
