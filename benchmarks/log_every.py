@@ -25,7 +25,7 @@ CASES = {  # how a row is called: options
     f"batch {batch:,}, {kind}": (f"--batch-size={batch}", f"--compile={compile}", *length)
     for batch, length in ((1, ("--max-steps=10000",)), (200, ("--epochs=5",)))
     for kind, compile in (("plain", "off"), ("compiled", "on"))}
-TIMED = ("_record_losses", "_show_progress")  # methods of `Run`
+TIMED = ("_add_points", "_write_points", "_show_progress")  # methods of `Run`
 
 
 def child(folder: str, *words: str) -> None:

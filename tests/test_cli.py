@@ -125,7 +125,8 @@ def test_options_are_in_groups_with_headings_and_defaults(capsys):
     text = capsys.readouterr().out
     places = [text.index(f"\n{heading}:\n") for heading in HEADINGS.values()]
     assert places == sorted(places) and len(places) >= 5
-    assert text.startswith("usage: mnist-dist train [OPTIONS]\n") and "(default 0)" in text[text.index("--seed") :][:160]
+    assert text.startswith("usage: mnist-dist train [OPTIONS]\n")
+    assert "(default 0)" in text[text.index("--seed") :][:160]
     assert set(HEADINGS) <= {option.name for option in fields(TrainConfig)}
 
 

@@ -196,7 +196,8 @@ class Run:
             earlier = team.run_on("main", lambda: look_at(self.folder, console.warn))
         kept = earlier.checkpoint
         self.trainer = Trainer(config, team, sets, kept and kept.state)
-        self.recorded = 0  # the step up to which steps.jsonl has the loss
+        self.recorded = 0  # the step up to which steps.jsonl has the loss, or `new_points`
+        self.new_points: list[dict[str, Any]] = []  # to be written with what is written next
         self.rows = Rows(len(sets.train), self.trainer.global_batch_size)
         self.running_loss = RunningLoss(self.trainer.sums, self.trainer.batches)
         self.progress = Progress(run_id, self.trainer.batches.num_batches)
@@ -380,35 +381,43 @@ class Run:
         return record
 
     def _append(self, record: EpochRecord) -> None:
+        self._write_points()
         append_metrics(self.folder, record)
         append_all(self.folder / WINDOWS, [{"epoch": record.epoch, "windows": record.windows}])
 
     def _mean_loss(self, watch: Stopwatch, done: int) -> float:
-        """Mean loss per sample of the epoch's steps so far. Its new points are recorded, also those before a step whose
+        """Mean loss per sample of the epoch's steps so far. Its new points are kept, also those before a step whose
         loss is not finite, which raises `Diverged`. Collective.
         """
         try:
             loss = self.trainer.train_loss(self.progress.epoch, done)
         except Diverged:
             untimed = done - len(self.trainer.losses)
-            self._record_losses(watch.step_seconds[: max(0, len(watch.step_seconds) - untimed)])
+            self._add_points(watch.step_seconds[: max(0, len(watch.step_seconds) - untimed)])
             raise
-        self._record_losses(watch.step_seconds)
+        self._add_points(watch.step_seconds)
         return loss
 
-    def _record_losses(self, step_seconds: Sequence[float]) -> None:
-        """Record the points of the losses that `train_loss` has summed; the times are of the last of their steps.
-        Collective.
+    def _add_points(self, step_seconds: Sequence[float]) -> None:
+        """Keep the points of the losses that `train_loss` has summed, and send them to W&B, which takes rows in the order
+        of their steps. The times are of the last of these steps.
         """
+        if not self.team.is_main:
+            return
         epoch, batches = self.progress.epoch, self.trainer.batches
         ends = ends_of_points(self.config.log_interval, batches, epoch)
         since = self.recorded - epoch * batches.num_batches
         new = points(ends, since, self.trainer.losses, step_seconds, epoch, batches)
         if new:
             self.recorded = new[-1]["step"]
-            self._write(lambda: append_all(self.folder / STEPS, new))
-            if self.team.is_main:
-                self.mirror.log(list(map(self.rows.of_point, new)))
+            self.new_points += new
+            self.mirror.log(list(map(self.rows.of_point, new)))
+
+    def _write_points(self) -> None:
+        """Write the points that are not in the folder yet, on the main process."""
+        if self.new_points:
+            append_all(self.folder / STEPS, self.new_points)
+            self.new_points = []
 
     def _test(self) -> dict[str, Any]:
         """The figures of the test. Raises `Diverged` if the last step has made the weights useless. Collective."""
@@ -493,7 +502,12 @@ class Run:
             "onednn_from": self.trainer.onednn_from,
         }
         step = self.progress.global_step
-        self.team.run_on("main", lambda: self.checkpoints.write(step, self.trainer.tensors(), state))
+
+        def task() -> None:
+            self._write_points()  # before the checkpoint, from which a resume goes on with the next point
+            self.checkpoints.write(step, self.trainer.tensors(), state)
+
+        self._write(task)
         self.pacer.saved()
 
     def _wait_for_checkpoint(self) -> None:
@@ -534,6 +548,7 @@ class Run:
             **self.checkpoints.figures(),
             **summarise(records, self.config.targets, len(self.sets.train), trainer.global_batch_size),
         )
+        self._write_points()
         with writing(self.folder):
             predictions = leave_results(self.folder, trainer, self.config.seed, records) if done else None
             write_result(self.folder, RunResult(
