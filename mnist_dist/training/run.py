@@ -399,8 +399,8 @@ class Run:
         return loss
 
     def _add_points(self, step_seconds: Sequence[float]) -> None:
-        """Keep the points of the losses that `train_loss` has summed, and send them to W&B, which takes rows in the order
-        of their steps. The times are of the last of these steps.
+        """Keep the points of the losses that `train_loss` has summed, and send them to W&B, which takes rows in the
+        order of their steps. The times are of the last of these steps.
         """
         if not self.team.is_main:
             return
