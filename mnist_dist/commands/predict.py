@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
-from mnist_dist.data.picture import Grey, prepare, read_picture
+from mnist_dist.data.picture import BLANK, Grey, prepare, read_picture
 from mnist_dist.disk.files import real
 from mnist_dist.errors import UserError
 from mnist_dist.output import columns, complain, say
@@ -41,7 +41,7 @@ def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_j
             continue
         image, of_digit = prepare(grey)
         row = probabilities_of(model, image.unsqueeze(0), CPU, torch.float32)[0]
-        notes = [*of_file, *(of_digit or _doubts(row))]
+        notes = [*of_file, *of_digit, *(() if BLANK in of_digit else _doubts(row))]
         drawn.append((str(path), grey, image, row))
         digit = int(row.argmax())
         if as_json:

@@ -31,6 +31,8 @@ CORE = 0.5  # of the contrast
 SPECK = 0.05  # of the largest shape's area: a smaller shape is dirt
 SHAPE = 0.25  # of the largest shape's area: a larger one beside it may be another digit
 
+BLANK = "blank"  # a note
+
 Grey = NDArray[np.float32]
 
 
@@ -72,11 +74,11 @@ def prepare(grey_HW: Grey) -> Prepared:
     if grey_HW.shape == (SIDE, SIDE):
         border = np.concatenate([grey_HW[0], grey_HW[-1], grey_HW[:, 0], grey_HW[:, -1]])
         image = 255 - grey_HW if np.median(border) > 127 else grey_HW
-        return Prepared(_tensor(image), ("blank",) if np.ptp(image) < LEAST_CONTRAST else ())
+        return Prepared(_tensor(image), (BLANK,) if np.ptp(image) < LEAST_CONTRAST else ())
     ink, noise = _ink(_resized(grey_HW, min(1.0, WORKING_SIDE / max(grey_HW.shape))))
     contrast = float(ink.max())
     if contrast < max(LEAST_CONTRAST, NOISE_LEVELS * noise):
-        return Prepared(_tensor(np.zeros((SIDE, SIDE), np.float32)), ("blank",))
+        return Prepared(_tensor(np.zeros((SIDE, SIDE), np.float32)), (BLANK,))
     digit, others = _largest(ink, noise, contrast)
     rows, columns = np.flatnonzero(digit.any(1)), np.flatnonzero(digit.any(0))
     level = np.percentile(ink[digit & (ink > CORE * contrast)], 75)
@@ -129,7 +131,7 @@ def _largest(ink_HW: Grey, noise: float, contrast: float) -> tuple[NDArray[np.bo
     order = np.argsort(-areas)
     names, areas = names[order], areas[order]
     digit, others = labels == names[0], 0
-    left, *_, right = np.flatnonzero(digit.any(0))
+    left, right = np.flatnonzero(digit.any(0))[[0, -1]]
     for name, area in zip(names[1:], areas[1:], strict=True):
         if area < SPECK * areas[0]:
             break

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -44,7 +47,7 @@ def test_any_page_gives_the_same_image(levels, noise, light):
     assert (image.float() - reference.float()).abs().mean() < 8, "grey levels of 255"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(30, 260), st.integers(4, 130), st.integers(0, 500), st.integers(0, 500), st.booleans(),
        st.floats(0, 6), st.integers(0, 10**6))
 def test_any_size_and_place_is_centred_in_a_box_of_20(height, width, above, beside, is_dark, noise, seed):
@@ -89,6 +92,16 @@ def test_an_image_of_28_pixels_keeps_its_pixels():
     assert np.array_equal(prepare(pixels).image_1HW[0], pixels)
     assert np.array_equal(prepare(255 - pixels).image_1HW[0], pixels), "a light border means dark ink"
     assert prepare(np.zeros((28, 28), np.float32)).notes == ("blank",)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_any_size_is_prepared():
+    random = np.random.default_rng(0)
+    for shape in itertools.product((1, 2, 3, 5, 28, 60), (1, 2, 4, 5, 28, 90)):
+        noise = random.random(shape)
+        for pixels in (np.zeros(shape), np.full(shape, 255), 255 * noise, 255 * (noise < 0.5)):
+            image, _ = prepare(pixels.astype(np.float32))
+            assert image.shape == (1, 28, 28) and image.dtype == torch.uint8
 
 
 def written(image, path, **options):
