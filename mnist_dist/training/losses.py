@@ -6,6 +6,7 @@ evaluation, the end of an epoch. The latest loss is read without waiting for the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnist_dist.config import Every
+from mnist_dist.config import Every, TrainConfig
+from mnist_dist.console import Console
 from mnist_dist.record.figures import samples_at
 from mnist_dist.training.sampling import GlobalBatchSampler
 
+SHOW_SECONDS = 0.25  # between two looks at the progress at least
 POINTS = 50  # of an epoch, unless --log-every says otherwise
 
 
@@ -48,6 +51,28 @@ def points(ends: Sequence[int], since: int, losses: Sequence[float], step_second
                          "train_loss": sum(losses[begin:end]) / samples,
                          "samples_per_second": samples / seconds if seconds else None})
     return made
+
+
+class LossLog:
+    """The points of a run's loss: which are new, and which are not in the run's folder yet."""
+
+    def __init__(self, every: Every | None, batches: GlobalBatchSampler) -> None:
+        self.every, self.batches = every, batches
+        self.unwritten: list[dict[str, Any]] = []
+        self._step = 0  # of the run: there is no further point up to here
+
+    def start(self, step: int) -> None:
+        """The points up to this step of the run are recorded."""
+        self._step = step
+
+    def add(self, epoch: int, losses: Sequence[float], step_seconds: Sequence[float]) -> list[dict[str, Any]]:
+        """The new points, which are kept as `unwritten`; the arguments are those of `points`."""
+        since = self._step - epoch * self.batches.num_batches
+        ends = ends_of_points(self.every, self.batches, epoch)
+        new = points(ends, since, losses, step_seconds, epoch, self.batches)
+        self._step = new[-1]["step"] if new else self._step
+        self.unwritten += new
+        return new
 
 
 class RunningLoss:
@@ -82,3 +107,32 @@ class RunningLoss:
             event.record()
             self._copy = pinned, event, samples
         return self._latest
+
+
+class Display:
+    """Shows a person how far a run has come, a few times a second: its steps, its speed and this rank's loss."""
+
+    def __init__(self, console: Console, config: TrainConfig, batches: GlobalBatchSampler, sums: Tensor, size: int
+                 ) -> None:
+        self.console, self.epochs, self.batches, self.size = console, config.epochs, batches, size
+        whole = config.epochs * batches.num_batches
+        self.planned_steps = min(whole, config.max_steps or whole)  # a target may end the run earlier
+        self.loss = RunningLoss(sums, batches)
+        self._last = time.monotonic(), 0
+
+    def start(self, step: int) -> None:
+        """The next steps of the epoch are those from `step` on; the sums before are over all ranks."""
+        self.loss.start(step)
+        self._last = time.monotonic(), step
+
+    def show(self, epoch: int, done: int) -> None:
+        """`done` steps of the epoch are done: show that, if the last time is long enough ago."""
+        now, (then, before) = time.monotonic(), self._last
+        if now - then < SHOW_SECONDS:
+            return
+        self._last = now, done
+        batch = self.batches.global_batch_size
+        samples = min(done * batch, self.batches.num_samples) - before * batch
+        self.console.progress(epoch, self.epochs, epoch * self.batches.num_batches + done, self.planned_steps,
+                              loss=self.loss.after(done), samples_per_second=samples / (now - then),
+                              is_share=self.size > 1)

@@ -47,7 +47,7 @@ from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror, Rows, run_name
 from mnist_dist.record.result import RunResult, write_result
 from mnist_dist.text import without_passwords
-from mnist_dist.training.losses import RunningLoss, ends_of_points, points
+from mnist_dist.training.losses import Display, LossLog
 from mnist_dist.training.marks import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pacer import Pacer
@@ -64,7 +64,6 @@ from mnist_dist.training.resume import (
 )
 from mnist_dist.training.trainer import Trainer
 
-SHOW_SECONDS = 0.25  # between two looks at the progress at least
 RESTART_SECONDS = 30.0  # that a start waits for the one before it, which may still write its last checkpoint
 
 
@@ -196,10 +195,9 @@ class Run:
             earlier = team.run_on("main", lambda: look_at(self.folder, console.warn))
         kept = earlier.checkpoint
         self.trainer = Trainer(config, team, sets, kept and kept.state)
-        self.recorded = 0  # the step up to which steps.jsonl has the loss, or `new_points`
-        self.new_points: list[dict[str, Any]] = []  # to be written with what is written next
         self.rows = Rows(len(sets.train), self.trainer.global_batch_size)
-        self.running_loss = RunningLoss(self.trainer.sums, self.trainer.batches)
+        self.losses = LossLog(config.log_interval, self.trainer.batches)
+        self.display = Display(console, config, self.trainer.batches, self.trainer.sums, team.size)
         self.progress = Progress(run_id, self.trainer.batches.num_batches)
         every, batches = config.evaluation_samples, self.trainer.batches
         self.pacer = Pacer(config.checkpoint_interval, batches.num_batches, team,
@@ -298,14 +296,14 @@ class Run:
             end = min(end, self.config.max_steps - epoch * progress.num_batches)
         watch = Stopwatch(self.team.synchronize, exchange_clock=lambda: self.team.exchange_seconds,
                           marks=DeviceMarks(self.team.wait_for) if self.team.queues else None, **progress.watch)
-        self._start_showing(progress.step)
-        for done in trainer.steps(epoch, range(progress.step, end), watch, pacer, self._show_progress):
+        self.display.start(progress.step)
+        for done in trainer.steps(epoch, range(progress.step, end), watch, pacer, partial(self.display.show, epoch)):
             progress.step, progress.watch = done, watch.state()
             self._mean_loss(watch, done)  # no checkpoint of a run that has diverged
             if pacer.wants_evaluation(epoch, done) and self._evaluate_within(watch):
                 end = done
                 break
-            self._start_showing(done)
+            self.display.start(done)
             if pacer.wants_checkpoint(epoch, done):
                 self._save()
                 self._stop_if_asked()
@@ -323,11 +321,6 @@ class Run:
             self._save()
         if not self._is_finished():
             self._stop_if_asked()
-
-    def _start_showing(self, step: int) -> None:
-        """Show the progress of the steps from `step` of the epoch on; the sums before are over all ranks."""
-        self.running_loss.start(step)
-        self._shown = time.monotonic(), step
 
     def _is_finished(self) -> bool:
         return has_ended(self.config, self.progress.all_records, self.progress.num_batches)
@@ -386,38 +379,30 @@ class Run:
         append_all(self.folder / WINDOWS, [{"epoch": record.epoch, "windows": record.windows}])
 
     def _mean_loss(self, watch: Stopwatch, done: int) -> float:
-        """Mean loss per sample of the epoch's steps so far. Its new points are kept, also those before a step whose
-        loss is not finite, which raises `Diverged`. Collective.
+        """Mean loss per sample of the epoch's steps so far. Its new points are kept for the folder, and go to W&B now,
+        which takes rows in the order of their steps. Raises `Diverged` if a loss is not finite; the points before it
+        are kept. Collective.
         """
         try:
             loss = self.trainer.train_loss(self.progress.epoch, done)
         except Diverged:
-            untimed = done - len(self.trainer.losses)
-            self._add_points(watch.step_seconds[: max(0, len(watch.step_seconds) - untimed)])
+            self._keep_points(watch, done)
             raise
-        self._add_points(watch.step_seconds)
+        self._keep_points(watch, done)
         return loss
 
-    def _add_points(self, step_seconds: Sequence[float]) -> None:
-        """Keep the points of the losses that `train_loss` has summed, and send them to W&B, which takes rows in the
-        order of their steps. The times are of the last of these steps.
-        """
-        if not self.team.is_main:
-            return
-        epoch, batches = self.progress.epoch, self.trainer.batches
-        ends = ends_of_points(self.config.log_interval, batches, epoch)
-        since = self.recorded - epoch * batches.num_batches
-        new = points(ends, since, self.trainer.losses, step_seconds, epoch, batches)
-        if new:
-            self.recorded = new[-1]["step"]
-            self.new_points += new
-            self.mirror.log(list(map(self.rows.of_point, new)))
+    def _keep_points(self, watch: Stopwatch, done: int) -> None:
+        losses, times = self.trainer.losses, watch.step_seconds
+        if self.team.is_main:
+            with_loss = max(0, len(times) - done + len(losses))  # the steps from one that diverges on have none
+            if new := self.losses.add(self.progress.epoch, losses, times[:with_loss]):
+                self.mirror.log(list(map(self.rows.of_point, new)))
 
     def _write_points(self) -> None:
         """Write the points that are not in the folder yet, on the main process."""
-        if self.new_points:
-            append_all(self.folder / STEPS, self.new_points)
-            self.new_points = []
+        if self.losses.unwritten:
+            append_all(self.folder / STEPS, self.losses.unwritten)
+            self.losses.unwritten.clear()
 
     def _test(self) -> dict[str, Any]:
         """The figures of the test. Raises `Diverged` if the last step has made the weights useless. Collective."""
@@ -427,25 +412,6 @@ class Run:
                            f"{self.progress.global_step} (epoch {self.progress.epoch}); try a smaller --lr than "
                            f"{self.trainer.learning_rate:g}")
         return test
-
-    def _show_progress(self, done: int) -> None:
-        """Show that `done` steps of the epoch are done, if the last time is long enough ago."""
-        now, (then, before) = time.monotonic(), self._shown
-        if now - then < SHOW_SECONDS:
-            return
-        self._shown = now, done
-        batch = self.trainer.global_batch_size
-        samples = min(done * batch, len(self.sets.train)) - before * batch
-        self.console.progress(
-            self.progress.epoch, self.config.epochs, self.progress.epoch * self.progress.num_batches + done,
-            self._planned_steps, loss=self.running_loss.after(done), samples_per_second=samples / (now - then),
-            is_share=self.team.size > 1)
-
-    @property
-    def _planned_steps(self) -> int:
-        """Steps of the whole run, unless a target ends it."""
-        whole = self.config.epochs * self.progress.num_batches
-        return min(whole, self.config.max_steps or whole)
 
     def _stop_if_asked(self) -> None:
         if self.pacer.stop_signal:
@@ -468,7 +434,7 @@ class Run:
         changes nothing. Collective.
         """
         records = self.progress.all_records
-        self.recorded = self.progress.global_step
+        self.losses.start(self.progress.global_step)
 
         def task() -> None:
             remove_result(self.folder)

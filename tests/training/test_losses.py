@@ -39,30 +39,30 @@ def test_every_step_is_in_one_point_wherever_the_sums_are_read(number, batch, ev
     losses = [float(step + 1) for step in range(batches.num_batches)]
     looks = [*sorted(data.draw(st.sets(st.integers(0, batches.num_batches), max_size=5))), batches.num_batches]
     ends = ends_of_points(every, batches, epoch)
-    since, found = 0, []
+    since, recorded = 0, []
     for done in looks:
         new = points(ends, since, losses[:done], [], epoch, batches)
         since = new[-1]["step"] - epoch * batches.num_batches if new else since
-        found += new
-    assert found == points(ends, 0, losses, [], epoch, batches), "the same, however often it is looked"
+        recorded += new
+    assert recorded == points(ends, 0, losses, [], epoch, batches), "the same, however often it is looked"
     if every == Every(0, "steps") or (every and not every.number):
-        assert found == []
+        assert recorded == []
         return
-    assert found[-1]["samples"] == (epoch + 1) * number and found[-1]["epoch"] == epoch + 1
-    samples = [point["samples"] - epoch * number for point in found]
+    assert recorded[-1]["samples"] == (epoch + 1) * number and recorded[-1]["epoch"] == epoch + 1
+    samples = [point["samples"] - epoch * number for point in recorded]
     sums = [point["train_loss"] * (here - before) for point, here, before in
-            zip(found, samples, [0, *samples], strict=False)]
+            zip(recorded, samples, [0, *samples], strict=False)]
     assert math.isclose(sum(sums), sum(losses), rel_tol=1e-9), "the mean of the points is the epoch's"
     if every is None:
-        assert len(found) <= 50 and (batches.num_batches > 50 or len(found) == batches.num_batches)
+        assert len(recorded) <= 50 and (batches.num_batches > 50 or len(recorded) == batches.num_batches)
 
 
 @given(st.integers(1, 60), st.integers(0, 60))
 def test_a_point_has_a_rate_if_all_of_its_steps_were_timed(num_steps, untimed):
     batches, untimed = batches_of(10 * num_steps, 10), min(untimed, num_steps)
     ends = ends_of_points(Every(4, "steps"), batches, 0)
-    found = points(ends, 0, [1.0] * num_steps, [0.5] * (num_steps - untimed), 0, batches)
-    for number, point in enumerate(found):
+    recorded = points(ends, 0, [1.0] * num_steps, [0.5] * (num_steps - untimed), 0, batches)
+    for number, point in enumerate(recorded):
         assert point["samples_per_second"] == (None if 4 * number < untimed else pytest.approx(20.0))
 
 
@@ -102,25 +102,25 @@ def without_rates(lines):
 
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.long)])
 def test_points_are_over_all_ranks_on_any_number_of_processes(compiled, small_dir, tmp_path):
-    found = {}
+    recorded = {}
     for size in (1, 2, 3):
         done = mnist_dist("train", "--processes", size, "--data-dir", small_dir, "--epochs", 2, "--batch-size", 48,
                           "--dtype", "float64", "--compile", compiled, "--log-every", "200samples", "--evaluate-every",
                           "700samples", "--wandb", "disabled", "--output-dir", f"on-{size}", cwd=tmp_path,
                           ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stderr
-        found[size] = lines_of(tmp_path / f"on-{size}")
-    assert [line["step"] for line in found[1]] == [5, 9, 13, 17, 21, 22, 26, 31, 35, 39, 43, 44]
-    assert found[1][-1]["samples"] == 2018 and found[1][-1]["epoch"] == 2.0
-    assert any(line["samples_per_second"] for line in found[1])
+        recorded[size] = lines_of(tmp_path / f"on-{size}")
+    assert [line["step"] for line in recorded[1]] == [5, 9, 13, 17, 21, 22, 26, 31, 35, 39, 43, 44]
+    assert recorded[1][-1]["samples"] == 2018 and recorded[1][-1]["epoch"] == 2.0
+    assert any(line["samples_per_second"] for line in recorded[1])
     for size in (2, 3):
-        for ours, theirs in zip(found[size], found[1], strict=True):
+        for ours, theirs in zip(recorded[size], recorded[1], strict=True):
             assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-10)
             assert without_rates([ours | {"train_loss": 0}]) == without_rates([theirs | {"train_loss": 0}])
     for name in (1, 3):
         epochs = result_of(tmp_path / f"on-{name}")["epochs"]
         assert len((tmp_path / f"on-{name}" / "result.json").read_text().splitlines()) < 200
-        first = [line for line in found[name] if line["samples"] <= 1009]
+        first = [line for line in recorded[name] if line["samples"] <= 1009]
         counts = [b["samples"] - a for a, b in zip([0, *(line["samples"] for line in first)], first, strict=False)]
         mean = sum(line["train_loss"] * count for line, count in zip(first, counts, strict=True)) / 1009
         assert mean == pytest.approx(epochs[0]["train_loss"], rel=1e-12)
