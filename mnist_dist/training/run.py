@@ -441,7 +441,7 @@ class Run:
             write_config(self.folder, self.config)
             write_metrics(self.folder, records)
             cut_back(self.folder / STEPS, lambda line: line["step"] <= self.progress.global_step)
-            cut_back(self.folder / WINDOWS, lambda line: line["epoch"] < self.progress.epoch)
+            cut_back(self.folder / WINDOWS, lambda line: line["epoch"] < len(records))
             self.checkpoints.tidy(self.progress.global_step)
             self.mirror.start(self.config, self.progress.run_id, {
                 **asdict(self.config), "global_batch_size": self.trainer.global_batch_size,
