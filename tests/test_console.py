@@ -167,7 +167,7 @@ def screen(written):
     return lines
 
 
-@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize("width", [80, pytest.param(60, marks=pytest.mark.long)])
 def test_the_screen_of_a_run(width, small_dir, tmp_path):
     written = on_a_terminal(["train", "--data-dir", small_dir, "--epochs", 60, "--batch-size", 2, "--evaluate-every",
                              "700samples", "--target-nll", "0.0001", "--max-steps", 1000, "--wandb", "disabled",
