@@ -132,7 +132,7 @@ def test_points_are_over_all_ranks_on_any_number_of_processes(compiled, small_di
 
 def test_a_run_that_is_killed_and_continued_has_each_point_once(small_dir, tmp_path):
     words = ["train", "--data-dir", small_dir, "--epochs", 3, "--batch-size", 10, "--log-every", "3steps",
-             "--checkpoint-every", "7steps", "--reproducible", "--wandb", "offline"]
+             "--checkpoint-every", "7steps", "--wandb", "offline"]
     done = mnist_dist(*words, "--output-dir", "alone", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     killed = tmp_path / "killed"
