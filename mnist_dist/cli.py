@@ -106,8 +106,9 @@ def build_parser() -> Parser:
     predict.add_argument("images", metavar="IMAGE", nargs="*", help="PNG or JPEG of one digit, dark or light, of any "
                          "size and place; a picture of 28 x 28 is taken as it is")
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image file")
-    predict.add_argument("--output", metavar="FILE", help="with image files: draw each of them, what the model sees of "
-                         "it, and the ten probabilities; else: where the grid goes (default: predict.png in RUN_DIR)")
+    predict.add_argument("--output", metavar="FILE", help="with image files: draw the first 50 of them, what the "
+                         "model sees of each, and the ten probabilities; else: where the grid goes (default: "
+                         "predict.png in RUN_DIR)")
     _add_options(predict, SHARED)
 
     show = command("show", "look at the data and the untrained model, as the tutorial does")

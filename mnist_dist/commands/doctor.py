@@ -25,6 +25,7 @@ from mnist_dist.processes.fabric import all_reduces, pair_bandwidths
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.network import VARIABLE, choose_interface
 from mnist_dist.processes.team import Team, join
+from mnist_dist.text import counted
 from mnist_dist.training.model import MLP
 from mnist_dist.training.steps.plain import loss_sum
 
@@ -85,7 +86,7 @@ def _steps(team: Team) -> Iterator[Finding]:
         problem = f"the gradient of {_place(team, worst)} differs from the others' by {far[worst]:.1g} of the largest"
         remedy = "take this machine, or this GPU, out: it computes something else"
     same = "the same bits" if max(apart) == 0 else f"within {max(apart):.0e} of each other"
-    yield Finding("gradient", f"on {team.size} process{'es' if team.size > 1 else ''} {same}",
+    yield Finding("gradient", f"on {counted(team.size, 'process', 'processes')} {same}",
                   {"largest_difference": max(apart)}, problem, remedy)
     problem = remedy = None
     slowest, usual = max(range(team.size), key=clocks.__getitem__), statistics.median_low(clocks)
@@ -170,5 +171,5 @@ def doctor(config: TrainConfig, launch: Launch, as_json: bool) -> int:
         say(json.dumps({"healthy": not problems, "findings": list(map(asdict, findings))}, indent=1))
     elif findings:
         say("\n".join(machine.lines(findings)))
-        say("healthy" if not problems else f"{problems} problem{'s' if problems > 1 else ''}: see LOOK")
+        say("healthy" if not problems else f"{counted(problems, 'problem')}: see LOOK")
     return int(problems > 0)

@@ -6,16 +6,17 @@ steps are those of `mnist-dist train --compile off`. Evaluations are off the clo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mnist_dist.commands import writing_to
 from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import ImageSets
 from mnist_dist.disk.files import make_folder, real, replace_synced
-from mnist_dist.errors import UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import Launch
 from mnist_dist.processes.team import Team, join
@@ -66,10 +67,8 @@ def lesson(config: TrainConfig, launch: Launch, output_dir: Path) -> None:
     begin = time.monotonic()
     sets = open_images(config)
     folder = real(output_dir)
-    try:
+    with writing_to(folder):
         make_folder(folder)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
     team = join(launch, timeout_s=config.timeout, dynamo_backend="no")
     courses: list[Course] = []
     samples, seconds = SAMPLES, MOST_SECONDS
@@ -85,12 +84,10 @@ def lesson(config: TrainConfig, launch: Launch, output_dir: Path) -> None:
     lines = report_lines(courses, samples, seconds, len(sets.train))
     from mnist_dist.record.pictures import draw_lesson
 
-    try:
+    with writing_to(folder):
         draw_lesson([(course.batch_size, course.moments) for course in courses], folder / "lesson.png",
                     f"{sets.name}, {team.device.type}: what a mini-batch changes")
         replace_synced(folder / "lesson.md", "\n".join(lines).encode())
-    except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
     say("\n" + "\n".join(screen_lines(courses, samples, seconds, len(sets.train))))
     say(f"drawn: {folder / 'lesson.png'}; the text is in {folder / 'lesson.md'}; this took "
         f"{time.monotonic() - begin:.0f} s")
@@ -98,23 +95,21 @@ def lesson(config: TrainConfig, launch: Launch, output_dir: Path) -> None:
 
 def train_for(batch_size: int, config: TrainConfig, team: Team, sets: ImageSets, samples: int, seconds: float
               ) -> Course:
-    """Train for so many seconds, and with a batch of one for so many samples at most. The first evaluation at or after
+    """Train for so many seconds, and one sample at a time for so many samples at most. The first evaluation at or after
     `samples` is the one to compare.
     """
     trainer = Trainer(TrainConfig(batch_size=batch_size, compile="off", seed=config.seed), team, sets)
     trainer.make_step()
-    most = samples if batch_size == 1 else None
-    moments, at_samples = [], None
-    for moment in moments_of(trainer, samples, seconds, most):
-        moments.append(moment)
-        if at_samples is None and moment.samples >= samples:
-            at_samples = moment
-    return Course(batch_size, moments, at_samples or moments[-1])
+    moments = list(moments_of(trainer, samples, seconds))
+    at_samples = next((moment for moment in moments if moment.samples >= samples), moments[-1])
+    return Course(batch_size, moments, at_samples)
 
 
-def moments_of(trainer: Trainer, samples: int, seconds: float, most: int | None) -> Iterator[Moment]:
-    """Evaluate at numbers of samples that double, at `samples`, and when the time is over or `most` samples are done.
+def moments_of(trainer: Trainer, samples: int, seconds: float) -> Iterator[Moment]:
+    """Evaluate at numbers of samples that double, at `samples`, and when the time is over. One sample at a time ends at
+    `samples`.
     """
+    most = samples if trainer.global_batch_size == 1 else math.inf
     batches, step, team = trainer.batches, trainer.step, trainer.team
     done, spent, epoch, next_look = 0, 0.0, 0, float(FIRST_EVALUATION)
     while True:
@@ -124,7 +119,7 @@ def moments_of(trainer: Trainer, samples: int, seconds: float, most: int | None)
         for number_of_step in range(batches.num_batches):
             step.take(number_of_step)
             done += batches.count(number_of_step)
-            is_over = spent + time.perf_counter() - begin >= seconds or (most is not None and done >= most)
+            is_over = spent + time.perf_counter() - begin >= seconds or done >= most
             if is_over or done >= next_look:
                 step.flush(number_of_step + 1)
                 team.wait_for_device()

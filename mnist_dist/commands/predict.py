@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
-from mnist_dist.data.picture import BLANK, Grey, prepare, read_picture
+from mnist_dist.data.picture import BLANK, Grey, prepare, read_picture, reduced
 from mnist_dist.disk.files import real
 from mnist_dist.errors import UserError
 from mnist_dist.output import columns, complain, say
@@ -20,6 +20,7 @@ from mnist_dist.training.results import load_model, random_indices
 from mnist_dist.training.results import predict as probabilities_of
 
 SURE = 0.6  # least probability without a note: below it the default model is wrong on half of the test images
+MOST_DRAWN = 50  # pictures
 WIDE = 80  # columns of a terminal, from which on the ten probabilities are shown
 CPU = torch.device("cpu")
 
@@ -33,16 +34,19 @@ def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_j
     if not as_json:
         say("digit    sure  " + "".join(f"{digit:4d}" for digit in range(10) if is_wide) + "  image")
     drawn: list[tuple[str, Grey, Tensor, Tensor]] = []
+    status = 0
     for path in paths:
         try:
             grey, of_file = read_picture(path)
         except UserError as error:
             complain("error", error)
+            status = error.exit_status
             continue
         image, of_digit = prepare(grey)
         row = probabilities_of(model, image.unsqueeze(0), CPU, torch.float32)[0]
         notes = [*of_file, *of_digit, *(() if BLANK in of_digit else _doubts(row))]
-        drawn.append((str(path), grey, image, row))
+        if output and len(drawn) < MOST_DRAWN:
+            drawn.append((str(path), reduced(grey), image, row))
         digit = int(row.argmax())
         if as_json:
             say(json.dumps({"file": str(path), "digit": digit, "probabilities": row.tolist(), "notes": notes}))
@@ -51,17 +55,17 @@ def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_j
             say(f"{digit:5d} {100 * row.max():5.1f} %  {shares}  {cut(path)}")
         if notes:
             complain("warning", f"{cut(path)}: {'; '.join(notes)}")
-    if output and drawn:
+    if drawn:
         from mnist_dist.record.pictures import draw_seen
 
-        target = _target(output)
+        target = _target(str(output))
         try:
             draw_seen(drawn, target)
         except (OSError, ValueError) as error:
             raise _refusal(target, error) from None
         if not as_json:
             say(f"drawn: {target}")
-    return UserError.exit_status if len(drawn) < len(paths) else 0
+    return status
 
 
 def predict_grid(config: TrainConfig, run_dir: Path, output: str | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_dist import runner
+from mnist_dist.commands import writing_to
 from mnist_dist.config import flag_of
 from mnist_dist.disk.files import read_limited, real, replace_synced
 from mnist_dist.errors import MnistDistError, UserError
@@ -54,11 +55,9 @@ def reproduce(options: Mapping[str, Any], output_dir: str | None) -> None:
         # the next one has the same kind of step: what a batch buys is not what compiling buys
         options = {"compile": "on" if results[0].environment.step == "compiled" else "off", **options}
     report = "\n".join(report_lines(results))
-    try:
+    with writing_to(root):
         replace_synced(root / "report.md", (report + "\n").encode())
         replace_synced(root / "predictions.png", read_limited(root / "batch-200" / "predictions.png"))
-    except OSError as error:
-        raise UserError(f"--output-dir {root} cannot be written ({error.strerror}): give another") from None
     say(f"\n{report}\n\nwritten: {root / 'report.md'}, {root / 'predictions.png'}")
 
 

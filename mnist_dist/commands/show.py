@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from mnist_dist.commands import writing_to
 from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, check_name, load, obtain, scale
 from mnist_dist.disk.files import make_folder, real
-from mnist_dist.errors import UserError
 from mnist_dist.output import say
 from mnist_dist.training.model import MLP, flop_per_sample, num_parameters
 
@@ -40,12 +40,10 @@ def show(config: TrainConfig, output_dir: Path) -> None:
     sets = open_images(config, notes.append)
     images, labels = sets.train.images, sets.train.labels
     output_dir = real(output_dir)
-    try:
+    with writing_to(output_dir):
         make_folder(output_dir)
         draw_digit(images[0], int(labels[0]), output_dir / "digit.png")
         draw_grid(images[:GRID], [str(label) for label in labels[:GRID].tolist()], output_dir / "digits.png", columns=5)
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir} cannot be written ({error.strerror}): give another") from None
 
     say(f"1. {sets.name}: {len(sets.train):,} training and {len(sets.test):,} test images")
     say("".join(f"   warning: {line}\n" for line in notes), end="")

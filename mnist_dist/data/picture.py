@@ -75,7 +75,7 @@ def prepare(grey_HW: Grey) -> Prepared:
         border = np.concatenate([grey_HW[0], grey_HW[-1], grey_HW[:, 0], grey_HW[:, -1]])
         image = 255 - grey_HW if np.median(border) > 127 else grey_HW
         return Prepared(_tensor(image), (BLANK,) if np.ptp(image) < LEAST_CONTRAST else ())
-    ink, noise = _ink(_resized(grey_HW, min(1.0, WORKING_SIDE / max(grey_HW.shape))))
+    ink, noise = _ink(reduced(grey_HW))
     contrast = float(ink.max())
     if contrast < max(LEAST_CONTRAST, NOISE_LEVELS * noise):
         return Prepared(_tensor(np.zeros((SIDE, SIDE), np.float32)), (BLANK,))
@@ -85,6 +85,11 @@ def prepare(grey_HW: Grey) -> Prepared:
     crop = (np.where(digit, ink, 0) / level).clip(0, 1)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     notes = (f"{others + 1} shapes: the largest is read",) if others else ()
     return Prepared(_tensor(255 * _centred(_resized(crop, BOX / max(crop.shape)).clip(0, 1))), notes)
+
+
+def reduced(grey_HW: Grey) -> Grey:
+    """The picture with at most `WORKING_SIDE` pixels on a side."""
+    return _resized(grey_HW, min(1.0, WORKING_SIDE / max(grey_HW.shape)))
 
 
 def _tensor(image_HW: Grey) -> Tensor:

@@ -194,7 +194,7 @@ def replace_json(path: Path, values: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line, which ends with a newline, in one write."""
+    """Append a line, or several, each ending with a newline, in one write."""
     with opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
         _write(descriptor, line.encode())
 
@@ -240,6 +240,14 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
     """What a JSON file holds. Raises `OSError` as `read_limited`, and `ValueError` if it is not JSON."""
     try:
         return json.loads(read_limited(path, limit))
+    except RecursionError:
+        raise ValueError("too many brackets within each other") from None
+
+
+def read_json_lines(path: Path, limit: int = JSON_LIMIT) -> list[Any]:
+    """What each line of a file of lines of JSON holds. Raises `OSError` as `read_limited`, and `ValueError`."""
+    try:
+        return [json.loads(line) for line in read_limited(path, limit).splitlines()]
     except RecursionError:
         raise ValueError("too many brackets within each other") from None
 

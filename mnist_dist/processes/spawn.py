@@ -171,7 +171,6 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
         max_restarts=max_restarts, monitor_interval=0.1,
         **_meeting_place(machines, timeout_s, local.port if local else 0),
     )
-
     watch = _meet(machines, {"processes": num_processes, **options}, timeout_s) if machines.number > 1 else None
     failed = True
 

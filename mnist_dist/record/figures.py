@@ -71,7 +71,7 @@ class EpochRecord:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The figures by their names, but for the windows, which have a file of their own."""
+        """The figures by their names, without the windows, which are in `windows.jsonl`."""
         values = asdict(self)
         del values["windows"]
         return values

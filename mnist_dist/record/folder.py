@@ -14,12 +14,11 @@ from typing import Any
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.disk.files import (
-    JSON_LIMIT,
     append_line,
     cut_lines,
     make_folder,
     names_in,
-    read_limited,
+    read_json_lines,
     real,
     remove,
     remove_left,
@@ -129,12 +128,12 @@ def append_all(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
 def read_points(folder: Path) -> list[dict[str, Any]]:
     """The lines of `steps.jsonl`, for W&B and a picture; none if it is not there, is damaged, or too large for them."""
     try:
-        points = [json.loads(line) for line in read_limited(folder / STEPS, JSON_LIMIT).splitlines()]
+        points = read_json_lines(folder / STEPS)
         for point in points:
             if not all(0 <= point[name] < MOST for name in ("step", "epoch", "train_loss")):
                 raise ValueError
             point.setdefault("samples_per_second")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return points
 

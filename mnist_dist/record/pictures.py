@@ -23,7 +23,6 @@ from mnist_dist.record.figures import EpochRecord, samples_at
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
 LINES = (GREY, "#E69F00", "#009E73", BLUE, ORANGE)  # of the same palette
-MOST_ROWS = 50  # of a picture of predictions
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -78,16 +77,11 @@ def draw_predictions(images_N1HW: Tensor, labels_N: Tensor, probabilities_NC: Te
 
 
 def draw_seen(pictures: Sequence[tuple[str, NDArray[np.float32], Tensor, Tensor]], path: Path) -> None:
-    """A row for each picture: the picture [H, W], what the model sees of it [1, 28, 28], its probabilities [10].
-
-    The first `MOST_ROWS` pictures are drawn.
-    """
-    pictures = pictures[:MOST_ROWS]
+    """A row for each picture: the picture [H, W], what the model sees of it [1, 28, 28], its probabilities [10]."""
     figure = Figure(figsize=(8, 2.2 * len(pictures)), layout="constrained")
     grid = figure.subplots(len(pictures), 3, squeeze=False, width_ratios=(1, 1, 2))
     for (name, picture, seen, probabilities), (left, middle, right) in zip(pictures, grid, strict=True):
-        left.imshow(picture[:: -(-picture.shape[0] // 800), :: -(-picture.shape[1] // 800)], cmap="gray", vmin=0,
-                    vmax=255)
+        left.imshow(picture, cmap="gray", vmin=0, vmax=255)
         middle.imshow(seen.squeeze(0).numpy(), cmap="gray", vmin=0, vmax=255)
         left.set_title(name if len(name) <= 24 else f"…{name[-23:]}", fontsize=9, parse_math=False)
         middle.set_title("what the model sees", fontsize=9)

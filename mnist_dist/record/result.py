@@ -38,9 +38,9 @@ def write_result(folder: Path, result: RunResult) -> None:
 def result_text(values: Mapping[str, Any]) -> str:
     """A result as JSON with one line for each epoch. Raises `ValueError` if a number is not finite."""
     epochs = ",\n".join(f"  {json.dumps(epoch, allow_nan=False)}" for epoch in values["epochs"])
-    text = json.dumps({**values, "epochs": []}, indent=1, allow_nan=False)
-    # within a string the quotes would be escaped: this is the list
-    return text.replace('"epochs": []', f'"epochs": [\n{epochs}\n ]' if epochs else '"epochs": []') + "\n"
+    texts = {name: json.dumps(value, indent=1, allow_nan=False).replace("\n", "\n ") for name, value in values.items()}
+    texts["epochs"] = f"[\n{epochs}\n ]" if epochs else "[]"
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {text}" for name, text in texts.items()) + "\n}\n"
 
 
 def read_result(folder: Path) -> RunResult:

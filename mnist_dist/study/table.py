@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.disk.files import JSON_LIMIT, read_json, read_limited, replace_synced
+from mnist_dist.disk.files import read_json, read_json_lines, read_limited, replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary
@@ -48,13 +48,12 @@ def read_contract(folder: Path) -> dict[str, Any]:
 
 
 def _add_windows(values: dict[str, Any], path: Path) -> None:
-    """Give the epochs the windows that a run has in a file of its own. Raises `UserError`."""
+    """Add to each epoch its windows from `windows.jsonl`. Raises `UserError`."""
     try:
-        lines = [json.loads(line) for line in read_limited(path, JSON_LIMIT).splitlines()]
-        windows = {line["epoch"]: line["windows"] for line in lines}
+        windows = {line["epoch"]: line["windows"] for line in read_json_lines(path)}
     except FileNotFoundError:
         return  # another training has them in its epochs, or none
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"its {path.name} cannot be read ({cause(error)})") from None
     epochs = values.get("epochs")
     for epoch in epochs if isinstance(epochs, list) else ():

@@ -394,7 +394,7 @@ class Run:
     def _keep_points(self, watch: Stopwatch, done: int) -> None:
         losses, times = self.trainer.losses, watch.step_seconds
         if self.team.is_main:
-            with_loss = max(0, len(times) - done + len(losses))  # the steps from one that diverges on have none
+            with_loss = max(0, len(times) - done + len(losses))  # where a step diverges, fewer losses than steps
             if new := self.losses.add(self.progress.epoch, losses, times[:with_loss]):
                 self.mirror.log(list(map(self.rows.of_point, new)))
 

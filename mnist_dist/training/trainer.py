@@ -73,7 +73,7 @@ class Trainer:
         self.module.to(team.device, self.dtype)
         self.sums = torch.zeros(3, self.batches.num_batches, dtype=torch.float64, device=team.device)
         self.noise = NOT_KNOWN  # as of the last `train_loss`
-        self.losses: list[float] = []  # the same: the sums of losses of the epoch's steps, up to one that is not finite
+        self.losses: list[float] = []  # of the last `train_loss`: each step's sum, up to one that is not finite
         # fused also if the step is compiled: it decides on which device Adam's step counts are
         self.optimizer = accelerator.prepare_optimizer(
             Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
