@@ -119,6 +119,7 @@ class Console:
     def table_head(self) -> None:
         """The headings of the table of epochs, as wide as the terminal allows."""
         self._columns = fitting(columns())
+        self._last_line = time.monotonic()  # the start of a run may take longer than `LOG_SECONDS`
         self.say(" ".join(column.heading.rjust(column.width) for column in self._columns))
 
     def epoch_rows(self, record: EpochRecord) -> None:

@@ -107,6 +107,16 @@ def test_a_log_has_a_line_between_rows_every_ten_seconds_at_most(monkeypatch, ca
     assert 4 <= len(capsys.readouterr().err.splitlines()) <= 5
 
 
+def test_a_slow_start_brings_no_line_before_the_first_ten_seconds(monkeypatch, capsys):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now.seconds)
+    shown = Console(True)
+    now.seconds = 60.0  # a download
+    shown.table_head()
+    shown.progress(0, 1, 1, 100)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_silent_console_prints_nothing(monkeypatch, capsys):
     monkeypatch.setattr(console, "LOG_SECONDS", -1.0)
     shown = Console(False)
