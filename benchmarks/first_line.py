@@ -2,8 +2,8 @@
 
     python -m benchmarks.first_line OLD NEW DATA_DIR [TURNS]
 
-OLD and NEW are checkouts of this repository. Each measurement is `mnist-dist train`, with its defaults, in a fresh
-process. A ratio is NEW over OLD, turn by turn.
+OLD and NEW are checkouts of this repository, and change places from turn to turn. Each measurement is `mnist-dist
+train`, with its defaults, in a fresh process. A ratio is NEW over OLD, turn by turn.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ def moments(checkout: str, data_dir: str) -> list[float]:
 def main(old: str, new: str, data_dir: str, turns: str = "3") -> None:
     """Measure, and print the table."""
     checkouts = [str(Path(checkout).resolve()) for checkout in (old, new)]
-    measured = [[moments(checkout, str(Path(data_dir).resolve())) for checkout in checkouts]
-                for _ in range(int(turns))]
+    measured = []
+    for turn in range(int(turns)):
+        order = checkouts if turn % 2 else checkouts[::-1]
+        by_checkout = {checkout: moments(checkout, str(Path(data_dir).resolve())) for checkout in order}
+        measured.append([by_checkout[checkout] for checkout in checkouts])
     lines = []
     for at, name in enumerate(MOMENTS):
         before, after = ([turn[which][at] for turn in measured] for which in (0, 1))
