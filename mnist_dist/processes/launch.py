@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_dist.errors import UserError
+from mnist_dist.processes.addresses import address_in_slurm, first_host, tasks_per_node
 from mnist_dist.text import cut
 
 # Per launcher: rank, world size, rank on this machine, processes on this machine.
@@ -239,22 +240,12 @@ def _slurm(environment: Mapping[str, str]) -> Place:
 def _set_for_slurm(environment: MutableMapping[str, str], place: Place) -> None:
     """Where the tasks of this step meet, and how many threads each has, unless that is set."""
     job, step, cores = (_number(environment, f"SLURM_{name}") for name in ("JOB_ID", "STEP_ID", "CPUS_PER_TASK"))
-    environment.setdefault("MASTER_ADDR", first_host(environment.get("SLURM_STEP_NODELIST", "localhost")))
+    if not environment.get("MASTER_ADDR"):
+        host = first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
+        environment["MASTER_ADDR"] = address_in_slurm(host, is_elsewhere=environment.get("SLURM_NODEID", "0") != "0")
     # another port for each step of each job, the same for all tasks of a step
     environment.setdefault("MASTER_PORT", str(20_000 + (7 * (job or 0) + (step or 0)) % 10_000))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores or num_cores() // (place.local_size or 1))))
-
-
-def tasks_per_node(text: str) -> list[int]:
-    """SLURM's list of tasks on each node: `2(x3),1` is [2, 2, 2, 1]."""
-    pairs = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(tasks) for tasks, times in pairs for _ in range(int(times or 1))] or [1]
-
-
-def first_host(nodes: str) -> str:
-    """The first host of SLURM's list of nodes: `gpu[07-09,12],login` has gpu07 first."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    return "".join(part or "" for part in match.groups()) if match else "localhost"
 
 
 def number_asked_of_accelerate(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from mnist_dist import __version__
 from mnist_dist.errors import UserError
 from mnist_dist.output import say
+from mnist_dist.processes.addresses import addresses_of, is_loopback
 from mnist_dist.processes.launch import BEGUN
 from mnist_dist.text import cause
 from mnist_dist.worker import Worker
@@ -97,10 +98,12 @@ def within(seconds: float, task: Callable[[], T]) -> T:
         worker.close()
 
 
-def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, timeout_s: float, why: str = "") -> Any:
+def store_at(address: str, port: int, *, setting: str, hosts_it: bool, is_elsewhere: bool, timeout_s: float,
+             why: str = "") -> Any:
     """The store at machine 0, made by this process or found. Raises `UserError`. `why`: as in `Wait`.
 
-    `is_elsewhere`: machine 0 is another machine than this one, so that its address cannot be a loopback one.
+    `is_elsewhere`: machine 0 is another machine than this one, so that its address cannot be a loopback one. `setting`
+    is the option or variable by which a user gives the address.
     """
     from torch.distributed import TCPStore
 
@@ -111,12 +114,12 @@ def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, tim
                         timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
     if not hosts_it:
-        reach(address, port, is_elsewhere=is_elsewhere, timeout_s=timeout_s, why=why)
+        reach(address, port, setting=setting, is_elsewhere=is_elsewhere, timeout_s=timeout_s, why=why)
     try:
         # with our own look at the port first: torch prints a page about a port that does not answer
         store = within(ASK_SECONDS, make)
         if hosts_it and port and address != LOOPBACK:
-            _resolved(address, why)
+            _resolved(address, setting, why)
             _wait_for_port(address, port, ASK_SECONDS, why)
         return store
     except (RuntimeError, OSError) as error:
@@ -126,7 +129,7 @@ def store_at(address: str, port: int, *, hosts_it: bool, is_elsewhere: bool, tim
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if hosts_it:
             raise UserError(f"{platform.node()} is machine 0, and does not reach itself at {address}:{port} "
-                            f"({reason}): give its own address") from None
+                            f"({reason}): {setting} must be an address of {platform.node()}") from None
         raise UserError(f"{platform.node()} has no store at {address}:{port} ({reason}): is it another program's port?"
                         ) from None
 
@@ -157,17 +160,16 @@ def _store_on_loopback(port: int, timeout_s: float) -> Any:
                     wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def reach(address: str, port: int, *, is_elsewhere: bool, timeout_s: float, why: str = "") -> None:
-    """Wait until machine 0 takes a connection there. Raises `UserError` after the time limit."""
-    if is_elsewhere and all(one.startswith("127.") or one == "::1" for one in _resolved(address, why)):
+def reach(address: str, port: int, *, setting: str, is_elsewhere: bool, timeout_s: float, why: str = "") -> None:
+    """Wait until machine 0 takes a connection there. Raises `UserError` after the time limit. `setting`: as above."""
+    if is_loopback(_resolved(address, setting, why)) and is_elsewhere:
         raise UserError(f"machine 0's address {address} is a loopback address on {platform.node()}, which is another "
-                        "machine: give an address that every machine reaches")
-    _resolved(address, why)
+                        f"machine: {setting} must be an address that every machine reaches")
     try:
         _wait_for_port(address, port, timeout_s, why)
     except OSError as error:
         raise UserError(f"{platform.node()} does not reach machine 0 at {address}:{port} within {timeout_s:g} s "
-                        f"({cause(error)}): start the run there too, check the address, and that the port is open"
+                        f"({cause(error)}): start the run there too, check {setting}, and that the port is open"
                         ) from None
 
 
@@ -184,16 +186,14 @@ def _wait_for_port(address: str, port: int, timeout_s: float, why: str) -> None:
             time.sleep(0.2)
 
 
-def _resolved(address: str, why: str) -> list[str]:
+def _resolved(address: str, setting: str, why: str) -> list[str]:
     wait = Wait(NAME_SECONDS, lambda: f"the address of machine 0, {address}", why)
-    while True:
-        try:
-            return [str(found[4][0]) for found in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
-        except (OSError, UnicodeError):  # UnicodeError: of a name that cannot be one
-            if wait.is_over():
-                raise UserError(f"machine 0's address {address} does not resolve on {platform.node()}: give an IP "
-                                "address, or a name that every machine knows") from None
-            time.sleep(0.5)
+    while not (addresses := addresses_of(address)):
+        if wait.is_over():
+            raise UserError(f"machine 0's address {address} does not resolve on {platform.node()}: {setting} must be "
+                            "an IP address, or a name that every machine knows")
+        time.sleep(0.5)
+    return addresses
 
 
 class Meeting:

@@ -23,7 +23,7 @@ class Starts:
         # a launcher of torch's has the store; its variables are no surprise to the person who has started it
         self._why = "" if launch.has_store else launch.variables
         self._store = store_at(LOOPBACK if launch.is_one_machine and not launch.has_store else launch.master_address,
-                               launch.master_port, timeout_s=timeout_s, why=self._why,
+                               launch.master_port, setting="MASTER_ADDR", timeout_s=timeout_s, why=self._why,
                                hosts_it=launch.rank == 0 and not launch.has_store,
                                is_elsewhere=launch.rank >= launch.local_size)
 

@@ -132,10 +132,10 @@ def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> W
 
     if machines.come_and_go:  # its processes compare themselves, each time that they start
         if machines.rank > 0:
-            reach(machines.address, machines.port, is_elsewhere=True, timeout_s=timeout_s)
+            reach(machines.address, machines.port, setting="--address", is_elsewhere=True, timeout_s=timeout_s)
         return None
-    store = store_at(machines.address, machines.port, hosts_it=machines.rank == 0, is_elsewhere=machines.rank > 0,
-                     timeout_s=timeout_s)
+    store = store_at(machines.address, machines.port, setting="--address", hosts_it=machines.rank == 0,
+                     is_elsewhere=machines.rank > 0, timeout_s=timeout_s)
     Meeting(store, machines.rank, machines.number, timeout_s, "machine").facts(Facts(options=options))
     return Watch(store, machines.rank)
 

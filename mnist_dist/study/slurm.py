@@ -8,12 +8,14 @@ needs nothing of the study's command, which only waits: it can end, and the same
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,17 @@ from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.study.grid import PlannedRun
 from mnist_dist.study.launches import OUTCOME, command_of, environment_of, look_at_machine, start, write_outcome
+from mnist_dist.text import counted
 
 ANSWER_SECONDS = 60.0  # for a command of SLURM's
 POLL_SECONDS = 2.0  # between two looks at the queue
+AGAIN_SECONDS = 60.0  # between two lines that say the same
+NEVER_SECONDS = 30.0  # that such a reason must last: SLURM also gives one for a moment, while a node starts
+REMEDY = "give fewer --processes, or another partition or limit in --sbatch"
+# SLURM's reasons for which a job waits until somebody changes the job, the partition or the account
+NEVER = re.compile(r"AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|Invalid(Account|QOS)|MaxMemPerLimit|"
+                   r"Partition(Config|NodeLimit|TimeLimit)|QOS(NotAllowed|TimeLimit|Min\w+)|"
+                   r"(Assoc|QOS)Max(Wall\w+|\w+PerJob\w*)", re.ASCII)
 SCRIPT = """#!/usr/bin/env bash
 #SBATCH --job-name=mnist-dist-study
 #SBATCH --array=0-{last}
@@ -96,9 +106,36 @@ def submit(names: tuple[str, ...], script: str, options: Sequence[str]) -> Job:
     return Job(said.strip().split(";")[0], names)
 
 
-def in_queue() -> set[str]:
-    """The tasks of arrays, as `12_3`, that this user has in the queue, or that run. Raises `UserError`."""
-    return set(ask("squeue", "--me", "--noheader", "--array", "--format=%F_%K").split())
+def in_queue() -> dict[str, str]:
+    """The tasks of arrays, as `12_3`, that this user has in the queue, each with SLURM's reason why it waits; "" for a
+    task that runs. Raises `UserError`.
+    """
+    lines = ask("squeue", "--me", "--noheader", "--array", "--format=%F_%K|%T|%r").splitlines()
+    tasks = (line.strip().split("|", 2) for line in lines if line.count("|") >= 2)
+    return {task: reason if state == "PENDING" and reason != "None" else "" for task, state, reason in tasks}
+
+
+class Waiting:
+    """The tasks that wait in the queue: says for which reasons, when these change and once a minute."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self._said, self._said_at = "", 0.0
+        self._since: dict[str, tuple[str, float]] = {}  # of each task: its reason, and when it was first seen
+
+    def look(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Takes the tasks and why each waits; the tasks that SLURM never starts, each with its reason."""
+        now = time.monotonic()
+        waiting = {task: reason for task, reason in reasons.items() if reason}
+        text = "; ".join(sorted({f"job {task.partition('_')[0]}: {reason}" for task, reason in waiting.items()}))
+        if text and (text != self._said or now - self._said_at >= AGAIN_SECONDS):
+            self.say(f"waiting for {counted(len(waiting), 'run')}: {text}")
+            self._said_at = now
+        self._said = text
+        self._since = {task: self._since[task] if self._since.get(task, ("",))[0] == reason else (reason, now)
+                       for task, reason in waiting.items()}
+        return {task: reason for task, (reason, since) in self._since.items()
+                if NEVER.fullmatch(reason) and now - since >= NEVER_SECONDS}
 
 
 def facts(task: str) -> dict[str, str]:
@@ -117,10 +154,18 @@ def ended_by_the_queue(known: Mapping[str, str]) -> str:
     return f"SLURM: {state}" if state not in ("", "RUNNING", "COMPLETING", "COMPLETED", "FAILED") else ""
 
 
-def see_to_outcome(task: str, folder: Path, command: Sequence[str]) -> None:
-    """The task has left the queue: if it could not write how its run ended, do that for it."""
+def take_out(task: str) -> None:
+    """Cancel a task that SLURM never starts; a controller that does not answer keeps it."""
+    with contextlib.suppress(UserError):
+        ask("scancel", task)
+
+
+def see_to_outcome(task: str, folder: Path, command: Sequence[str], reason: str = "") -> None:
+    """The task has left the queue, or never starts for a `reason`: if it could not write how its run ended, do that for
+    it.
+    """
     if not (folder / OUTCOME).exists():
-        reason = ended_by_the_queue(facts(task)) or (
+        reason = reason or ended_by_the_queue(facts(task)) or (
             f"it left the queue without a result: see `sacct -j {task}`" if folder.exists() else
             "it left the queue before it started, as after scancel")
         make_folder(folder)

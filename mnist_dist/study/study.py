@@ -446,21 +446,30 @@ def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, 
         say(f"SLURM's job {study.jobs[-1].number}: {counted(len(names), 'run')}")
     by_name = {run.name: run for run in study.runs}
     left = {job.task(name): by_name[name] for job in study.jobs for name in job.runs}
-    count, said = len(left), ""
+    count, problem, waiting = len(left), "", slurm.Waiting(say)
     while left:
         try:
-            there = slurm.in_queue()
+            reasons = slurm.in_queue()
         except UserError as error:
-            if str(error) != said:
+            if str(error) != problem:
                 say(f"{error}: the study waits")
-            said, there = str(error), set(left)
-        for task in [task for task in left if task not in there]:
+            problem = str(error)
+            time.sleep(slurm.POLL_SECONDS)
+            continue
+        problem = ""
+        never = waiting.look({task: reason for task, reason in reasons.items() if task in left})
+        for task in never:
+            slurm.take_out(task)
+        for task in [task for task in left if task not in reasons or task in never]:
             run = left.pop(task)
             folder = study.run_folder(run)
-            slurm.see_to_outcome(task, folder, command_of(run, folder, request.options, None, machine.launcher))
+            reason = f"SLURM never starts it ({never[task]}): {slurm.REMEDY}" if task in never else ""
+            slurm.see_to_outcome(task, folder, command_of(run, folder, request.options, None, machine.launcher), reason)
             study.forget(run)
             _add_row(study, run, say, f"[{count - len(left)}/{count}]")
+        there = [job for job in study.jobs if any(job.task(name) in left for name in job.runs)]
+        if there != study.jobs:
+            study.jobs = there
+            study.save()
         if left:
             time.sleep(slurm.POLL_SECONDS)
-    study.jobs.clear()
-    study.save()

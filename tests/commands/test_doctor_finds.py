@@ -150,7 +150,7 @@ PLANTED = {  # the problem, and the remedy, as regular expressions
     slow_rank: ("a step of process 1 on .* takes", "see what else runs there"),
     slow_link: ("the link of machine2 has \\d+ Mbit/s", "check the cable"),
     wrong_interface: ("machine2 has no interface eth9", "name one of .*veth0"),
-    unresolvable_name: ("address node-one does not resolve on machine1", "give an IP address"),
+    unresolvable_name: ("address node-one does not resolve on machine1", "--address must be an IP address"),
     different_torch: ("torch is .* on machine1 and 2.6.0 on machine2", "install the same on every machine"),
     different_data: ("the data differs: ", "copy the same files to every machine"),
     stale_key: ("does not know the key", "wandb login"),

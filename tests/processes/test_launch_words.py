@@ -6,7 +6,7 @@ import pytest
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
-from mnist_dist.processes.launch import Launch, first_host, read_launch, tasks_per_node
+from mnist_dist.processes.launch import Launch, read_launch
 from mnist_dist.training.run import mixed_precision
 
 ALONE = Launch()
@@ -137,21 +137,6 @@ def test_a_batch_script_and_a_step_of_one_task_are_one_process(monkeypatch):
         assert read_launch({**shell, "RANK": "0", "WORLD_SIZE": "5"}).size == 5
         assert read_launch(dict(shell)).size == (1 if is_there else 5), "an srun within the shell has no terminal"
     assert read_launch(shell) == ALONE and "RANK" not in shell and "PMI_SIZE" not in shell, "srun --pty"
-
-
-@pytest.mark.parametrize(("text", "tasks"), [
-    ("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("1,2", [1, 2]), ("", [1]), ("8(x2)", [8, 8]),
-])
-def test_tasks_per_node(text, tasks):
-    assert tasks_per_node(text) == tasks
-
-
-@pytest.mark.parametrize(("nodes", "host"), [
-    ("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-09,12],login", "gpu07"), ("a[3,5]-ib,b", "a3-ib"), ("r1c[2-4]", "r1c2"),
-    ("node-1.example.org", "node-1.example.org"),
-])
-def test_the_first_host(nodes, host):
-    assert first_host(nodes) == host
 
 
 def test_machines():

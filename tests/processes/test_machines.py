@@ -155,7 +155,7 @@ STARTS_BADLY = {  # of a fault: which machines start, with what words, and what 
     "a wrong address": ([1, 2], {"address": "10.77.0.9"}, [], [
         "machine1 is machine 0, and does not reach itself at 10.77.0.9:29500", "machine2 does not reach machine 0"]),
     "a name without an address": ([1, 2], {"address": "nobody"}, [], [
-        f"address nobody does not resolve on machine{number}: give an IP address" for number in (1, 2)]),
+        f"address nobody does not resolve on machine{number}: --address must be an IP address" for number in (1, 2)]),
     "a loopback address": ([1, 2], {"address": "127.0.0.1"}, [], [
         "machine 1 of 2 did not come", "127.0.0.1 is a loopback address on machine2, which is another machine"]),
     "another option": ([1, 2], {}, ["--seed", "{number}"], ["--seed is 1 on machine1 and 2 on machine2"] * 2),

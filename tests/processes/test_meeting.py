@@ -17,12 +17,12 @@ from mnist_dist.processes.meeting import Facts, Meeting, clocks_apart, differenc
 
 @pytest.fixture
 def store():
-    return store_at("localhost", 0, hosts_it=True, is_elsewhere=False, timeout_s=5.0)
+    return store_at("localhost", 0, setting="MASTER_ADDR", hosts_it=True, is_elsewhere=False, timeout_s=5.0)
 
 
 def another(store):
     """The connection of another process."""
-    return store_at("localhost", store.port, hosts_it=False, is_elsewhere=False, timeout_s=5.0)
+    return store_at("localhost", store.port, setting="MASTER_ADDR", hosts_it=False, is_elsewhere=False, timeout_s=5.0)
 
 
 def meet(store, numbers, size, timeout_s=5.0, facts=Facts):
@@ -88,10 +88,10 @@ def test_a_task_that_takes_too_long_is_left_behind():
 
 def test_an_address_that_cannot_be(monkeypatch):
     monkeypatch.setattr(meeting, "NAME_SECONDS", 0.1)
-    with pytest.raises(UserError, match=r"address no-such-host.invalid does not resolve on .*: give an IP address"):
-        store_at("no-such-host.invalid", 1, hosts_it=False, is_elsewhere=True, timeout_s=1.0)
+    with pytest.raises(UserError, match=r"no-such-host.invalid does not resolve on .*: MASTER_ADDR must be an IP"):
+        store_at("no-such-host.invalid", 1, setting="MASTER_ADDR", hosts_it=False, is_elsewhere=True, timeout_s=1.0)
     with pytest.raises(UserError, match=r"127.0.0.1 is a loopback address on .*, which is another machine"):
-        store_at("127.0.0.1", 1, hosts_it=False, is_elsewhere=True, timeout_s=1.0)
+        store_at("127.0.0.1", 1, setting="MASTER_ADDR", hosts_it=False, is_elsewhere=True, timeout_s=1.0)
 
 
 def test_ports(monkeypatch):
@@ -100,9 +100,9 @@ def test_ports(monkeypatch):
         taken.bind(("", 0))
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"does not reach machine 0 at localhost:{port} within 0.3 s .*refused"):
-            store_at("localhost", port, hosts_it=False, is_elsewhere=False, timeout_s=0.3)
+            store_at("localhost", port, setting="MASTER_ADDR", hosts_it=False, is_elsewhere=False, timeout_s=0.3)
         taken.listen()
         with pytest.raises(UserError, match=rf"port {port} is in use on .*: give another one"):
-            store_at("localhost", port, hosts_it=True, is_elsewhere=False, timeout_s=1.0)
+            store_at("localhost", port, setting="MASTER_ADDR", hosts_it=True, is_elsewhere=False, timeout_s=1.0)
     with pytest.raises(UserError, match=r"is machine 0, and does not reach itself at 192.0.2.1"):
-        store_at("192.0.2.1", port, hosts_it=True, is_elsewhere=False, timeout_s=1.0)
+        store_at("192.0.2.1", port, setting="MASTER_ADDR", hosts_it=True, is_elsewhere=False, timeout_s=1.0)

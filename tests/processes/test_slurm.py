@@ -23,6 +23,11 @@ def wait_until(what, deadline=180.0):
         time.sleep(0.1)
 
 
+def run_of(folder, job):
+    """The folder of the job's run: its name has the time too, because SLURM may count from 1 again."""
+    return next(iter(sorted((folder / "runs").glob(f"slurm-{job}-*"))), folder / "no run yet")
+
+
 @pytest.mark.parametrize("fault", [
     pytest.param(fault, marks=pytest.mark.long if fault == "requeue" else pytest.mark.faults)
     for fault in ("none", "requeue", "time limit", "preemption")])
@@ -30,9 +35,8 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
     limits, epochs = (SOON, MANY_EPOCHS) if fault == "time limit" else ([], EPOCHS)
     job = slurm.submit("--nodes=2", *BATCH, *limits, SCRIPT, *OPTIONS, "--epochs", epochs, "--data-dir", small_dir,
                        cwd=tmp_path)
-    run = tmp_path / "runs" / f"slurm-{job}"
     if fault != "none":
-        wait_until(lambda: epochs_of(run) >= 3 or not slurm.state(job))
+        wait_until(lambda: epochs_of(run_of(tmp_path, job)) >= 3 or not slurm.state(job))
     if fault == "requeue":
         assert slurm.ask("scontrol", "requeue", job) == ""
     elif fault == "preemption":
@@ -42,7 +46,9 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
     wait_until(lambda: not slurm.state(job))
     printed = (tmp_path / "out.txt").read_text()
     print(printed)
+    run = run_of(tmp_path, job)
     result_of(run)
+    assert len(list((tmp_path / "runs").iterdir())) == 1, "a start after the first finds the folder again"
     assert (run / "model.safetensors").read_bytes() == alone(epochs) and epochs_of(run) == epochs
     starts = printed.count("2 processes on")
     assert starts >= 2 if fault == "time limit" else starts == (1 if fault == "none" else 2)

@@ -12,6 +12,7 @@ import time
 import pytest
 from support import assert_one_line_error, run_here
 
+from mnist_dist.study.slurm import NEVER
 from mnist_dist.study.table import read_table
 
 GRID = ["--launcher", "slurm", "--batch-sizes", "10,20", "--processes", "1,2", "--wandb", "disabled"]
@@ -84,6 +85,54 @@ def test_what_left_the_queue_without_a_result_is_submitted_again_by_the_next_com
     assert len(rows) == 6 and {row["status"] for row in rows} == {"failed"}
     assert all("it left the queue before it started" in row["reason"] for row in rows)
     assert "SLURM: OUT_OF_MEMORY" in printed and json.loads((tmp_path / "s" / "study.json").read_text())["jobs"] == []
+
+
+def test_why_runs_wait_is_said_and_what_never_starts_gets_its_row(commands, tmp_path, monkeypatch, capsys):
+    """Job 1 is too large for its partition; job 2 waits for a node, then it is over."""
+    for name, seconds in (("POLL", 0.02), ("NEVER", 0.1), ("AGAIN", 0.1)):
+        monkeypatch.setattr(f"mnist_dist.study.slurm.{name}_SECONDS", seconds)
+    commands("sbatch", f"cat > {tmp_path}/script; echo >> {tmp_path}/calls; wc -l < {tmp_path}/calls")
+    commands("squeue", f"""echo >> {tmp_path}/looks; looks=$(wc -l < {tmp_path}/looks)
+        [ -e {tmp_path}/cancelled ] || for task in 0 1 2 3; do echo "1_$task|PENDING|PartitionConfig"; done
+        [ $looks -gt 40 ] || echo "2_0|PENDING|Nodes required for job are DOWN, DRAINED or reserved"
+        [ $looks -gt 60 ] || echo '2_1|RUNNING|None'""")
+    commands("scontrol", "exit 1")
+    commands("scancel", f"echo $* >> {tmp_path}/cancelled")
+    assert run_here(words(tmp_path / "s", "--repeats", 1)) == 1
+    printed = capsys.readouterr().out.splitlines()
+    waiting = [line for line in printed if line.startswith("waiting for")]
+    assert waiting[0] == ("waiting for 5 runs: job 1: PartitionConfig; "
+                          "job 2: Nodes required for job are DOWN, DRAINED or reserved")
+    later = "waiting for 1 run: job 2: Nodes required for job are DOWN, DRAINED or reserved"
+    assert waiting[-1] == later and waiting.count(later) > 1
+    assert (tmp_path / "cancelled").read_text() == "1_0\n1_1\n1_2\n1_3\n"
+    reasons = [row["reason"] for row in read_table(tmp_path / "s")]
+    assert [reason.count("SLURM never starts it (PartitionConfig): ") for reason in reasons].count(1) == 4
+    assert json.loads((tmp_path / "s" / "study.json").read_text())["jobs"] == []
+
+
+@pytest.mark.parametrize("reason", [
+    "BadConstraints", "PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "InvalidAccount", "InvalidQOS",
+    "QOSMaxCpuPerJobLimit", "AssocMaxWallDurationPerJobLimit", "DependencyNeverSatisfied", "QOSMinCpuNotSatisfied"])
+def test_a_reason_that_never_goes_away(reason):
+    assert NEVER.fullmatch(reason)
+
+
+@pytest.mark.parametrize("reason", [
+    "Resources", "Priority", "PartitionDown", "PartitionInactive", "QOSMaxJobsPerUserLimit", "AssocGrpCpuLimit",
+    "Dependency", "JobHeldUser", "JobArrayTaskLimit", "ReqNodeNotAvail, UnavailableNodes:n1", "BeginTime", "Licenses"])
+def test_a_reason_that_may_go_away(reason):
+    assert not NEVER.fullmatch(reason)
+
+
+def test_a_stop_names_only_the_jobs_that_are_still_there(commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mnist_dist.study.slurm.POLL_SECONDS", 0.02)
+    commands("sbatch", f"cat > {tmp_path}/script; echo >> {tmp_path}/calls; wc -l < {tmp_path}/calls")
+    commands("squeue", f"""echo >> {tmp_path}/looks; echo '2_0|RUNNING|None'; echo '2_1|RUNNING|None'
+        [ $(wc -l < {tmp_path}/looks) -lt 5 ] || kill -INT {os.getpid()}""")
+    commands("scontrol", "exit 1")
+    assert run_here(words(tmp_path / "s", "--repeats", 1)) == 130
+    assert "`scancel 2` ends its runs, which stay in SLURM's queue" in capsys.readouterr().err
 
 
 @pytest.mark.faults
