@@ -320,7 +320,7 @@ def _on_ray(given: argparse.Namespace, argv: Sequence[str], launch: Launch, conf
         config.global_batch_size(size)
     group = ray_launcher.Group(least, most, on_gpus=not runs_on_cpu(launch))
     with interrupting():
-        return ray_launcher.launch(argv, group, Path(config.output_dir).resolve(), restarts)
+        return ray_launcher.launch(argv, group, Path(config.output_dir).resolve(), restarts, config.timeout)
 
 
 def _train(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
@@ -407,6 +407,8 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: returns the exit status, or ends the process if a normal exit could wait for ever, or crash."""
+    # torch warns of each address that has no name: without a name server that is every one
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     protect()
     block_ignored()
     words = sys.argv[1:] if argv is None else argv
@@ -426,23 +428,23 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
     launch = None
     with contextlib.suppress(UserError):  # for `run` to say, if the command needs a launch
         launch = read_launch()
-    rank, size, final_status = (launch.rank, launch.size, launch.final_status) if launch else (0, 1, 1)
-    at_once = size > 1
+    process = launch or Launch()
+    at_once = process.size > 1
 
     def say_stopped(number: int) -> None:
-        if rank == 0:
+        if process.says_errors:
             complain("error", f"stopped by {signal.Signals(number).name}: the same command starts again")
 
     try:
         with ending(say_stopped):
             return run(argv, launch), at_once
     except MnistDistError as error:
-        if isinstance(error, OfThisProcess) or rank == 0:
+        if isinstance(error, OfThisProcess) or process.says_errors:
             complain("error", error)
         else:
             time.sleep(1.0)  # a launcher ends rank 0 when this one ends, and rank 0 has a line to print
         is_final = error.exit_status == MnistDistError.exit_status and not isinstance(error, OfThisProcess)
-        return final_status if is_final else error.exit_status, at_once
+        return process.final_status if is_final else error.exit_status, at_once
     except KeyboardInterrupt as stop:
         say_stopped(number_of(stop))
         return 128 + number_of(stop), at_once
@@ -451,7 +453,7 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
         complain("error", f"{reason or str(error) or 'no memory left'}{f': {cut(name)}' if name else ''}")
         return MnistDistError.exit_status, at_once
     except Exception:
-        if size == 1:
+        if process.size == 1:
             raise
         traceback.print_exc()
         return 1, True

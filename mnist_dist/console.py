@@ -18,6 +18,7 @@ from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary
 from mnist_dist.text import counted
 
+EARLIER_EPOCHS = 2  # whose lines a resume prints again
 LOG_SECONDS = 10.0  # between two lines of progress at least, if there is no terminal for a bar
 
 
@@ -121,6 +122,13 @@ class Console:
         self._columns = fitting(columns())
         self._last_line = time.monotonic()  # the start of a run may take longer than `LOG_SECONDS`
         self.say(" ".join(column.heading.rjust(column.width) for column in self._columns))
+
+    def earlier_rows(self, records: Sequence[EpochRecord], path: Path) -> None:
+        """The lines of the last epochs before a resume, and where those before them are."""
+        if hidden := len(records[:-EARLIER_EPOCHS]):
+            self.say(f"{counted(hidden, 'earlier epoch')}: {path}")
+        for record in records[hidden:]:
+            self.epoch_rows(record)
 
     def epoch_rows(self, record: EpochRecord) -> None:
         """The lines of the evaluations within an epoch, and the epoch's."""

@@ -36,6 +36,12 @@ def cause(error: BaseException) -> str:
     return cut(" ".join(text.split()), 120)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of torch's: without the place in the source of gloo, and gloo's advice after it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] |\.? This is typically caused by .*", "", line)
+
+
 def one_line(text: str) -> str:
     """A message as it is printed: one printable line of at most 400 characters, without passwords."""
     return cut(" ".join(without_passwords(text).split()), MOST_OF_A_MESSAGE)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -86,6 +86,19 @@ def own_address() -> str:
     """An address of this machine that is no loopback one, which two machines would not have in common."""
     found = [one for several in psutil.net_if_addrs().values() for one in several if one.family.name == "AF_INET"]
     return next((one.address for one in found if not one.address.startswith("127.")), "127.0.0.1")
+
+
+def run_of(folder: Path, job: str) -> Path:
+    """The folder of the run of a job that was submitted there: its name has the time too."""
+    return next(iter(sorted((folder / "runs").glob(f"slurm-{job}-*"))), folder / "no run yet")
+
+
+def wait_until(what: Callable[[], object], deadline: float = 180.0) -> None:
+    """Wait until it is true."""
+    until = time.monotonic() + deadline
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 class Slurm:

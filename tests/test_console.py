@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,16 @@ def test_a_slow_start_brings_no_line_before_the_first_ten_seconds(monkeypatch, c
     shown.table_head()
     shown.progress(0, 1, 1, 100)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("number", "head"), [(0, []), (2, []), (3, ["1 earlier epoch: run/metrics.jsonl"]),
+                                              (40, ["38 earlier epochs: run/metrics.jsonl"])])
+def test_a_resume_prints_the_last_two_epochs_again(number, head, capsys):
+    records = [epoch_record(epoch=epoch) for epoch in range(number)]
+    Console(speaks=True).earlier_rows(records, Path("run/metrics.jsonl"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(head)] == head
+    assert [int(line.split()[0]) for line in lines[len(head):]] == list(range(number))[-2:]
 
 
 def test_a_silent_console_prints_nothing(monkeypatch, capsys):

@@ -86,7 +86,7 @@ def answers(name: str, mirror: str | None) -> str | None:
                 return None
             failures.append(f"{base}: sends something else")
         except (OSError, HTTPException, ValueError) as error:
-            failures.append(f"{base}: {str(error) or type(error).__name__}")
+            failures.append(f"{base}: {_reason(error)}")
     return _first(failures)
 
 
@@ -127,17 +127,23 @@ def _fetch_from_any(mirrors: Sequence[str], file_name: str, md5: str, folder: Pa
             _fetch(mirror + file_name, md5, folder / file_name)
             return
         except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL, or damaged in transfer
-            failures.append(f"{mirror}: {str(error) or type(error).__name__}")
+            failures.append(f"{mirror}: {_reason(error)}")
             (folder / file_name).unlink(missing_ok=True)
     raise UserError(f"{file_name} could not be downloaded ({_first(failures)}): check --mirror, or put the files "
                     "there")
+
+
+def _reason(error: Exception) -> str:
+    """Why a request failed: of an error of urllib's that has another one inside, the inner one."""
+    inner = getattr(error, "reason", None)
+    return cause(inner) if isinstance(inner, BaseException) else str(error) or type(error).__name__
 
 
 def _first(failures: Sequence[str]) -> str:
     """The first failure: of the mirror that is given, if one is."""
     others = len(failures) - 1
     more = f"; {others} more mirror{'s' * (others > 1)} failed too" if others else ""
-    return cut(without_passwords(failures[0])) + more
+    return cut(without_passwords(failures[0]), 120) + more
 
 
 def _fetch(url: str, md5: str, path: Path) -> None:

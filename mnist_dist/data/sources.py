@@ -36,7 +36,7 @@ def obtain(dataset: str, data_dir: str, mirror: str | None, warn: Callable[[str]
             download(name, Path(data_dir), mirror)
         except UserError as error:
             if dataset != "auto":
-                raise UserError(f"--data-dir {cut(data_dir)} {contents(Path(data_dir))}; {NEEDED}; and {error}"
+                raise UserError(f"--data-dir {cut(data_dir)} {contents(Path(data_dir))}, and {error}; {NEEDED}"
                                 ) from None
             warn(f"{error}; continuing with the embedded digits, which are NOT MNIST")
             _embedded(data_dir)

@@ -32,7 +32,7 @@ OTHER_WAYS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE
               "ACCELERATE_USE_PARALLELISM_CONFIG")
 
 BEGUN = time.monotonic()  # when this command began, but for the start of Python
-FINAL_STATUS = "MNIST_DIST_FINAL_STATUS"  # environment variable, set by our own launchers
+FINAL_STATUS = "MNIST_DIST_FINAL_STATUS"  # environment variable, set by our launcher on Ray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,18 @@ class Launch:
     mixed_precision: str = "no"  # as the launcher says it, not checked: an option may replace it
     compiles: bool = False
     is_one_machine: bool = False  # for certain
-    variables: str = field(default="", compare=False)  # that give rank and size, with their values
+    has_one_output: bool = False  # what all processes print comes out in one place, as under srun
+    variables: str = field(default="", compare=False)  # of another launcher, that give rank and size, with their values
 
     @property
     def starts_again(self) -> bool:
         """Whether the launcher starts all processes again if one is lost now."""
         return self.restart < self.max_restarts
+
+    @property
+    def says_errors(self) -> bool:
+        """Whether this process prints an error that all know: one does for each place where somebody looks."""
+        return self.rank == 0 or (self.local_rank == 0 and not self.has_one_output)
 
     @property
     def num_machines(self) -> int:
@@ -115,7 +121,9 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
     # without a local size, all processes are taken to be on this machine
     launch = Launch(rank=place.rank or 0, size=place.size, local_rank=place.local_rank or 0,
                     local_size=place.local_size or place.size, is_launched=True,
-                    is_one_machine=place.local_size == place.size, variables=place.shown(environment),
+                    is_one_machine=place.local_size == place.size,
+                    variables="" if FINAL_STATUS in environment else place.shown(environment),
+                    has_one_output=place.names != TORCH or FINAL_STATUS in environment,
                     **_of_launcher(environment), **common)
     for name, value in zip(TORCH, (launch.rank, launch.size, launch.local_rank, launch.local_size), strict=True):
         environment.setdefault(name, str(value))

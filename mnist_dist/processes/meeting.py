@@ -12,6 +12,7 @@ import json
 import platform
 import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one from Python 3.11 on
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.output import say
 from mnist_dist.processes.addresses import addresses_of, is_loopback
 from mnist_dist.processes.launch import BEGUN
-from mnist_dist.text import cause
+from mnist_dist.text import cause, first_line
 from mnist_dist.worker import Worker
 
 T = TypeVar("T")
@@ -68,12 +69,12 @@ class Wait:
     def __init__(self, limit_s: float, for_whom: Callable[[], str], why: str = "") -> None:
         self.limit_s, self.for_whom, self.why = limit_s, for_whom, why
         self._begin, self._is_said = time.monotonic(), limit_s <= NOTICE_SECONDS
-        self._notice_s = max(1.0, NOTICE_SECONDS - (self._begin - BEGUN))
+        self.notice_s = max(1.0, NOTICE_SECONDS - (self._begin - BEGUN))
 
     def is_over(self) -> bool:
         """Whether the time is over."""
         waited = time.monotonic() - self._begin
-        if waited > self._notice_s and not self._is_said:
+        if waited > self.notice_s and not self._is_said:
             self._is_said = True
             if whom := self.for_whom():
                 because = f" ({self.why} say so: unset these to run one process)" if self.why else ""
@@ -126,7 +127,7 @@ def store_at(address: str, port: int, *, setting: str, hosts_it: bool, is_elsewh
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             raise UserError(f"port {port} is in use on {platform.node()}: give another one, the same on every machine"
                             ) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if hosts_it:
             raise UserError(f"{platform.node()} is machine 0, and does not reach itself at {address}:{port} "
                             f"({reason}): {setting} must be an address of {platform.node()}") from None
@@ -209,8 +210,10 @@ class Meeting:
 
     def facts(self, own: Facts) -> list[Facts]:
         """Bring this one's facts; those of all, in their order, once all are there and like each other."""
-        if self._ask(lambda: self.store.add(f"{self.own}/here", 1)) > 1:
-            raise UserError(f"{self.kind} {self.own} is there twice, once on {own.host}: give each another number")
+        name = f"{own.host} {uuid.uuid4().hex}"
+        first = self._ask(lambda: self.store.compare_set(f"{self.own}/name", "", name)).decode()
+        if first != name:
+            raise UserError(self._twice(first.rpartition(" ")[0], own.host))
         self._bring("facts", [own.host, dict(own.versions), dict(own.options)])
         found = self._all("facts")
         self._bring("clock", time.time())  # all write it at the same time
@@ -225,13 +228,20 @@ class Meeting:
             raise UserError(problem)
         return all_facts
 
+    def _twice(self, first: str, host: str) -> str:
+        """What to do on `host` if one with this number has come before, from the host `first`."""
+        if first == host:
+            return (f"{self.kind} {self.own} has been started on {host} before, and {self.kind} 0 still belongs to "
+                    "that start: wait until it has ended too, and start all again")
+        return f"{self.kind} {self.own} is there twice, on {first} and on {host}: give each another number"
+
     def _ask(self, task: Callable[[], T]) -> T:
         try:
             return self.worker.submit(task).result(ASK_SECONDS)
         except (RuntimeError, FutureTimeout) as error:
-            reason = (str(error).splitlines() or ["no answer"])[0]
-            raise UserError(f"{platform.node()} lost machine 0 while it waited for the others to start ({reason}): see "
-                            "what machine 0 says") from None
+            reason = first_line(error) if str(error) else "no answer"
+            raise UserError(f"{platform.node()} lost machine 0 while it waited for the others to start "
+                            f"({reason}): see what machine 0 says") from None
 
     def _bring(self, name: str, value: object) -> None:
         self._ask(lambda: self.store.set(f"{self.own}/{name}", json.dumps(value)))

@@ -27,7 +27,9 @@ from mnist_dist.disk.files import make_folder, remove, remove_tree, write_synced
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import child_environment, num_cores, variables_of
+from mnist_dist.processes.meeting import Wait
 from mnist_dist.processes.signals import StopSignals
+from mnist_dist.text import counted, first_line
 
 POLL_SECONDS = 0.2  # between two looks at the board
 ANSWER_SECONDS = 10.0  # for a cluster's port to take a connection
@@ -45,6 +47,9 @@ class Group(NamedTuple):
     least: int
     most: int
     on_gpus: bool
+
+    def __str__(self) -> str:
+        return counted(self.most, "process", "processes")
 
 
 class Board:
@@ -137,10 +142,15 @@ def _pass_signals(process: subprocess.Popen[str], board: Any) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: int) -> int:
+def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: int, timeout_s: float) -> int:
     """Run `mnist-dist ARGUMENTS` on the cluster that RAY_ADDRESS names, else on one of its own on this machine; the
-    exit status. `folder` is the run's, which all nodes share. Raises `UserError` if the cluster is not fit for it.
+    exit status. `folder` is the run's, which all nodes share. Raises `UserError` if the cluster is not fit for it, or
+    has not started the processes after `timeout_s`.
     """
+    wait = Wait(timeout_s, lambda: f"Ray to start {group}")
+    notice = threading.Timer(wait.notice_s, wait.is_over)
+    notice.daemon = True
+    notice.start()
     # Ray reads these when it is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_SECONDS))
@@ -150,8 +160,8 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
         from ray.train.v2.api import data_parallel_trainer as trainers
     except ImportError:
         raise UserError("--launcher ray needs Ray: pip install -e '.[ray]'") from None
-    _connect(group)
     try:
+        _connect(group)
         _check(group, folder)
         board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_on_node(
             ray.get_runtime_context().get_node_id())).remote()
@@ -165,8 +175,9 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
             run_config=train.RunConfig(name=uuid.uuid4().hex, storage_path=str(folder / "ray"),
                                        failure_config=train.FailureConfig(max_failures=max_restarts),
                                        logging_config=train.LoggingConfig(log_level="ERROR")))
-        return _follow(trainer, board, max_restarts)
+        return _follow(trainer, board, max_restarts, wait, group)
     finally:
+        notice.cancel()
         ray.shutdown()
         with contextlib.suppress(OSError):
             remove_tree(folder / "ray")  # Ray's own notes: a run continues from its checkpoints
@@ -185,7 +196,7 @@ def _connect(group: Group) -> None:
         ray.init(**own, logging_level=logging.ERROR, log_to_driver=False,
                  runtime_env={"env_vars": {"PYTHONPATH": child_environment()["PYTHONPATH"]}})
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"Ray's cluster at {address} is not reached ({reason}): see `ray status` there, or unset "
                         "RAY_ADDRESS to run on this machine" if address else f"Ray does not start here ({reason})"
                         ) from None
@@ -229,8 +240,10 @@ def _sees(path: str) -> bool:
     return os.path.exists(path)  # where Path.exists raises, as without permission: it does not see it
 
 
-def _follow(trainer: Any, board: Any, max_restarts: int) -> int:
-    """Print what the processes print, and pass signals on, until Ray has done; the exit status."""
+def _follow(trainer: Any, board: Any, max_restarts: int, wait: Wait, group: Group) -> int:
+    """Print what the processes print, and pass signals on, until Ray has done; the exit status. Raises `UserError` if
+    nothing has started when the `wait` is over.
+    """
     import ray
 
     failed: list[BaseException] = []
@@ -248,6 +261,9 @@ def _follow(trainer: Any, board: Any, max_restarts: int) -> int:
         while True:
             is_done = not fitting.is_alive()
             lines, starts = ray.get(board.news.remote())
+            if not starts and not is_done and wait.is_over():
+                raise UserError(f"Ray has not started {group} within {wait.limit_s:g} s (--timeout): see `ray status`, "
+                                "and what else runs on the cluster")
             for line, is_error in lines:
                 print(line, end="", flush=True, file=sys.stderr if is_error else sys.stdout)
             if signals.number and until == float("inf"):

@@ -149,8 +149,6 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
     Each gets its share of the cores: more OpenMP threads than cores slow a small step a hundredfold. Raises
     `UserError` if there are GPUs, but too few, or if the machines do not find each other.
     """
-    # torch warns of each address that has no name: without a name server that is every one
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError

@@ -27,6 +27,7 @@ from mnist_dist.processes.meeting import Facts, clocks_apart
 from mnist_dist.processes.network import remedy
 from mnist_dist.processes.restarts import Starts
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
+from mnist_dist.text import first_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -146,8 +147,8 @@ class Team:
             shared = None if where == "every" else result
             dist.all_gather_object(outcomes, (shared, error), group=self._patient if patient else self._host)
         for rank, (_, error) in enumerate(outcomes):
-            if isinstance(error, UserError) and len(set(self.hosts)) > 1:
-                raise UserError(f"on {self.hosts[rank]}: {error}")
+            if type(error) in (UserError, MnistDistError) and len(set(self.hosts)) > 1:
+                raise type(error)(f"on {self.hosts[rank]}: {error}")
             if error is not None:
                 raise error
         return result if where == "every" else outcomes[0][0]
@@ -214,7 +215,7 @@ class Team:
         """
         if self.size == 1:
             return None
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if starts_again and re.search("gloo|nccl|connection", reason, re.IGNORECASE):
             return LostProcess(f"process {self.rank} lost another one after step {step} ({reason}): the launcher "
                                "starts all processes again")
@@ -267,7 +268,7 @@ def join(launch: Launch, *, timeout_s: float, options: Mapping[str, Any] = {}, k
     except UserError as error:
         raise kind(str(error)) from error
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise kind(f"the {launch.size} processes of this launch could not be joined ({reason}){remedy(launch)}"
                    ) from error
     if accelerator.num_processes != launch.size:

@@ -31,6 +31,7 @@ from mnist_dist.record.checkpoint import FORMAT, Checkpoint, CheckpointWriter
 from mnist_dist.record.figures import EpochRecord, RunSummary, samples_at, summarise
 from mnist_dist.record.folder import (
     CHECKPOINTS,
+    METRICS,
     STEPS,
     WINDOWS,
     append_all,
@@ -46,7 +47,7 @@ from mnist_dist.record.folder import (
 from mnist_dist.record.measured import over_ranks
 from mnist_dist.record.mirror import Mirror, Rows, run_name
 from mnist_dist.record.result import RunResult, write_result
-from mnist_dist.text import without_passwords
+from mnist_dist.text import first_line, without_passwords
 from mnist_dist.training.losses import Display, LossLog
 from mnist_dist.training.marks import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
@@ -120,7 +121,7 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
         step = run.progress.global_step if run else 0
         raise OfThisProcess(f"process {team.rank} of {team.size} has no GPU memory left after step {step}: give a "
                             "smaller batch or more --gradient-accumulation-steps, or end what else runs on this GPU "
-                            f"({str(error).splitlines()[0]})") from error
+                            f"({first_line(error)})") from error
     except RuntimeError as error:
         lost = team.lost_process(run.progress.global_step if run else 0, error, starts_again=launch.starts_again)
         if lost is None:
@@ -451,8 +452,7 @@ class Run:
 
         self._write(task, patient=True)
         self.console.table_head()
-        for record in records:
-            self.console.epoch_rows(record)
+        self.console.earlier_rows(records, self.folder / METRICS)
         for evaluation in self.progress.evaluations:
             self.console.evaluation_row(self.progress.epoch, evaluation)
 

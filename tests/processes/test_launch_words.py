@@ -32,10 +32,13 @@ OF_INTEL_MPI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_L
     ({"RANK": "0", "WORLD_SIZE": "2"}, Launch(size=2, local_size=2, is_launched=True)),
     (OF_TORCH, Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True, is_one_machine=True,
                       master_address="host0")),
-    (OF_OPEN_MPI, Launch(rank=3, size=4, local_rank=1, local_size=2, is_launched=True, master_address="host0")),
+    (OF_OPEN_MPI, Launch(
+        rank=3, size=4, local_rank=1, local_size=2, is_launched=True, has_one_output=True, master_address="host0")),
     ({**OF_OPEN_MPI, "WORLD_SIZE": "4"},
-     Launch(rank=3, size=4, local_rank=1, local_size=2, is_launched=True, master_address="host0")),
-    (OF_INTEL_MPI, Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True, is_one_machine=True)),
+     Launch(
+        rank=3, size=4, local_rank=1, local_size=2, is_launched=True, has_one_output=True, master_address="host0")),
+    (OF_INTEL_MPI, Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True, is_one_machine=True,
+                          has_one_output=True)),
     ({**OF_OPEN_MPI, **OF_TORCH}, Launch(rank=1, size=2, local_rank=1, local_size=2, is_launched=True,
                                          is_one_machine=True, master_address="host0")),
     ({**OF_OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, ALONE),
@@ -49,6 +52,13 @@ def test_launchers(environment, expected):
     if expected.size == 1:
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *OF_OPEN_MPI} & environment.keys() - {
             "MASTER_ADDR"}, "Accelerate would wait for others"
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "has_one_output", "says"), [
+    (0, 0, False, True), (1, 1, False, False), (2, 0, False, True), (0, 0, True, True), (2, 0, True, False)])
+def test_an_error_that_all_know_is_said_once_in_each_place(rank, local_rank, has_one_output, says):
+    launch = Launch(rank=rank, size=4, local_rank=local_rank, local_size=2, has_one_output=has_one_output)
+    assert launch.says_errors == says
 
 
 @pytest.mark.parametrize(("environment", "said"), [
@@ -96,7 +106,7 @@ def test_srun_starts_the_ranks_of_a_run():
         environment = slurm(rank)
         launch = read_launch(environment)
         assert launch == Launch(rank=rank, size=5, local_rank=local, local_size=local_size, is_launched=True,
-                                master_address="gpu07", master_port=int(environment["MASTER_PORT"]))
+                                has_one_output=True, master_address="gpu07", master_port=int(environment["MASTER_PORT"]))
         assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
             "RANK": str(rank), "WORLD_SIZE": "5", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(local_size)}
         assert environment["MASTER_ADDR"] == "gpu07"

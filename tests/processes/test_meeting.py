@@ -17,12 +17,12 @@ from mnist_dist.processes.meeting import Facts, Meeting, clocks_apart, differenc
 
 @pytest.fixture
 def store():
-    return store_at("localhost", 0, setting="MASTER_ADDR", hosts_it=True, is_elsewhere=False, timeout_s=5.0)
+    return store_at("localhost", 0, setting="MASTER_ADDR", hosts_it=True, is_elsewhere=False, timeout_s=30.0)
 
 
 def another(store):
     """The connection of another process."""
-    return store_at("localhost", store.port, setting="MASTER_ADDR", hosts_it=False, is_elsewhere=False, timeout_s=5.0)
+    return store_at("localhost", store.port, setting="MASTER_ADDR", hosts_it=False, is_elsewhere=False, timeout_s=30.0)
 
 
 def meet(store, numbers, size, timeout_s=5.0, facts=Facts):
@@ -49,16 +49,23 @@ def test_who_does_not_come_is_named(store):
         "process 1, 3 of 5 did not come within 1 s: start it, or see what it says (the first is 0)"] * 3
 
 
-def test_two_with_one_number(store):
+def test_a_second_start_of_the_same_number(store):
     said = meet(store, [0, 1, 1], 2)
-    assert sorted(str(one) for one in said if isinstance(one, str)) == [
-        "process 1 is there twice, once on host1: give each another number"]
+    assert [one for one in said if isinstance(one, str)] == [
+        "process 1 has been started on host1 before, and process 0 still belongs to that start: wait until it has "
+        "ended too, and start all again"]
+
+
+def test_two_hosts_with_one_number(store):
+    meet(store, [0, 1], 2)
+    with pytest.raises(UserError, match=r"process 1 is there twice, on host1 and on b: give each another number"):
+        Meeting(another(store), 1, 2, 5.0).facts(Facts("b"))
 
 
 def test_a_store_that_is_lost(store, monkeypatch):
     monkeypatch.setattr(meeting, "ASK_SECONDS", 0.3)
     guest = Meeting(store, 1, 2, 5.0)
-    monkeypatch.setattr(guest, "store", type("Silent", (), {"add": lambda *_: threading.Event().wait(3)})())
+    monkeypatch.setattr(guest, "store", type("Silent", (), {"compare_set": lambda *_: threading.Event().wait(3)})())
     with pytest.raises(UserError, match=r"lost machine 0 while it waited for the others to start .no answer"):
         guest.facts(Facts())
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
+from slurm_cluster import run_of, wait_until
 from support import ROOT, epochs_of, result_of
 
 from mnist_dist import runner
@@ -14,18 +13,6 @@ OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled"]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 SOON = ["--time=1", "--signal=B:USR1@50"]  # the signal comes some ten seconds after the start
 BATCH = ["--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt"]
-
-
-def wait_until(what, deadline=180.0):
-    until = time.monotonic() + deadline
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.1)
-
-
-def run_of(folder, job):
-    """The folder of the job's run: its name has the time too, because SLURM may count from 1 again."""
-    return next(iter(sorted((folder / "runs").glob(f"slurm-{job}-*"))), folder / "no run yet")
 
 
 @pytest.mark.parametrize("fault", [

@@ -24,6 +24,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.processes.neighbours import one_thread
 from mnist_dist.record.environment import processor_kind
 from mnist_dist.record.gains import user_cache
+from mnist_dist.text import first_line
 from mnist_dist.training.noise import squared_norms
 from mnist_dist.training.sampling import NO_INDEX
 from mnist_dist.training.steps import StepParts
@@ -171,8 +172,7 @@ class CompiledStep:
             remedy = compiler_failure(error)
             if remedy is None:
                 raise
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"the step could not be compiled ({reason[0]}): {remedy}") from error
+            raise UserError(f"the step could not be compiled ({first_line(error)}): {remedy}") from error
         self.compile_seconds = time.perf_counter() - begin
 
     def _compile(self) -> None:

@@ -1,0 +1,60 @@
+"""A SLURM job that loses a host, which comes back or is replaced, ends by itself with the bits of one process.
+
+`./launch/test.sh -m faults tests/processes/test_lost_nodes.py -n 0 -s` prints how many seconds it takes until training
+goes on.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from hosts import Hosts
+from slurm_cluster import SlurmOnHosts, missing, run_of, wait_until
+from support import ROOT, epochs_of, result_of
+
+EPOCHS = 25
+OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled", "--epochs", EPOCHS, "--checkpoint-every",
+           "1epoch"]
+FIRST, SECOND, THIRD = 2, 3, 4  # hosts with a node; the batch script runs on the first. The controller is on host 1
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A SLURM whose first two nodes are up."""
+    if missing():
+        pytest.skip(missing())
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Hosts(tmp_path, THIRD) as hosts, SlurmOnHosts(
+            Path(folder), hosts) as cluster:
+        for number in (FIRST, SECOND):
+            cluster.boot(number)
+        cluster.wait_for_nodes(2)
+        yield cluster
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("lost", [FIRST, SECOND])
+@pytest.mark.parametrize("back", [0, 5, 30, 90, "another"])
+def test_a_job_that_loses_a_host_ends_with_the_same_bits(back, lost, slurm, alone, small_dir, tmp_path):
+    """The host has no power for `back` seconds, or another one takes its place."""
+    job = slurm.submit("--nodes=2", "--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt",
+                       ROOT / "launch" / "slurm.sbatch", *OPTIONS, "--data-dir", small_dir, cwd=tmp_path)
+    wait_until(lambda: epochs_of(run_of(tmp_path, job)) >= 2 or not slurm.state(job))
+    time.sleep(moment := random.uniform(0, 12))
+    slurm.kill(lost)
+    killed = time.monotonic()
+    before = epochs_of(run_of(tmp_path, job))
+    if back != "another":
+        time.sleep(back)
+    slurm.boot(THIRD if back == "another" else lost)
+    wait_until(lambda: epochs_of(run_of(tmp_path, job)) > before or not slurm.state(job), deadline=300)
+    print(f"\nback {back}, host {lost} lost {moment:.1f} s after epoch 2, with {before} epochs: training goes on after "
+          f"{time.monotonic() - killed:.0f} s")
+    wait_until(lambda: not slurm.state(job), deadline=300)
+    print((tmp_path / "out.txt").read_text(), slurm.ask("scontrol", "show", "job", job))
+    result_of(run_of(tmp_path, job))
+    assert (run_of(tmp_path, job) / "model.safetensors").read_bytes() == alone(EPOCHS)
+    assert epochs_of(run_of(tmp_path, job)) == EPOCHS
