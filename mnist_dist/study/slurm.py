@@ -31,6 +31,7 @@ ANSWER_SECONDS = 60.0  # for a command of SLURM's
 POLL_SECONDS = 2.0  # between two looks at the queue
 AGAIN_SECONDS = 60.0  # between two lines that say the same
 NEVER_SECONDS = 30.0  # that such a reason must last: SLURM also gives one for a moment, while a node starts
+AFTER_A_LOSS = ("1", "2")  # restarts of a task after which a run that fails is tried once more
 REMEDY = "give fewer --processes, or another partition or limit in --sbatch"
 # SLURM's reasons for which a job waits until somebody changes the job, the partition or the account
 NEVER = re.compile(r"AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|Invalid(Account|QOS)|MaxMemPerLimit|"
@@ -196,7 +197,10 @@ def main(argv: Sequence[str]) -> int:
     outcome = start(run, folder, command, environment_of(run, machine, study.mark, None), given.timeout)
     if outcome["status"] == "failed":
         known = facts(given.job)
-        if known.get("PreemptTime", "None") != "None":  # SLURM forgets a preempted job that ends by itself
+        is_preempted = known.get("PreemptTime", "None") != "None"  # SLURM forgets a preempted job that ends by itself
+        # after the loss of a node SLURM may end the step of the next start too: see launch/slurm.sbatch
+        was_lost = known.get("JobState") == "RUNNING" and known.get("Restarts") in AFTER_A_LOSS
+        if is_preempted or was_lost:
             ask("scontrol", "requeue", given.job)
             return 1
         if known.get("JobState") == "PENDING":  # it is put back into the queue

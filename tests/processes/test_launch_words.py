@@ -106,7 +106,8 @@ def test_srun_starts_the_ranks_of_a_run():
         environment = slurm(rank)
         launch = read_launch(environment)
         assert launch == Launch(rank=rank, size=5, local_rank=local, local_size=local_size, is_launched=True,
-                                has_one_output=True, master_address="gpu07", master_port=int(environment["MASTER_PORT"]))
+                                has_one_output=True, master_address="gpu07",
+                                master_port=int(environment["MASTER_PORT"]))
         assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
             "RANK": str(rank), "WORLD_SIZE": "5", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(local_size)}
         assert environment["MASTER_ADDR"] == "gpu07"

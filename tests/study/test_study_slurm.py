@@ -12,7 +12,7 @@ import time
 import pytest
 from support import assert_one_line_error, run_here
 
-from mnist_dist.study.slurm import NEVER
+from mnist_dist.study.slurm import NEVER, main
 from mnist_dist.study.table import read_table
 
 GRID = ["--launcher", "slurm", "--batch-sizes", "10,20", "--processes", "1,2", "--wandb", "disabled"]
@@ -133,6 +133,23 @@ def test_a_stop_names_only_the_jobs_that_are_still_there(commands, tmp_path, mon
     commands("scontrol", "exit 1")
     assert run_here(words(tmp_path / "s", "--repeats", 1)) == 130
     assert "`scancel 2` ends its runs, which stay in SLURM's queue" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("known", "is_put_back"), [
+    ("JobState=RUNNING Restarts=0 PreemptTime=None", False), ("JobState=RUNNING Restarts=1 PreemptTime=None", True),
+    ("JobState=RUNNING Restarts=3 PreemptTime=None", False), ("JobState=CANCELLED Restarts=1 PreemptTime=None", False),
+    ("JobState=RUNNING Restarts=0 PreemptTime=2026-01-01T00:00:00", True)])
+def test_a_task_whose_run_fails_after_a_lost_node_is_put_back(known, is_put_back, commands, tmp_path, monkeypatch):
+    monkeypatch.setattr("mnist_dist.study.slurm.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("mnist_dist.study.slurm.signal.signal", lambda *_: None)
+    commands("sbatch", "echo 7")
+    commands("squeue", f"kill -INT {os.getpid()}")
+    assert run_here(words(tmp_path / "s", "--repeats", 1)) == 130
+    commands("srun", "echo 'mnist-dist: error: stopped by SIGTERM after step 5: continue' >&2; exit 143")
+    commands("scontrol", f"echo $* >> {tmp_path}/calls; echo 'JobId=7 {known}'")
+    status = main([str(tmp_path / "s"), "b10-p1-first-1", "--job", "7", "--timeout", "60", "--"])
+    assert status == 1 and ("requeue 7" in (tmp_path / "calls").read_text()) == is_put_back
+    assert (tmp_path / "s" / "runs" / "b10-p1-first-1" / "outcome.json").exists() != is_put_back
 
 
 @pytest.mark.faults
