@@ -29,13 +29,14 @@ from mnist_dist.output import say
 from mnist_dist.processes.launch import child_environment, num_cores, variables_of
 from mnist_dist.processes.meeting import Wait
 from mnist_dist.processes.signals import StopSignals
-from mnist_dist.text import counted, first_line
+from mnist_dist.text import counted, cut, first_line
 
 POLL_SECONDS = 0.2  # between two looks at the board
 ANSWER_SECONDS = 10.0  # for a cluster's port to take a connection
 LOOK_SECONDS = 30.0  # for a node to say whether it sees the run's folder
 GROUP_SECONDS = 20  # that Ray waits for a group of the same size after a loss, before it makes a smaller one
 GROW_SECONDS = 20.0  # between two looks whether the cluster has room for a larger group
+MOST_OF_RAYS = 300  # characters of a message
 GRACE_SECONDS = 30.0  # after a signal, for the processes to leave a checkpoint
 OTHER = 4  # what a process ends with instead of 1, if not because another process is lost: a full disk
 FINAL = (0, 2, 3, OTHER)  # exit statuses that another start does not change: done, wrong use, diverged
@@ -183,9 +184,29 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
             remove_tree(folder / "ray")  # Ray's own notes: a run continues from its checkpoints
 
 
+def _shorten() -> None:
+    """Ray prints a page on standard output for each node that is lost, with what its daemon did last, and prints it
+    again later. Here it is one line on standard error. Ray has no option for it: a version whose function has another
+    name prints the page.
+    """
+    from ray._private import worker
+
+    module: Any = worker
+    said = set()
+
+    def print_first_sentence(message: Any, ignore_prefix: bool = False) -> None:
+        sentence = cut(" ".join(str(message["lines"][0]).split(". ", 1)[0].split()), MOST_OF_RAYS)
+        if sentence not in said:
+            said.add(sentence)
+            say(f"mnist-dist: Ray says: {sentence}", is_error=True)
+
+    module.print_to_stdstream = print_first_sentence
+
+
 def _connect(group: Group) -> None:
     import ray
 
+    _shorten()
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {} if address else {
         "address": "local", "num_cpus": max(group.most, num_cores()), "include_dashboard": False}

@@ -16,6 +16,7 @@ import pytest
 from support import ROOT, assert_one_line_error, epochs_of, mnist_dist_launched, result_of, run_here
 
 from mnist_dist import runner
+from mnist_dist.processes import ray_launcher
 from mnist_dist.record.checkpoint import load_newest
 
 OPTIONS = ["--reproducible", "--batch-size", 10, "--checkpoint-every", "20steps", "--resume", "--wandb", "disabled"]
@@ -100,6 +101,16 @@ def test_without_ray(tmp_path):
     assert_one_line_error(done, "--launcher ray needs Ray: pip install -e '.[ray]'")
 
 
+def test_rays_page_about_a_lost_node_is_one_line(monkeypatch, capsys):
+    worker = pytest.importorskip("ray._private.worker", reason="needs Ray: pip install -e '.[ray]'")
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    ray_launcher._shorten()
+    for number in (1, 1, 2):
+        page = f"Raylet {number} is terminated. Termination is unexpected.\n    [state-dump] NodeManager: 5 total\n"
+        worker.print_to_stdstream({"lines": [page], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert capsys.readouterr().err == "".join(f"mnist-dist: Ray says: Raylet {n} is terminated\n" for n in (1, 2))
+
+
 FAULTS = {"none": 1, "process 0": 1, "process 1": 1, "worker": 10, "node": 10, "node and back": 1}  # and how often
 
 
@@ -137,6 +148,7 @@ def test_a_run_on_two_nodes_has_the_same_bits(fault, attempt, cluster, alone, sm
     assert (run / "model.safetensors").read_bytes() == alone(epochs) and epochs_of(run) == epochs
     assert printed.count("2 processes on") >= (1 if fault in ("none", "node") else 2)
     assert "Traceback" not in errors and cluster.ranks() == {}
+    assert "state-dump" not in printed + errors, "Ray's page about a node that is lost is one line"
 
 
 @pytest.mark.parametrize(("what", "words", "status", "said"), [
