@@ -430,23 +430,50 @@ def _add_row(study: Study, run: PlannedRun, say: Callable[[str], None], place: s
     say(f"{place} {run.name}: {what}{took}{rest}")
 
 
+def _submit(study: Study, pending: Sequence[PlannedRun], request: Request, say: Callable[[str], None]
+            ) -> dict[str, str]:
+    """Submit the runs that are not in SLURM's queue; the names of those that SLURM refuses, with the reason. Raises
+    `UserError` if it refuses all, and none is in the queue.
+    """
+    submitted = {name for job in study.jobs for name in job.runs}
+    new = [run for run in pending if run.name not in submitted]
+    refused: dict[str, str] = {}
+    for names, script in slurm.scripts(new, study.folder, request.options, request.cell_timeout):
+        for name in names:
+            remove_tree(study.folder / RUNS / name)
+        study.forget()
+        try:
+            study.jobs.append(slurm.submit(names, script, request.sbatch))
+        except UserError as error:
+            refused.update(dict.fromkeys(names, str(error)))
+            problem = error
+            continue
+        study.save()
+        say(f"SLURM's job {study.jobs[-1].number}: {counted(len(names), 'run')}")
+    if refused and not study.jobs:
+        raise problem
+    return refused
+
+
 def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, machine: Machine,
                  say: Callable[[str], None]) -> None:
     """Submit the runs that are not in SLURM's queue, and wait for all. What has failed since another command of this
     study submitted it gets its row; the next command submits it again.
     """
-    submitted = {name for job in study.jobs for name in job.runs}
-    new = [run for run in pending if run.name not in submitted]
-    for names, script in slurm.scripts(new, study.folder, request.options, request.cell_timeout):
-        for name in names:
-            remove_tree(study.folder / RUNS / name)
-        study.jobs.append(slurm.submit(names, script, request.sbatch))
-        study.forget()
-        study.save()
-        say(f"SLURM's job {study.jobs[-1].number}: {counted(len(names), 'run')}")
+    refused = _submit(study, pending, request, say)
     by_name = {run.name: run for run in study.runs}
     left = {job.task(name): by_name[name] for job in study.jobs for name in job.runs}
-    count, problem, waiting = len(left), "", slurm.Waiting(say)
+    count, problem, waiting = len(refused) + len(left), "", slurm.Waiting(say)
+
+    def add(task: str, run: PlannedRun, reason: str) -> None:
+        folder = study.run_folder(run)
+        slurm.see_to_outcome(task, folder, command_of(run, folder, request.options, None, machine.launcher), reason)
+        study.forget(run)
+        _add_row(study, run, say, f"[{count - len(refused) - len(left)}/{count}]")
+
+    while refused:
+        name, reason = refused.popitem()
+        add("", by_name[name], reason)
     while left:
         try:
             reasons = slurm.in_queue()
@@ -461,12 +488,7 @@ def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, 
         for task in never:
             slurm.take_out(task)
         for task in [task for task in left if task not in reasons or task in never]:
-            run = left.pop(task)
-            folder = study.run_folder(run)
-            reason = f"SLURM never starts it ({never[task]}): {slurm.REMEDY}" if task in never else ""
-            slurm.see_to_outcome(task, folder, command_of(run, folder, request.options, None, machine.launcher), reason)
-            study.forget(run)
-            _add_row(study, run, say, f"[{count - len(left)}/{count}]")
+            add(task, left.pop(task), f"SLURM never starts it ({never[task]}): {slurm.REMEDY}" if task in never else "")
         there = [job for job in study.jobs if any(job.task(name) in left for name in job.runs)]
         if there != study.jobs:
             study.jobs = there

@@ -111,6 +111,18 @@ def test_why_runs_wait_is_said_and_what_never_starts_gets_its_row(commands, tmp_
     assert json.loads((tmp_path / "s" / "study.json").read_text())["jobs"] == []
 
 
+def test_a_cell_that_slurm_refuses_has_a_row_and_the_others_go_on(commands, tmp_path, capsys):
+    commands("sbatch", "if grep -q ntasks=2; then echo 'sbatch: error: no such node' >&2; exit 1; fi; echo 1")
+    commands("squeue", "exit 0")
+    commands("scontrol", "exit 1")
+    assert run_here(words(tmp_path / "s", "--repeats", 1)) == 1
+    reasons = {row["processes"]: row["reason"] for row in read_table(tmp_path / "s")}
+    assert reasons == {1: "it left the queue before it started, as after scancel",
+                       2: "sbatch: sbatch: error: no such node"}
+    printed = capsys.readouterr().out
+    assert "[1/6] " in printed and "[6/6] " in printed and "[0/6]" not in printed
+
+
 @pytest.mark.parametrize("reason", [
     "BadConstraints", "PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "InvalidAccount", "InvalidQOS",
     "QOSMaxCpuPerJobLimit", "AssocMaxWallDurationPerJobLimit", "DependencyNeverSatisfied", "QOSMinCpuNotSatisfied"])
@@ -185,3 +197,17 @@ def test_a_study_whose_login_session_ends(slurm, small_dir, tmp_path):
     assert (folder / "report.html").exists() and states() == {}
     printed, _ = start().communicate(timeout=200)
     assert "[2/2] " in printed and {row["status"] for row in read_table(folder)} == {"completed"}, printed
+
+
+@pytest.mark.faults
+def test_a_cell_that_the_cluster_cannot_run_has_a_row(slurm, small_dir, tmp_path):
+    """The partition has 4 CPUs, and the cell needs 16."""
+    command = [sys.executable, "-m", "mnist_dist", "study", "--launcher", "slurm", "--batch-sizes", "16",
+               "--processes", "1,16", "--repeats", "1", "--epochs", "1", "--wandb", "disabled", "--data-dir",
+               str(small_dir), "--output-dir", str(tmp_path / "s")]
+    done = subprocess.run(command, env=slurm.environment, cwd=tmp_path, text=True, capture_output=True, timeout=400)
+    print(done.stdout, done.stderr)
+    rows = {(row["processes"], row["status"]): row["reason"] for row in read_table(tmp_path / "s")}
+    assert done.returncode == 1 and set(rows) == {(1, "completed"), (16, "failed")}
+    assert "SLURM never starts it" in rows[16, "failed"]
+    assert slurm.ask("squeue", "--noheader") == ""

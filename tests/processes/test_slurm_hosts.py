@@ -1,6 +1,6 @@
-"""A SLURM job that loses a host, which comes back or is replaced, ends by itself with the bits of one process.
+"""SLURM on several hosts: a job that loses one ends by itself with the bits of one process; names and environments.
 
-`./launch/test.sh -m faults tests/processes/test_lost_nodes.py -n 0 -s` prints how many seconds it takes until training
+`./launch/test.sh -m faults tests/processes/test_slurm_hosts.py -n 0 -s` prints how many seconds it takes until training
 goes on.
 """
 
@@ -19,6 +19,7 @@ from support import ROOT, epochs_of, result_of
 EPOCHS = 25
 OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled", "--epochs", EPOCHS, "--checkpoint-every",
            "1epoch"]
+BATCH = ["--nodes=2", "--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt", ROOT / "launch" / "slurm.sbatch"]
 FIRST, SECOND, THIRD = 2, 3, 4  # hosts with a node; the batch script runs on the first. The controller is on host 1
 
 
@@ -40,8 +41,7 @@ def slurm(tmp_path):
 @pytest.mark.parametrize("back", [0, 5, 30, 90, "another"])
 def test_a_job_that_loses_a_host_ends_with_the_same_bits(back, lost, slurm, alone, small_dir, tmp_path):
     """The host has no power for `back` seconds, or another one takes its place."""
-    job = slurm.submit("--nodes=2", "--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt",
-                       ROOT / "launch" / "slurm.sbatch", *OPTIONS, "--data-dir", small_dir, cwd=tmp_path)
+    job = slurm.submit(*BATCH, *OPTIONS, "--data-dir", small_dir, cwd=tmp_path)
     wait_until(lambda: epochs_of(run_of(tmp_path, job)) >= 2 or not slurm.state(job))
     time.sleep(moment := random.uniform(0, 12))
     slurm.kill(lost)
@@ -56,5 +56,26 @@ def test_a_job_that_loses_a_host_ends_with_the_same_bits(back, lost, slurm, alon
     wait_until(lambda: not slurm.state(job), deadline=300)
     print((tmp_path / "out.txt").read_text(), slurm.ask("scontrol", "show", "job", job))
     result_of(run_of(tmp_path, job))
+    assert len((tmp_path / "out.txt").read_text().splitlines()) <= 60
     assert (run_of(tmp_path, job) / "model.safetensors").read_bytes() == alone(EPOCHS)
     assert epochs_of(run_of(tmp_path, job)) == EPOCHS
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("names", [{}, {f"machine{FIRST}": "127.0.1.1"}])
+def test_nodes_whose_names_do_not_lead_to_them(names, slurm, small_dir, tmp_path):
+    slurm.hosts.resolve(SECOND, names)
+    job = slurm.submit(*BATCH, "--data-dir", small_dir, "--epochs", 1, "--wandb", "disabled", cwd=tmp_path)
+    wait_until(lambda: not slurm.state(job))
+    print((tmp_path / "out.txt").read_text())
+    assert result_of(run_of(tmp_path, job))["environment"]["num_machines"] == 2
+
+
+@pytest.mark.faults
+def test_nodes_without_the_environment(slurm, tmp_path):
+    job = slurm.submit("--export=ALL,PATH=/usr/bin:/bin", *BATCH, cwd=tmp_path)
+    wait_until(lambda: not slurm.state(job))
+    printed = (tmp_path / "out.txt").read_text()
+    print(printed)
+    assert 1 <= printed.count(" has no python that imports mnist_dist: submit with the environment active") <= 2
+    assert "Restarts=0" in (facts := slurm.ask("scontrol", "show", "job", job)) and "JobState=FAILED" in facts
