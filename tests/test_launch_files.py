@@ -17,7 +17,15 @@ def test_the_train_job_is_one_of_kubeflow_trainer():
     trainer = job["spec"]["trainer"]
     assert trainer["command"][:3] == ["torchrun", "-m", "mnist_dist"]
     config = training_config(parse([*trainer["command"][3:], *trainer["args"]]))
+    assert config.dataset == "mnist"
     assert config.resume and config.output_dir.startswith("/runs/")
     patch = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
     pod = patch["template"]["spec"]["template"]["spec"]
     assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+
+
+def test_no_file_for_a_queue_trains_on_other_data_unseen():
+    """With "auto" a node without data and without a network trains on the embedded digits."""
+    assert "train --dataset mnist " in (ROOT / "launch" / "slurm.sbatch").read_text()
+    sweep = yaml.safe_load((ROOT / "launch" / "wandb_sweep.yaml").read_text())
+    assert sweep["parameters"]["dataset"] == {"value": "mnist"}

@@ -130,7 +130,9 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     words = [_word(name, value) for name, value in training.items()]
     if script is None:
         TrainConfig(**training)  # what is wrong for every cell is an error
-        for name, value in {"checkpoint_every": "never", "wandb_group": group}.items():
+        # on nodes without data and without a network "auto" would train on the embedded digits, unseen
+        of_jobs = {"dataset": "mnist"} if given.launcher != "torch" else {}
+        for name, value in {"checkpoint_every": "never", "wandb_group": group, **of_jobs}.items():
             if name not in training:
                 words.append(_word(name, value))
         tracking = {name: training[name] for name in TRACKING if name in training}

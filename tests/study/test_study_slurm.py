@@ -51,7 +51,8 @@ def test_the_scripts_are_printed_and_nothing_is_submitted(tmp_path, capsys):
     assert run_here(words(tmp_path / "s", "--repeats", 1, "--lr", "1e-3", "--print")) == 0
     one, two = capsys.readouterr().out.split("#!/usr/bin/env bash\n")[1:]
     assert "#SBATCH --array=0-3\n#SBATCH --ntasks=1\n" in one and "#SBATCH --array=0-1\n#SBATCH --ntasks=2\n" in two
-    assert "--lr=1e-3" in one and "b10-p2-repeat-1" in two and not (tmp_path / "s").exists()
+    assert "--lr=1e-3" in one and "--dataset=mnist" in one and "b10-p2-repeat-1" in two
+    assert not (tmp_path / "s").exists()
     for script in (one, two):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     done = subprocess.run(["bash"], input=one, text=True, capture_output=True,
