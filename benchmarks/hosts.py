@@ -77,6 +77,7 @@ class Hosts:
         hosts.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **addresses}.items()]
         hosts.write_text("".join(lines))
+        hosts.with_name("resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses at once
 
     def start(self, number: int, *command: object, folder: Path | None = None, **environment: str
               ) -> subprocess.Popen[str]:

@@ -178,7 +178,8 @@ def test_a_bad_start_is_said_on_every_machine(fault, small_dir, tmp_path):
                                 for number in numbers])
     for (status, lines, _), needle in zip(found, said, strict=True):
         assert status == 2 and len(lines) == 1 and needle in lines[0], lines
-    assert seconds < TIMEOUT + 25, "starting Python on a busy machine takes its time"
+    # starting Python on a busy machine takes its time, and importing torchvision, for a download, as much again
+    assert seconds < TIMEOUT + (60 if fault == "no data" else 25)
     assert not (tmp_path / "run").exists()
 
 
