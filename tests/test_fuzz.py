@@ -239,7 +239,7 @@ def is_a_line(error):
     assert one_line(str(error)).isprintable()
 
 
-@pytest.mark.parametrize("number", [30, pytest.param(300, marks=pytest.mark.long),
+@pytest.mark.parametrize("number", [30, pytest.param(100, marks=pytest.mark.long),
                                     pytest.param(10_000, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_read_or_told(kind, number, tmp_path, monkeypatch):

@@ -73,9 +73,9 @@ def test_training_goes_on(way, size, small_dir, tmp_path):
     assert load_newest(tmp_path / "run" / "checkpoints", pytest.fail) is not None
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize(("ignored", "size"), [
+    pytest.param(ignored, size, marks=pytest.mark.long if ignored == (size == 1) else pytest.mark.faults)
+    for ignored in (False, True) for size in (1, 2)])
 def test_a_terminal_that_is_closed(ignored, size, small_dir, tmp_path):
     """It sends SIGHUP: a stop with a checkpoint. Under nohup that is ignored, and nothing can be printed any more."""
     words = train("--data-dir", small_dir, *(["--processes", 2] if size > 1 else []), "--checkpoint-every", "1000s",

@@ -188,7 +188,7 @@ def under(launcher, data_dir, folder):
 
 
 @pytest.mark.parametrize("launcher", [
-    pytest.param(launcher, marks=pytest.mark.faults if launcher == "python" else pytest.mark.long)
+    pytest.param(launcher, marks=pytest.mark.long if launcher == "torchrun" else pytest.mark.faults)
     for launcher in LAUNCHERS])
 def test_every_launcher_has_its_ranks(launcher, small_dir, tmp_path):
     begin = time.monotonic()

@@ -177,7 +177,8 @@ def test_other_files_in_the_way_are_kept(mirror, no_other_mirror, tmp_path):
 
 
 # W&B records the words of a process's command line
-@pytest.mark.parametrize("command", [mnist_dist, pytest.param(mnist_dist_launched, marks=pytest.mark.long)])
+@pytest.mark.parametrize("command", [pytest.param(mnist_dist, marks=pytest.mark.long),
+                                     pytest.param(mnist_dist_launched, marks=pytest.mark.faults)])
 def test_two_processes_on_an_empty_folder(command, mirror, tmp_path):
     """The mirror wants a password, which is written nowhere."""
     mirror.fault = "password"

@@ -128,13 +128,13 @@ def check_file(what, worker, tmp_path, some):
     assert len(contents) == 2, "the old one and the new one"
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_a_checkpoint_at_every_call(worker, tmp_path):
     check_checkpoints(worker, tmp_path, some=1)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("what", FILES)
+@pytest.mark.parametrize("what", [
+    pytest.param(what, marks=pytest.mark.long if what == "config" else pytest.mark.faults) for what in FILES])
 def test_a_file_at_every_call(what, worker, tmp_path):
     check_file(what, worker, tmp_path, some=1)
 

@@ -330,8 +330,8 @@ def test_a_server_gets_everything(small_dir, tmp_path):
     assert {"config.yaml", "wandb-summary.json"} <= server.files
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("ends", ["stalls", "dies"])
+@pytest.mark.parametrize("ends", [pytest.param("stalls", marks=pytest.mark.long),
+                                  pytest.param("dies", marks=pytest.mark.faults)])
 def test_a_server_that_fails_in_the_middle_costs_seconds(ends, small_dir, tmp_path):
     with WandbServer(ends) as server:
         done, seconds = tracked_by(server, small_dir, tmp_path)

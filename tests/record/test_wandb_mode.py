@@ -140,8 +140,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "no home" else pytest.mark.long)
-                                  for case in BROKEN])
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=() if case == "no home" else
+                 pytest.mark.long if case == "a key with a line break" else pytest.mark.faults) for case in BROKEN])
 def test_a_set_up_that_fails_means_offline(case, small_dir, tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         for name, value in BROKEN[case].items():

@@ -137,6 +137,7 @@ def test_it_looks_chooses_and_reports(quick, tmp_path, capsys):
     assert run_here(["report", str(tmp_path)]) == 0 and (tmp_path / "report.md").read_text() == report
 
 
+@pytest.mark.long
 def test_the_same_command_goes_on_where_it_was_stopped(quick, tmp_path, monkeypatch):
     do, count = study._do, []
 

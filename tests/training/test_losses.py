@@ -100,7 +100,7 @@ def without_rates(lines):
     return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
 
 
-@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.long)])
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.faults)])
 def test_points_are_over_all_ranks_on_any_number_of_processes(compiled, small_dir, tmp_path):
     recorded = {}
     for size in (1, 2, 3):
@@ -130,6 +130,7 @@ def test_points_are_over_all_ranks_on_any_number_of_processes(compiled, small_di
             assert sum(samples for _, samples, _ in line["windows"]) == epoch["measured_samples"]
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_and_continued_has_each_point_once(small_dir, tmp_path):
     words = ["train", "--data-dir", small_dir, "--epochs", 3, "--batch-size", 10, "--log-every", "3steps",
              "--checkpoint-every", "7steps", "--wandb", "offline"]

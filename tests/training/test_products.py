@@ -103,7 +103,7 @@ def trained(folder, data_dir, name, *words, least=1, size=1):
     return load_file(folder / name / "model.safetensors")[LINEAR], result_of(folder / name)
 
 
-@pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.long)])
+@pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.faults)])
 def test_the_same_bits_twice_and_cut_and_continued(compile, small_dir, tmp_path):
     words = ["--compile", compile]
     whole, result = trained(tmp_path, small_dir, "whole", "--epochs", 2, *words)
