@@ -308,8 +308,8 @@ def _problems(page: Page, analysis: Analysis) -> None:
                        f"first and last: {', '.join(number(run.rate) for run in base)} samples/s.")))
     if analysis.drift:
         change = analysis.drift.change.scaled(100)
-        page.add(f"Over the whole study the rates changed by {change.value:+.1f} % ({change.low:+.1f} to "
-                 f"{change.high:+.1f} %), each against its cell's median"
+        page.add(f"From the first run of the study to the last the rates changed by {change.value:+.1f} % "
+                 f"({change.low:+.1f} to {change.high:+.1f} %), by a line through each rate over its cell's median"
                  + ("." if analysis.drift.is_one else ": no drift is shown."))
 
 

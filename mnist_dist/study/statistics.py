@@ -269,22 +269,31 @@ def _worth(residuals: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Drift:
-    """How the machine changed during the study: the rates' change over all its runs, with an interval."""
+    """How the machine changed during the study: the rates' change over all its runs, relative to its start, with an
+    interval.
+    """
 
     change: Interval
     is_one: bool
 
 
 def drift_over_study(orders: Sequence[float], relative_rates: Sequence[float]) -> Drift | None:
-    """The change of the rates, each over its cell's median, from the first run to the last: Theil and Sen's slope, of
-    at most MOST_WINDOWS runs evenly over the study. None with fewer than 8 runs.
+    """The change of the rates, each over its cell's median, from the first run to the last, relative to the first: by
+    Theil and Sen's line through at most MOST_WINDOWS runs evenly over the study. None with fewer than 8 runs.
     """
     if len(orders) < LEAST_WINDOWS:
         return None
     if np.ptp(relative_rates) == 0:
         return Drift(Interval(0.0, 0.0, 0.0, LEVEL, len(orders)), False)
     places = np.argsort(orders)[_evenly(len(orders))]
-    line = stats.theilslopes(np.take(relative_rates, places), np.take(orders, places), LEVEL)
-    span = max(orders) - min(orders)
-    change = Interval(line.slope * span, line.low_slope * span, line.high_slope * span, LEVEL, len(orders))
+    rates, times = np.take(relative_rates, places), np.take(orders, places)
+    line = stats.theilslopes(rates, times, LEVEL)
+    span, middle = max(orders) - min(orders), float(np.median(times)) - min(orders)
+
+    def change_of(slope: float) -> float:
+        """Of a line of this slope through the medians, over its value at the start."""
+        start = float(np.median(rates)) - slope * middle
+        return slope * span / start if start > 0 else math.inf
+
+    change = Interval(change_of(line.slope), change_of(line.low_slope), change_of(line.high_slope), LEVEL, len(orders))
     return Drift(change, abs(change.value) >= LEAST_DRIFT and change.excludes(0.0))

@@ -175,6 +175,15 @@ def test_the_machines_drift_is_seen():
     assert drift_over_study(range(7), noise[:7]) is None
 
 
+@pytest.mark.parametrize("end", [0.1, 0.5, 0.9, 1.1, 2.0, 5.0])
+@pytest.mark.parametrize("number", [8, 41, 500])
+def test_a_drift_is_relative_to_the_start(end, number):
+    """Rates from 1 to `end`, of which the study knows each over the median of its cell."""
+    rates = np.linspace(1.0, end, number) * (1 + 0.001 * np.random.default_rng(0).standard_normal(number))
+    change = drift_over_study(range(number), rates / np.median(rates)).change
+    assert change.value == pytest.approx(end - 1, abs=0.02) and change.low <= change.value <= change.high
+
+
 def test_the_order_statistics_are_scipys():
     statistics._order_statistics.cache_clear()
     assert statistics._order_statistics(5, 0.95) is None and statistics._order_statistics(6, 0.95) == (0, 5)
