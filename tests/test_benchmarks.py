@@ -271,7 +271,7 @@ def test_compiled_steps_are_adams(data_dir: str, monkeypatch: pytest.MonkeyPatch
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_each_member_of_a_stacked_training_is_its_own_run(small_dir):
     """Also in the epoch's last batch, which is padded."""
     sets = load("mnist", str(small_dir))

@@ -221,7 +221,7 @@ def test_the_introduction_comes_before_the_compiler(compiled_run):
     assert [line[: len(begin)].lstrip() for line, begin in zip(compiled_run, begins, strict=False)] == begins
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_an_introduction_is_there_also_if_the_compiler_fails(small_dir, tmp_path):
     done = mnist_dist_launched("train", "--data-dir", small_dir, "--compile", "on", "--wandb", "disabled", cwd=tmp_path,
                       CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))

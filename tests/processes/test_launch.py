@@ -84,7 +84,7 @@ def test_a_world_of_another_size_is_refused(small_dir, tmp_path):
 @pytest.mark.parametrize(("number", "status", "size"), [
     (signal.SIGINT, 130, 1),
     pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.faults),
-    pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.long),
+    pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.faults),
     pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.faults),
 ])
 def test_a_signal_leaves_a_checkpoint_and_resume_goes_on(number, status, size, small_dir, tmp_path):

@@ -91,7 +91,7 @@ def test_a_command_that_starts_its_processes_itself(tmp_path):
         assert_one_line_error(done, f"mnist-dist {command} starts its processes itself", "RANK=0 and WORLD_SIZE=2")
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_the_ports_of_one_machine_are_its_own(small_dir, tmp_path):
     mark = uuid.uuid4().hex
     process = subprocess.Popen(

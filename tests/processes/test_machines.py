@@ -136,7 +136,7 @@ def test_two_machines_are_one_run(launcher, processes, alone, small_dir, tmp_pat
     assert not list(folders[1].iterdir()), "machine 0 has the one folder of the run"
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_each_machine_fetches_the_data_once(mnist_dir, tmp_path):
     with Hosts(tmp_path, 2) as hosts:
         mirror = hosts.start(1, sys.executable, "-u", "-m", "http.server", 8000, "--directory", mnist_dir)

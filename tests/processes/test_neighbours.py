@@ -131,7 +131,7 @@ def test_the_end_of_the_run_does_not_wait_for_the_pool(two_threads, monkeypatch)
                 if "idle pool" in name]
 
 
-@pytest.mark.long
+@pytest.mark.faults
 def test_a_run_beside_a_busy_process_says_so_and_has_the_same_bits(small_dir, tmp_path):
     """On two cores of this machine's, with a busy process on each, so that OpenMP's threads do wait."""
     def trained(name, busy):
