@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ PRELOADED = ["torch", "torch._dynamo", "accelerate", "mnist_dist.cli", "mnist_di
              "mnist_dist.training.steps.compiled", "mnist_dist.record.pictures"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
+# A start looks also at the ranks of other threads, and an exit status can be read once: the second reader gets 255.
+_polls = threading.Lock()
 
 
 def _child(target: str, argv: Sequence[str], environment: Mapping[str, str], cwd: str, files: Sequence[str]) -> None:
@@ -64,7 +67,8 @@ def run_forked(argv: Sequence[object], *, cwd: Path, size: int = 1, timeout: flo
         for rank in range(size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
             ranks.append(_context.Process(target=_child, args=(target, words, {**common, **own}, str(cwd), files)))
-            ranks[-1].start()
+            with _polls:
+                ranks[-1].start()
         status = _wait(ranks, timeout, patience)
         printed, errors = (Path(path).read_text() for path in files)
     if status is None:
@@ -75,13 +79,20 @@ def run_forked(argv: Sequence[object], *, cwd: Path, size: int = 1, timeout: flo
 def _wait(ranks: Sequence[multiprocessing.Process], timeout: float, patience: float) -> int | None:
     """The exit status of the first rank that failed, else 0; None if one was killed for taking too long."""
     deadline, failed = time.monotonic() + timeout, 0
-    while alive := [rank for rank in ranks if rank.exitcode is None]:
-        if not failed and (failed := next((rank.exitcode for rank in ranks if rank.exitcode), 0)):
+    while None in (codes := _exit_codes(ranks)):
+        alive = [rank for rank, code in zip(ranks, codes, strict=True) if code is None]
+        if not failed and (failed := next(filter(None, codes), 0)):
             deadline = min(deadline, time.monotonic() + patience)
         if time.monotonic() > deadline:
             for rank in alive:
                 rank.kill()
-                rank.join()
+            while None in _exit_codes(alive):
+                time.sleep(0.01)
             return failed or None
         multiprocessing.connection.wait([rank.sentinel for rank in alive], timeout=0.2)
-    return failed or next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    return failed or next(filter(None, codes), 0)
+
+
+def _exit_codes(ranks: Sequence[multiprocessing.Process]) -> list[int | None]:
+    with _polls:
+        return [rank.exitcode for rank in ranks]
