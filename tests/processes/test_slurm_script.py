@@ -32,6 +32,8 @@ def submit(tmp_path):
     (0, "JobState=RUNNING PreemptTime=None", None, False),
     (1, "JobState=RUNNING PreemptTime=None", None, False),  # a lost process, a full disk: the same would end it again
     (2, "JobState=RUNNING PreemptTime=None", "3", False),
+    (192 + 1, "JobState=RUNNING PreemptTime=None", None, False),  # the same, while srun ends the other processes
+    (192 + 3, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00", "1", True),
     (143, "JobState=RUNNING PreemptTime=None", None, True),  # by a signal, and nobody has cancelled the job
     (137, "JobState=RUNNING PreemptTime=None", "19", True),
     (143, "JobState=RUNNING PreemptTime=None", "20", False),
@@ -42,7 +44,23 @@ def submit(tmp_path):
 def test_which_jobs_go_back_to_the_queue(status, facts, restarts, is_put_back, submit):
     ended, put_back, _, _ = submit(srun=SRUN.format(status=status), scontrol=SCONTROL.format(facts=facts),
                                    restarts=restarts)
-    assert (ended, put_back) == (status, is_put_back)
+    assert (ended, put_back) == (status % 192, is_put_back)
+
+
+@pytest.mark.parametrize(("status", "ends"), [(0, 0), (1, 193), (2, 194), (3, 195), (143, 143), (137, 137)])
+def test_a_process_that_fails_by_itself_has_the_highest_status(status, ends, submit):
+    """The command that srun gets is run here, with a python of ours."""
+    python = f"[ $1 = -c ] || exit {status}"
+    ended, put_back, _, _ = submit(srun=f'echo > "$PLACE/srun"; shift; "$@"; [ $? = {ends} ] || exit 77; exit {ends}',
+                                   python=python, scontrol=SCONTROL.format(facts="JobState=RUNNING"))
+    assert (ended, put_back) == (status, status > 128)
+
+
+def test_a_node_without_the_environment(submit):
+    ended, put_back, _, errors = submit(srun='echo > "$PLACE/srun"; shift; export SLURM_LOCALID=0; "$@"',
+                                        python="exit 1", scontrol=SCONTROL.format(facts="JobState=RUNNING"))
+    assert (ended, put_back) == (2, False)
+    assert errors.startswith("slurm.sbatch: error: n1 has no python that imports mnist_dist: submit with the ")
 
 
 def test_a_step_that_never_ends_although_no_process_runs(submit):
