@@ -30,7 +30,7 @@ def test_a_job_on_two_nodes_has_the_same_bits(fault, slurm, alone, small_dir, tm
         other = slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1",
                              cwd=tmp_path)
         wait_until(lambda: not slurm.state(other))
-    wait_until(lambda: not slurm.state(job))
+    wait_until(lambda: not slurm.state(job), deadline=500)
     printed = (tmp_path / "out.txt").read_text()
     print(printed)
     run = run_of(tmp_path, job)

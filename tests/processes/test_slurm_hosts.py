@@ -16,9 +16,8 @@ from hosts import Hosts
 from slurm_cluster import SlurmOnHosts, missing, run_of, wait_until
 from support import ROOT, epochs_of, result_of
 
-EPOCHS = 25
-OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled", "--epochs", EPOCHS, "--checkpoint-every",
-           "1epoch"]
+EPOCHS, MANY_EPOCHS = 25, 60  # many: until SLURM ends the processes of the next start too, 50 s after it
+OPTIONS = ["--reproducible", "--batch-size", 10, "--wandb", "disabled", "--checkpoint-every", "1epoch"]
 BATCH = ["--nodes=2", "--cpus-per-task=1", "--ntasks-per-node=1", "--output=out.txt", ROOT / "launch" / "slurm.sbatch"]
 FIRST, SECOND, THIRD = 2, 3, 4  # hosts with a node; the batch script runs on the first. The controller is on host 1
 
@@ -41,7 +40,8 @@ def slurm(tmp_path):
 @pytest.mark.parametrize("back", [0, 5, 30, 90, "another"])
 def test_a_job_that_loses_a_host_ends_with_the_same_bits(back, lost, slurm, alone, small_dir, tmp_path):
     """The host has no power for `back` seconds, or another one takes its place."""
-    job = slurm.submit(*BATCH, *OPTIONS, "--data-dir", small_dir, cwd=tmp_path)
+    epochs = MANY_EPOCHS if back == 30 else EPOCHS
+    job = slurm.submit(*BATCH, *OPTIONS, "--epochs", epochs, "--data-dir", small_dir, cwd=tmp_path)
     wait_until(lambda: epochs_of(run_of(tmp_path, job)) >= 2 or not slurm.state(job))
     time.sleep(moment := random.uniform(0, 12))
     slurm.kill(lost)
@@ -57,9 +57,9 @@ def test_a_job_that_loses_a_host_ends_with_the_same_bits(back, lost, slurm, alon
     print((tmp_path / "out.txt").read_text(), slurm.ask("scontrol", "show", "job", job))
     result_of(run_of(tmp_path, job))
     printed = (tmp_path / "out.txt").read_text()
-    assert len(printed.splitlines()) <= 60 and "[c10d]" not in printed and "/gloo/" not in printed
-    assert (run_of(tmp_path, job) / "model.safetensors").read_bytes() == alone(EPOCHS)
-    assert epochs_of(run_of(tmp_path, job)) == EPOCHS
+    assert len(printed.splitlines()) <= epochs + 35 and "[c10d]" not in printed and "/gloo/" not in printed
+    assert (run_of(tmp_path, job) / "model.safetensors").read_bytes() == alone(epochs)
+    assert epochs_of(run_of(tmp_path, job)) == epochs
 
 
 @pytest.mark.faults
