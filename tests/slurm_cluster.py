@@ -182,7 +182,7 @@ class Slurm:
 
 
 class SlurmOnHosts(Slurm):
-    """The controller on host 1, where users type, and a node on each other host, in a PID namespace of its own."""
+    """The controller on host 1, where users type, and a node on each other host. Each host has a PID namespace."""
 
     def __init__(self, folder: Path, hosts: Hosts) -> None:
         self.hosts = hosts

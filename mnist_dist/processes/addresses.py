@@ -11,7 +11,7 @@ SLURM_SECONDS = 20.0  # for the controller's answer
 
 
 def addresses_of(host: str) -> list[str]:
-    """The IP addresses of a name, or the one that it is; none if it does not resolve."""
+    """The IP addresses of a host's name; of an IP address, itself. Empty if the name does not resolve."""
     try:
         return [str(place[4][0]) for place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError):  # UnicodeError: of a name that cannot be one

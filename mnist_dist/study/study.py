@@ -8,6 +8,7 @@ the same command continues a study that was interrupted at any point.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -432,8 +433,8 @@ def _add_row(study: Study, run: PlannedRun, say: Callable[[str], None], place: s
 
 def _submit(study: Study, pending: Sequence[PlannedRun], request: Request, say: Callable[[str], None]
             ) -> dict[str, str]:
-    """Submit the runs that are not in SLURM's queue; the names of those that SLURM refuses, with the reason. Raises
-    `UserError` if it refuses all, and none is in the queue.
+    """Submit the runs that are not in SLURM's queue. Returns the names of those that SLURM refuses, each with the
+    reason. Raises `UserError` if it refuses all of them and no other run is in the queue.
     """
     submitted = {name for job in study.jobs for name in job.runs}
     new = [run for run in pending if run.name not in submitted]
@@ -446,12 +447,11 @@ def _submit(study: Study, pending: Sequence[PlannedRun], request: Request, say: 
             study.jobs.append(slurm.submit(names, script, request.sbatch))
         except UserError as error:
             refused.update(dict.fromkeys(names, str(error)))
-            problem = error
             continue
         study.save()
         say(f"SLURM's job {study.jobs[-1].number}: {counted(len(names), 'run')}")
     if refused and not study.jobs:
-        raise problem
+        raise UserError(next(iter(refused.values())))
     return refused
 
 
@@ -463,16 +463,16 @@ def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, 
     refused = _submit(study, pending, request, say)
     by_name = {run.name: run for run in study.runs}
     left = {job.task(name): by_name[name] for job in study.jobs for name in job.runs}
-    count, problem, waiting = len(refused) + len(left), "", slurm.Waiting(say)
+    problem, waiting = "", slurm.Waiting(say)
+    count, places = len(refused) + len(left), itertools.count(1)
 
     def add(task: str, run: PlannedRun, reason: str) -> None:
         folder = study.run_folder(run)
         slurm.see_to_outcome(task, folder, command_of(run, folder, request.options, None, machine.launcher), reason)
         study.forget(run)
-        _add_row(study, run, say, f"[{count - len(refused) - len(left)}/{count}]")
+        _add_row(study, run, say, f"[{next(places)}/{count}]")
 
-    while refused:
-        name, reason = refused.popitem()
+    for name, reason in refused.items():
         add("", by_name[name], reason)
     while left:
         try:
