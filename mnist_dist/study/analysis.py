@@ -11,18 +11,15 @@ import numpy as np
 
 from mnist_dist.study.grid import Cell, cell_of
 from mnist_dist.study.statistics import (
-    LEAST_WINDOWS,
-    Drift,
+    LEAST_CONCLUSIVE,
+    Estimate,
     Interval,
-    Runs,
-    are_different,
-    drift_over_study,
-    factor_interval,
+    estimates,
     median_interval,
     more_repeats,
-    ratio_interval,
-    steadiness,
+    ratio,
 )
+from mnist_dist.study.steadiness import LEAST_WINDOWS, Drift, drift_over_study, steadiness
 from mnist_dist.study.table import Row, rate_of
 
 STRAGGLER = 1.2  # a rank's own step time over the median of all ranks
@@ -56,31 +53,30 @@ class CellFigures:
     repeats: list[Measured] = field(default_factory=list)
 
     @cached_property
-    def runs(self) -> Runs:
-        """The repeats as the statistics take them."""
-        return Runs(np.array([run.rate for run in self.repeats]), [run.windows for run in self.repeats])
+    def rates(self) -> np.ndarray:
+        """Of each run the throughput in samples/s."""
+        return np.array([run.rate for run in self.repeats])
 
     @cached_property
-    def rates(self) -> dict[str, np.ndarray | None]:
-        """Of each run: the throughput, and the undisturbed rate, in samples/s; None if a run has too few windows.
+    def undisturbed(self) -> np.ndarray | None:
+        """Of each run the rate of the 10th percentile of its step times; None if a run has too few windows.
 
-        What disturbs a run makes it slower and never faster, so the fast windows tell most of the code and the hardware
-        (Chen & Revels 2016, arXiv 1608.04295): the undisturbed rate is that of the 10th percentile of step times.
+        What disturbs a run makes it slower and never faster, so the fast windows say most of the code and the hardware
+        (Chen & Revels 2016, arXiv 1608.04295).
         """
-        windows = self.runs.windows
-        enough = all(len(one) >= LEAST_WINDOWS for one in windows)
-        quiet = np.array([1 / np.quantile(one[:, 2] / one[:, 1], 0.1) for one in windows]) if enough else None
-        return {"throughput": self.runs.rates, "undisturbed": quiet}
+        if any(len(run.windows) < LEAST_WINDOWS for run in self.repeats):
+            return None
+        return np.array([1 / np.quantile(run.windows[:, 2] / run.windows[:, 1], 0.1) for run in self.repeats])
 
     @cached_property
     def rate(self) -> Interval:
         """Samples per second over all processes."""
-        return median_interval(self.runs.rates)
+        return median_interval(self.rates)
 
     @cached_property
     def step_ms(self) -> Interval:
         """Milliseconds for a step on a whole global batch."""
-        return median_interval(1000 * self.cell.global_batch_size / self.runs.rates)
+        return median_interval(1000 * self.cell.global_batch_size / self.rates)
 
     @property
     def per_device_batch_size(self) -> float:
@@ -132,6 +128,17 @@ class Analysis:
         self.cells = {cell: found[cell] for cell in sorted(found, key=lambda cell: cell.place)}
 
     @cached_property
+    def estimates(self) -> dict[Cell, Estimate]:
+        """Of each cell the throughput."""
+        return dict(zip(self.cells, estimates([figures.rates for figures in self.cells.values()]), strict=True))
+
+    @cached_property
+    def undisturbed(self) -> dict[Cell, Estimate]:
+        """Of each cell whose runs have enough windows the undisturbed rate."""
+        rates = {cell: figures.undisturbed for cell, figures in self.cells.items() if figures.undisturbed is not None}
+        return dict(zip(rates, estimates(list(rates.values())), strict=True))
+
+    @cached_property
     def strong(self) -> dict[Cell, Scaling]:
         """Against the fewest processes at the same global batch size: the same work, shared by more."""
         return self._scaling(lambda cell, processes: cell.global_batch_size)
@@ -142,17 +149,17 @@ class Analysis:
         return self._scaling(lambda cell, processes: cell.global_batch_size * processes / cell.processes)
 
     def _scaling(self, batch_of_base: Any) -> dict[Cell, Scaling]:
-        found = {}
-        for cell, figures in self.cells.items():
+        bases_of = {}
+        for cell in self.cells:
             bases = [other for other in self.cells if other.options == cell.options
                      and other.processes < cell.processes
                      and other.global_batch_size == batch_of_base(cell, other.processes)]
-            if not bases:
-                continue
-            base = min(bases, key=lambda other: other.processes)
-            speed_up = ratio_interval(figures.runs, self.cells[base].runs)
-            found[cell] = Scaling(base, speed_up, speed_up.scaled(base.processes / cell.processes))
-        return found
+            if bases:
+                bases_of[cell] = min(bases, key=lambda other: other.processes)
+        speed_ups = {cell: ratio([self.estimates[cell]], [self.estimates[base]], len(bases_of))
+                     for cell, base in bases_of.items()}
+        return {cell: Scaling(bases_of[cell], speed_up, speed_up.scaled(bases_of[cell].processes / cell.processes))
+                for cell, speed_up in speed_ups.items()}
 
     @cached_property
     def drift(self) -> Drift | None:
@@ -227,37 +234,54 @@ def usual_own_ms(ranks: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True)
-class Factor:
-    """By how much a rate differs between two studies, second over first, and whether that is a difference."""
-
-    interval: Interval
-    is_one: bool
-
-
-@dataclass(frozen=True)
 class Difference:
-    """A cell in two studies: how its throughput and its undisturbed rate differ (None: too few windows)."""
+    """A cell in two studies: its throughputs, and by which factor throughput and undisturbed rate (None: too few
+    windows) of the second study are above those of the first.
+    """
 
     cell: Cell
     before: Interval
     after: Interval
-    throughput: Factor
-    undisturbed: Factor | None
+    throughput: Interval
+    undisturbed: Interval | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two studies, cell by cell. The intervals of all factors hold their truths together, so that at most 1 of 20
+    comparisons of a thing with itself calls anything faster or slower.
+    """
+
+    differences: Sequence[Difference]
 
     @property
-    def is_one(self) -> bool:
-        """Whether the cell differs."""
-        return self.throughput.is_one or (self.undisturbed is not None and self.undisturbed.is_one)
+    def visible(self) -> tuple[float, float] | None:
+        """The smallest change of the throughput that a cell can show, as a part of it: in the median over cells, and in
+        the cell where that is most. None with too few repeats.
+        """
+        factors = [one.throughput for one in self.differences]
+        if not factors or any(factor.n < LEAST_CONCLUSIVE for factor in factors):
+            return None
+        changes = [1 - factor.low / factor.value for factor in factors]
+        return float(np.median(changes)), max(changes)
+
+    @property
+    def slower(self) -> list[Difference]:
+        """Cells whose throughput is shown to be lower in the second study."""
+        return [one for one in self.differences if one.throughput.excludes(1.0) and one.throughput.value < 1]
+
+    @property
+    def faster(self) -> list[Difference]:
+        """The same, higher."""
+        return [one for one in self.differences if one.throughput.excludes(1.0) and one.throughput.value > 1]
 
 
-def compare(before: Analysis, after: Analysis) -> list[Difference]:
-    """Cell by cell, those that both studies have. All tests of a comparison share one false discovery rate."""
+def compare(before: Analysis, after: Analysis) -> Comparison:
+    """The cells that both studies have."""
     common = [cell for cell in before.cells if cell in after.cells]
-    pairs = {(cell, which): (ours, theirs) for which in ("throughput", "undisturbed") for cell in common
-             if (ours := after.cells[cell].rates[which]) is not None
-             and (theirs := before.cells[cell].rates[which]) is not None}
-    intervals = [factor_interval(*pair) for pair in pairs.values()]
-    verdicts = are_different(list(pairs.values()), intervals)
-    found = {key: Factor(*factor) for key, factor in zip(pairs, zip(intervals, verdicts, strict=True), strict=True)}
-    return [Difference(cell, before.cells[cell].rate, after.cells[cell].rate, found[cell, "throughput"],
-                       found.get((cell, "undisturbed"))) for cell in common]
+    quiet = [cell for cell in common if cell in before.undisturbed and cell in after.undisturbed]
+    count = len(common) + len(quiet)
+    throughput = {cell: ratio([after.estimates[cell]], [before.estimates[cell]], count) for cell in common}
+    undisturbed = {cell: ratio([after.undisturbed[cell]], [before.undisturbed[cell]], count) for cell in quiet}
+    return Comparison([Difference(cell, before.cells[cell].rate, after.cells[cell].rate, throughput[cell],
+                                  undisturbed.get(cell)) for cell in common])

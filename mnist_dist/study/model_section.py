@@ -104,7 +104,7 @@ def _series(judged: Judged, options: Options, model: Model) -> list[Series]:
         places = [*(place for _, place in groups[batch]), *ahead]
         found.append(Series(
             f"batch {batch:,}{short(options)}", [one.cell.processes for one in own], [one.step_ms for one in own],
-            [list(1000 * batch / one.runs.rates) for one in own],
+            [list(1000 * batch / one.rates) for one in own],
             [f"{one.cell}: {say(one.step_ms)} ms per step" for one in own],
             [place.processes for place in places], [one.scaled(1000) for one in model.predict(places)]))
     return found

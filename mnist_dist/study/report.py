@@ -10,7 +10,7 @@ from typing import Any
 
 from mnist_dist.disk.files import make_folder, replace_synced
 from mnist_dist.study import pictures
-from mnist_dist.study.analysis import Analysis, CellFigures, Factor, Scaling, compare
+from mnist_dist.study.analysis import Analysis, CellFigures, Comparison, Scaling, compare
 from mnist_dist.study.answer import Answer, add_answers, answer, in_words
 from mnist_dist.study.fabric import Fabric, fabric_of
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
@@ -19,10 +19,11 @@ from mnist_dist.study.model_section import add_model
 from mnist_dist.study.models import judge
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
-from mnist_dist.study.statistics import LEAST_CHANGE, LEAST_REPEATS, LEVEL, PRECISION, SIGNIFICANT, Interval
+from mnist_dist.study.statistics import LEAST_CONCLUSIVE, LEAST_REPEATS, LEVEL, PRECISION, Interval
+from mnist_dist.study.steadiness import LEAST_CHANGE, SIGNIFICANT
 from mnist_dist.study.table import CSV, JSONL, Row
 from mnist_dist.study.targets import targets_of
-from mnist_dist.study.words import cell_head, cell_words, level_of, listed, name_of_line, say, short
+from mnist_dist.study.words import at_level, cell_head, cell_words, level_of, listed, name_of_line, say, short
 from mnist_dist.tables import number
 from mnist_dist.text import counted
 
@@ -30,6 +31,13 @@ REPORT, PICTURES = "report", "pictures"
 MOST_NAMED = 200  # runs in the list of their order
 WINDOWS_WORDS = (f"A run whose step times jump or drift by {100 * LEAST_CHANGE:.0f} % or more is marked (rank tests "
                  f"over windows of consecutive steps, p below {SIGNIFICANT:g}).")
+
+COMPARED = (
+    "A factor is the ratio of geometric means over the repeats, with Student's interval. All cells of a study have one "
+    "relative spread in common, except a cell whose spread is far above the others'; if the spreads are not equal, "
+    f"each cell has its own. The intervals of all factors together hold their truths in {100 * LEVEL:.0f} % of "
+    "comparisons, and a cell is called faster or slower if its interval does not hold 1. Throughput is what a run had. "
+    "Undisturbed is the rate of the 10th percentile of its step times, which other load on the machine changes least.")
 
 
 def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PROCESSES) -> list[Path]:
@@ -60,26 +68,18 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
 def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequence[Row]]) -> list[Path]:
     """Write the comparison of two studies (folder and rows) into the folder of the second; returns its two files."""
     first, second = Analysis(before[1]), Analysis(after[1])
-    differences = compare(first, second)
+    comparison = compare(first, second)
     names = [folder.resolve().name for folder, _ in (before, after)]
     page = Page(f"{names[1]} compared with {names[0]}")
-    found = [one for one in differences if one.is_one]
-    many = counted(len(found), "cell differs", "cells differ") if found else "No cell differs"
-    page.add(
-        f"{counted(len(differences), 'cell is', 'cells are')} in both studies. {many}. A factor is the median over all "
-        "pairs of a run of the second and a run of the first (Hodges and Lehmann). A cell differs if the interval of a "
-        "factor does not hold 1, and a Mann-Whitney test finds it among all factors at a false discovery rate of "
-        f"{100 * (1 - LEVEL):.0f} %. Throughput is what a run had; undisturbed is the rate of the 10th percentile of "
-        "its step times, which other load on the machine changes least."
-    )
-    if differences:
+    page.add(_verdict(comparison))
+    if comparison.differences:
         page.add(Table(
-            [*cell_head(second.cells), "first, samples/s", "second, samples/s", "throughput, second / first",
-             "difference", "undisturbed, second / first", "difference"],
+            [*cell_head(second.cells), "first, samples/s", "second, samples/s", "throughput, second / first", "level",
+             "shown", "undisturbed, second / first", "shown"],
             [[*cell_words(one.cell, second.cells), say(one.before), say(one.after),
-              *(word for factor in (one.throughput, one.undisturbed) for word in _factor(factor))]
-             for one in differences],
-        ))
+              say(one.throughput), level_of(one.throughput), _shown(one.throughput),
+              say(one.undisturbed) if one.undisturbed else "too few windows",
+              _shown(one.undisturbed) if one.undisturbed else ""] for one in comparison.differences]), COMPARED)
     for name, analysis, other in ((names[0], first, second), (names[1], second, first)):
         only = [cell for cell in analysis.cells if cell not in other.cells]
         if only:
@@ -100,16 +100,29 @@ def _write(folder: Path, page: Page, stem: str) -> list[Path]:
     return written
 
 
-def _factor(factor: Factor | None) -> tuple[str, str]:
-    """A factor, and its difference in words."""
-    if factor is None:
-        return "-", "too few windows"
-    interval = factor.interval
-    if interval.n < 2:
-        return say(interval), "one run cannot tell"
-    if not factor.is_one:
-        return say(interval), "none shown"
-    return say(interval), f"{100 * abs(interval.value - 1):.1f} % {'faster' if interval.value > 1 else 'slower'}"
+def _verdict(comparison: Comparison) -> str:
+    """The result of a comparison in words: what differs, and what these repeats can show."""
+    count = len(comparison.differences)
+    both = f"{counted(count, 'cell is', 'cells are')} in both studies. "
+    if not count:
+        return both
+    if comparison.visible is None:
+        return both + f"Nothing is shown: a cell needs {LEAST_CONCLUSIVE} repeats or more in each study."
+    usual, most = (f"{100 * change:.2g} %" for change in comparison.visible)
+    shown = " and ".join(f"{len(cells)} {word}" for cells, word in ((comparison.slower, "slower"),
+                                                                    (comparison.faster, "faster")) if cells)
+    repeats = min(one.throughput.n for one in comparison.differences)
+    can = f"{counted(repeats, 'repeat')} of {counted(count, 'cell')} can show a change of {usual}"
+    least = "" if usual == most else f", and of {most} in the least certain cell"
+    none = f" No change of more than {most} is shown."
+    return f"{both}{f'Shown: {shown}. ' if shown else ''}{can}{least}.{'' if shown else none}"
+
+
+def _shown(factor: Interval) -> str:
+    """What the factor shows: a word, or nothing."""
+    if not factor.excludes(1.0):
+        return ""
+    return f"{100 * abs(factor.value - 1):.1f} % {'faster' if factor.value > 1 else 'slower'}"
 
 
 # ---------------------------------------------------------------------------------------------------------- sections
@@ -130,7 +143,8 @@ def _summary(page: Page, analysis: Analysis, answers: Mapping[float, Answer | No
             f"Measured: the training throughput of {counted(len(cells), 'cell')} (a batch size on a number of "
             f"processes), {counted(len(runs), 'run')} in all, {many} repeats of each cell, on ", Code(places), ".")))
         best = max(cells.values(), key=lambda figures: figures.rate.value)
-        found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {say(best.rate)} samples/s."))]
+        found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {say(best.rate)} samples/s"
+                                      f"{at_level(best.rate)}."))]
         for count in processes:
             found += _pays(analysis, count)
         found += in_words(answers, analysis)
@@ -157,23 +171,24 @@ def _summary(page: Page, analysis: Analysis, answers: Mapping[float, Answer | No
 
 
 def _pays(analysis: Analysis, processes: int) -> list[Inline]:
-    """Whether so many processes are faster than the fewest, at the same global batch size."""
-    own = {cell: scaling for cell, scaling in analysis.strong.items() if cell.processes == processes}
-    if not own:
-        return []
-    groups: dict[str, list[Cell]] = {"faster": [], "slower": [], "not shown to differ": []}
-    for cell, scaling in own.items():
-        speed_up = scaling.speed_up
-        word = "not shown to differ" if not speed_up.excludes(1.0) else "faster" if speed_up.value > 1 else "slower"
-        groups[word].append(cell)
-    base = next(iter(own.values())).base.processes
-    parts: list[str] = []
-    for word, members in groups.items():
-        if members:
-            parts += ["; " if parts else "", f"{word} at batch ", listed(members)]
-    best = max(own, key=lambda cell: own[cell].speed_up.value)
-    return [Text((f"{processes} processes against {base}, the same global batch: ", *parts, ". The largest speed-up is "
-                  f"{say(own[best].speed_up)}, at ", Code(str(best)), "."))]
+    """Whether so many processes are faster than the fewest that ran the same global batch size."""
+    lines: list[Inline] = []
+    compared = {cell: scaling for cell, scaling in analysis.strong.items() if cell.processes == processes}
+    for base in sorted({scaling.base.processes for scaling in compared.values()}):
+        speed_ups = {cell: scaling.speed_up for cell, scaling in compared.items() if scaling.base.processes == base}
+        groups: dict[str, list[Cell]] = {"faster": [], "slower": [], "not shown to differ": []}
+        for cell, speed_up in speed_ups.items():
+            word = "not shown to differ" if not speed_up.excludes(1.0) else "faster" if speed_up.value > 1 else "slower"
+            groups[word].append(cell)
+        parts: list[str] = []
+        for word, members in groups.items():
+            if members:
+                parts += ["; " if parts else "", f"{word} at batch ", listed(members)]
+        best = max(speed_ups, key=lambda cell: speed_ups[cell].value)
+        lines.append(Text((
+            f"{counted(processes, 'process', 'processes')} against {base}, the same global batch: ", *parts,
+            f". The largest speed-up is {say(speed_ups[best])}{at_level(speed_ups[best])}, at ", Code(str(best)), ".")))
+    return lines
 
 
 def _lines_of(analysis: Analysis) -> list[tuple[str, list[CellFigures]]]:
@@ -192,7 +207,7 @@ def _throughput(page: Page, analysis: Analysis, folder: Path) -> None:
     for name, members in _lines_of(analysis):
         series.append(Series(
             name, [m.cell.global_batch_size for m in members], [m.rate for m in members],
-            [list(m.runs.rates) for m in members],
+            [list(m.rates) for m in members],
             [f"{m.cell}: {say(m.rate)} samples/s, {counted(m.rate.n, 'repeat')}" for m in members]))
     page.add(pictures.draw(
         folder, "throughput", "Samples per second against the global batch size: median, interval, and each repeat as "
@@ -228,9 +243,9 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
         for (options, batch), own in groups.items():
             base = next(iter(own.values())).base
             per_process = analysis.cells[base].rate.value / base.processes
-            points = [(cell, scaling.efficiency, analysis.cells[cell].runs.rates / per_process / cell.processes)
+            points = [(cell, scaling.efficiency, analysis.cells[cell].rates / per_process / cell.processes)
                       for cell, scaling in sorted(own.items(), key=lambda item: item[0].processes)]
-            ones = analysis.cells[base].runs.rates / per_process / base.processes
+            ones = analysis.cells[base].rates / per_process / base.processes
             series.append(Series(
                 f"batch {batch:,.0f}{short(options)}",
                 [base.processes, *(cell.processes for cell, _, _ in points)],
@@ -245,12 +260,13 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
         cells = analysis.cells
         page.add(Table(
             [*cell_head(scalings), "samples/s", "base case, processes", "base case, samples/s", "speed-up",
-             "efficiency"],
+             "efficiency", "level"],
             [[*cell_words(cell, scalings), say(cells[cell].rate), f"{one.base.processes}", say(cells[one.base].rate),
-              say(one.speed_up), say(one.efficiency)] for cell, one in scalings.items()],
+              say(one.speed_up), say(one.efficiency), level_of(one.speed_up)] for cell, one in scalings.items()],
         ))
-    page.add("Speed-up: median rate over that of the base case, which is the fewest processes. Efficiency: speed-up, "
-             "divided by how many times as many processes. Intervals: a bootstrap of runs, and of windows within runs.")
+    page.add("Speed-up: the rate over that of the base case (geometric means), which is the fewest processes. "
+             "Efficiency: speed-up, divided by how many times as many processes. Intervals: Student's, with the spread "
+             "that the cells have in common; all of a table together hold their truths with the level.")
 
 
 def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
@@ -259,7 +275,7 @@ def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
     for name, members in _lines_of(analysis):
         series.append(Series(
             name, [m.per_device_batch_size for m in members], [m.step_ms for m in members],
-            [list(1000 * m.cell.global_batch_size / m.runs.rates) for m in members],
+            [list(1000 * m.cell.global_batch_size / m.rates) for m in members],
             [f"{m.cell}: {say(m.step_ms)} ms per step" for m in members]))
     page.add(pictures.draw(
         folder, "step-time", "Milliseconds of a step against the batch per process. Both axes are logarithmic.", series,

@@ -1,7 +1,8 @@
 """What the runs of a study say, with intervals. Pure functions of numbers; nothing here reads a file.
 
-The run is the unit that is repeated: steps within a run depend on each other (Kalibera & Jones 2013). Nothing assumes
-a normal distribution. Ratios are ratios of medians, never means of ratios (Hoefler & Belli 2015).
+The run is the unit that is repeated: steps within a run depend on each other (Kalibera & Jones 2013). A single figure
+is a median with an interval that assumes no distribution. A ratio of two figures is one of geometric means (Fleming &
+Wallace 1986), with an interval from the spread that the cells have in common, which few repeats need.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import stats
 
 LEVEL = 0.95
-RESAMPLES = 4000
-WINDOW_RESAMPLES = 100  # of each run, from which a resampled run draws
+LEVEL_OF_MANY = 0.96  # for intervals that hold all together with LEVEL: the choice of a common spread costs a point
 PRECISION = 0.05  # half an interval wider than this part of the median is too wide to conclude from
-LEAST_CHANGE = 0.05  # of the step time within a run; smaller changes are not marked
-LEAST_DRIFT = 0.02  # of the rates over the whole study
-SIGNIFICANT = 0.001  # for a change within a run: there are many runs, and their windows depend on each other
-LEAST_WINDOWS = 8
-MOST_WINDOWS = 400  # of a run, and runs of a study: slopes and ranks of pairs take the square of it
+LEAST_CONCLUSIVE = 3  # repeats behind a figure that is called larger or smaller than another
+FAR = 0.01  # a spread is far above the others', if chance makes it so far less often
+UNEQUAL = 0.05  # the same for all spreads together
+ROUNDING = 1e-9  # the least half width of a ratio: equal figures differ by rounding
+TINY = 1e-300  # in place of a spread of 0, of which there is no logarithm
 LEAST_REPEATS = 5
 
 
@@ -41,31 +41,13 @@ class Interval:
         return Interval(self.value * factor, self.low * factor, self.high * factor, self.level, self.n)
 
     def excludes(self, value: float) -> bool:
-        """Whether the interval does not hold the value; never, if one run is behind it."""
-        return self.n > 1 and not self.low <= value <= self.high
+        """Whether the interval does not hold the value; never, if fewer than LEAST_CONCLUSIVE repeats are behind it."""
+        return self.n >= LEAST_CONCLUSIVE and not self.low <= value <= self.high
 
     @property
     def half_width(self) -> float:
         """Half the interval's width as a part of the value."""
         return (self.high - self.low) / 2 / self.value if self.value else math.inf
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The repeats of a cell: `rates` [n] in samples/s, and of each run its windows [w, 3]: steps, samples, seconds."""
-
-    rates: np.ndarray
-    windows: Sequence[np.ndarray]
-
-    @functools.cached_property
-    def medians(self) -> np.ndarray:
-        """[RESAMPLES] medians of resampled runs of resampled windows: a two-level bootstrap. The same at every call."""
-        random, n = np.random.default_rng(0), len(self.rates)
-        factors = np.stack([_window_factors(windows, random) for windows in self.windows])
-        which = random.integers(n, size=(RESAMPLES, n))
-        drawn = self.rates[which] * factors[which, random.integers(WINDOW_RESAMPLES, size=(RESAMPLES, n))]
-        drawn.sort(axis=1)  # of few values a sort is five times as fast as np.median
-        return (drawn[:, (n - 1) // 2] + drawn[:, n // 2]) / 2
 
 
 def median_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
@@ -105,75 +87,91 @@ def _order_statistics(n: int, level: float) -> tuple[int, int] | None:
     return None if math.isnan(low) or math.isnan(high) else (int(low), int(high))
 
 
-def ratio_interval(top: Runs, bottom: Runs, level: float = LEVEL) -> Interval:
-    """Median rate of `top` over that of `bottom`, with an interval by a two-level bootstrap: runs are drawn with
-    replacement, then the windows within each. With one run on a side the interval has no width and a level of 0.
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """The mean of the logarithms of a quantity's `n` repeats, the variance of this mean (`error`), and the degrees of
+    freedom with which that is known: 0 if it is not.
 
-    A percentile interval of few runs is too narrow; its percentiles are moved outwards as in Hesterberg (2015, The
-    American Statistician 69(4)), equation 5. The level of 2 or 3 runs on each side is at most that with which their
-    ranges do not separate by chance.
+    Estimates with the same `pool` have their spread in common.
     """
-    n, ratio = min(len(top.rates), len(bottom.rates)), float(np.median(top.rates) / np.median(bottom.rates))
-    if n < 2:
-        return Interval(ratio, ratio, ratio, 0.0, n)
-    # both are drawn from one seed: the same place would pair draws that are alike, neighbours are independent
-    ratios = top.medians / np.roll(bottom.medians, 1)
-    tail = float(stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - level) / 2, n - 1)))
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    separate = 2 / math.comb(len(top.rates) + len(bottom.rates), len(top.rates))
-    return Interval(ratio, float(low), float(high), min(level, 1 - separate), n)
+
+    mean: float
+    error: float
+    n: int
+    freedom: float
+    pool: object
 
 
-def _window_factors(windows: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """[WINDOW_RESAMPLES] rates of resampled windows, as parts of the rate of all."""
-    count = len(windows)
-    if count < 2:
-        return np.ones(WINDOW_RESAMPLES)
-    samples, seconds = windows[:, 1], windows[:, 2]
-    which = random.integers(count, size=(WINDOW_RESAMPLES, count))
-    return samples.take(which).sum(axis=1) / seconds.take(which).sum(axis=1) / (samples.sum() / seconds.sum())
+def estimates(groups: Sequence[Sequence[float] | np.ndarray]) -> list[Estimate]:
+    """Of each group of positive repeats an estimate. They have one relative spread, pooled over the groups.
 
-
-def factor_interval(after: np.ndarray, before: np.ndarray, level: float = LEVEL) -> Interval:
-    """By which factor the rates `after` [n] are above those `before` [m]: the median of all n x m ratios of two runs
-    (Hodges & Lehmann 1963), with the interval of those factors that a Mann-Whitney test does not refuse (Bauer 1972).
-
-    It holds for rates of any distribution, and needs fewer runs than an interval of the medians' ratio. Too few runs
-    for the level give the range of the ratios, with the level that it has.
+    A group whose spread is far above the others' (an F test, corrected for their number) has a spread for itself. All
+    have, if the rest is not equal (Bartlett 1937, Proceedings of the Royal Society A 160).
     """
-    ratios = np.sort(np.divide.outer(after, before).ravel())
-    n, m = len(after), len(before)
-    below = _mann_whitney(n, m)
-    cut = int(np.searchsorted(below, (1 - level) / 2, side="right"))  # so many ratios are cut off at each end
-    low, high = (cut - 1, len(ratios) - cut) if cut else (0, len(ratios) - 1)
-    return Interval(float(np.median(ratios)), float(ratios[low]), float(ratios[high]),
-                    level if cut else float(1 - 2 * below[0]), min(n, m))
+    logarithms = [np.log(np.asarray(group, dtype=float)) for group in groups]
+    squares = np.array([((values - values.mean()) ** 2).sum() for values in logarithms])
+    freedom = np.array([len(values) - 1 for values in logarithms])
+    pooled = _pooled(squares, freedom)
+    whole, pool = freedom[pooled].sum(), object()
+    variance = squares[pooled].sum() / max(1, whole)
+    return [Estimate(float(values.mean()), (variance if shared else square / max(1, free)) / len(values), len(values),
+                     float(whole if shared else free), pool if shared else object())
+            for values, square, free, shared in zip(logarithms, squares, freedom, pooled, strict=True)]
 
 
-@functools.cache
-def _mann_whitney(n: int, m: int) -> np.ndarray:
-    """P(U <= u) for u = 0, 1, ... n m, if both samples have the same distribution: the counts of partitions."""
-    counts = np.zeros(n * m + 1)
-    counts[0] = 1.0
-    for i in range(1, n + 1):  # times (1 - q^(m + i)) / (1 - q^i)
-        if m + i <= n * m:
-            counts[m + i :] -= counts[: -(m + i)].copy()
-        for u in range(i, n * m + 1):
-            counts[u] += counts[u - i]
-    return np.cumsum(counts) / math.comb(n + m, n)
+def _pooled(squares: np.ndarray, freedom: np.ndarray) -> np.ndarray:
+    """[groups] whether a group has the spread in common with others, from sums of squares and degrees of freedom."""
+    pooled = np.full(len(squares), True)
+    known = freedom > 0
+    while (inside := np.flatnonzero(pooled & known)).size > 1:
+        square, free = squares[inside], freedom[inside]
+        rest, rest_free = square.sum() - square, free.sum() - free
+        ratios = np.divide(square / free, rest / rest_free, out=np.where(square > 0, np.inf, 0.0), where=rest > 0)
+        chances = stats.f.sf(ratios, free, rest_free) * len(inside)
+        if chances.min() > FAR:
+            break
+        pooled[inside[chances.argmin()]] = False
+    if inside.size > 1 and _bartlett(squares[inside], freedom[inside]) < UNEQUAL:
+        pooled[:] = False
+    return pooled
 
 
-def are_different(pairs: Sequence[tuple[np.ndarray, np.ndarray]], intervals: Sequence[Interval]) -> list[bool]:
-    """Whether the rates of each pair of cells differ. A difference is called one if its interval does not hold 1, and a
-    Mann-Whitney test says so among all pairs with a false discovery rate of 5 % (Benjamini & Hochberg 1995).
+def _bartlett(squares: np.ndarray, freedom: np.ndarray) -> float:
+    """The probability that spreads of the same variance differ as much."""
+    variances, whole = np.maximum(squares / freedom, TINY), freedom.sum()
+    statistic = whole * math.log((freedom * variances).sum() / whole) - (freedom * np.log(variances)).sum()
+    scale = 1 + ((1 / freedom).sum() - 1 / whole) / (3 * (len(freedom) - 1))
+    return float(stats.chi2.sf(statistic / scale, len(freedom) - 1))
 
-    If no pair differs, at most 1 study in 20 reports one that does.
+
+def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int = 1) -> Interval:
+    """The product of the quantities of `top` over that of `bottom`, by their geometric means, with Student's interval.
+    What is in both cancels. Spreads of several pools are joined as by Welch (1947) and Satterthwaite (1946).
+
+    The interval is one of `comparisons` that hold their truths all together (Sidak 1967, JASA 62: the bound holds for
+    t statistics that share a spread). Its level is at most that at which the ranges of two samples of so few repeats
+    separate by chance, which needs no assumption. With one repeat it has no width, and a level of 0.
     """
-    p = [float(stats.mannwhitneyu(a, b).pvalue) for a, b in pairs]
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    passing = max((k for k, i in enumerate(order, 1) if p[i] <= (1 - LEVEL) * k / len(p)), default=0)
-    found = set(order[:passing])
-    return [i in found and interval.excludes(1.0) for i, interval in enumerate(intervals)]
+    above, below = [one for one in top if one not in bottom], [one for one in bottom if one not in top]
+    value = math.exp(sum(one.mean for one in above) - sum(one.mean for one in below))
+    errors: dict[object, float] = {}
+    freedoms: dict[object, float] = {}
+    for one in (*above, *below):
+        errors[one.pool] = errors.get(one.pool, 0.0) + one.error
+        freedoms[one.pool] = one.freedom
+    n, error = min(one.n for one in (*top, *bottom)), sum(errors.values())
+    if n < 2 or not all(freedoms.values()):
+        return Interval(value, value, value, 0.0, 1)
+    freedom = error**2 / max(TINY, sum(part**2 / freedoms[pool] for pool, part in errors.items()))
+    half = max(ROUNDING, half_width(error, freedom, comparisons))
+    return Interval(value, value * math.exp(-half), value * math.exp(half),
+                    min(LEVEL, 1 - 2 / math.comb(2 * n, n)), n)
+
+
+def half_width(error: float, freedom: float, comparisons: int = 1) -> float:
+    """Half of Student's interval for a logarithm with this variance, one of `comparisons` that hold all together."""
+    tail = -math.expm1(math.log(LEVEL if comparisons == 1 else LEVEL_OF_MANY) / comparisons) / 2
+    return math.sqrt(error) * float(stats.t.isf(tail, max(1.0, freedom)))
 
 
 def more_repeats(interval: Interval) -> int:
@@ -184,116 +182,3 @@ def more_repeats(interval: Interval) -> int:
     if interval.half_width > PRECISION:
         wanted = max(6, math.ceil(interval.n * (interval.half_width / PRECISION) ** 2))
     return max(0, wanted - interval.n)
-
-
-@dataclass(frozen=True)
-class Steadiness:
-    """Whether a run's step times are steady: `kind` is "steady", "jump", "drift" or "too short to tell"."""
-
-    kind: str
-    change: float = 0.0  # of the step time: 0.1 is 10 % slower at the end
-    step: int = 0  # of a jump: measured steps before it
-    warmup_steps: int = 0  # measured steps that still belong to the warm-up: a first part that is slower
-
-
-def steadiness(windows: np.ndarray) -> Steadiness:
-    """Look for a jump or a drift in the step times of a run's windows [w, 3].
-
-    A jump is found by the largest rank sum statistic over all places of the jump (Lausen & Schumacher 1992, Biometrics
-    48(1)) with Bonferroni's bound, a drift by Kendall's; which of the two it is, by the fit with the smaller absolute
-    residuals. Neighbouring windows depend on each other, so that n of them are worth n (1 - r) / (1 + r), where r is
-    the correlation of neighbouring residuals of the fit.
-    """
-    if len(windows) > MOST_WINDOWS:  # neighbours are joined
-        windows = np.add.reduceat(windows, _evenly(len(windows)))
-    n = len(windows)
-    if n < LEAST_WINDOWS:
-        return Steadiness("too short to tell")
-    times, steps, place = windows[:, 2] / windows[:, 0], windows[:, 0], np.arange(n)
-    ranks, after = _ranks(times), np.arange(1, n)
-    z = (np.cumsum(ranks)[:-1] - after * (n + 1) / 2) / np.sqrt(after * (n - after) * (n + 1) / 12)
-    at = int(np.argmax(np.abs(z))) + 1  # windows before the jump
-    before, behind = float(np.median(times[:at])), float(np.median(times[at:]))
-    off_jump = times - np.where(place < at, before, behind)
-    jump, z_jump = behind / before - 1, float(np.abs(z).max())
-    first, second = np.triu_indices(n, 1)
-    differences = times[second] - times[first]
-    z_drift = abs(_kendall(differences)) / math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
-    # dependence only lowers a statistic: what is not significant without it needs no look at the residuals
-    is_jump = abs(jump) >= LEAST_CHANGE and _p(z_jump, n - 1) < SIGNIFICANT and (
-        _p(z_jump * _worth(off_jump), n - 1) < SIGNIFICANT)
-    if _p(z_drift) >= SIGNIFICANT:
-        is_drift = False
-    else:
-        slope = float(np.median(differences / (second - first)))  # Theil and Sen's
-        intercept = float(np.median(times)) - slope * (n - 1) / 2
-        off_line = times - (intercept + slope * place)
-        drift = slope * (n - 1) / intercept if intercept > 0 else math.inf
-        is_drift = abs(drift) >= LEAST_CHANGE and _p(z_drift * _worth(off_line)) < SIGNIFICANT
-    if is_jump and (not is_drift or np.abs(off_jump).sum() <= np.abs(off_line).sum()):
-        done = int(steps[:at].sum())
-        return Steadiness("jump", jump, done, done if jump < 0 and at < n / 2 else 0)
-    return Steadiness("drift", drift) if is_drift else Steadiness("steady")
-
-
-def _evenly(count: int) -> np.ndarray:
-    """The places of at most MOST_WINDOWS of so many, the first among them."""
-    return np.unique(np.linspace(0, count, min(count, MOST_WINDOWS), endpoint=False).astype(int))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 1, the mean of them for ties."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
-
-
-def _kendall(differences: np.ndarray) -> float:
-    """Kendall's tau-b of values and their places, which have no ties, from the differences of all pairs."""
-    untied = np.count_nonzero(differences)
-    return float(np.sign(differences).sum() / math.sqrt(untied * len(differences))) if untied else 0.0
-
-
-def _p(z: float, places: int = 1) -> float:
-    """The two-sided probability of a normal value, by Bonferroni's bound for the largest of so many."""
-    return 2 * places * float(special.ndtr(-z))
-
-
-def _worth(residuals: np.ndarray) -> float:
-    """The factor by which a statistic shrinks if windows depend on each other: the root of the part that counts."""
-    ranks = _ranks(residuals)
-    if np.ptp(ranks) == 0:
-        return 1.0
-    correlation = float(np.clip(np.corrcoef(ranks[:-1], ranks[1:])[0, 1], 0.0, 0.95))
-    return math.sqrt((1 - correlation) / (1 + correlation))
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How the machine changed during the study: the rates' change over all its runs, relative to its start, with an
-    interval.
-    """
-
-    change: Interval
-    is_one: bool
-
-
-def drift_over_study(orders: Sequence[float], relative_rates: Sequence[float]) -> Drift | None:
-    """The change of the rates, each over its cell's median, from the first run to the last, relative to the first: by
-    Theil and Sen's line through at most MOST_WINDOWS runs evenly over the study. None with fewer than 8 runs.
-    """
-    if len(orders) < LEAST_WINDOWS:
-        return None
-    if np.ptp(relative_rates) == 0:
-        return Drift(Interval(0.0, 0.0, 0.0, LEVEL, len(orders)), False)
-    places = np.argsort(orders)[_evenly(len(orders))]
-    rates, times = np.take(relative_rates, places), np.take(orders, places)
-    line = stats.theilslopes(rates, times, LEVEL)
-    span, middle = max(orders) - min(orders), float(np.median(times)) - min(orders)
-
-    def change_of(slope: float) -> float:
-        """Of a line of this slope through the medians, over its value at the start."""
-        start = float(np.median(rates)) - slope * middle
-        return slope * span / start if start > 0 else math.inf
-
-    change = Interval(change_of(line.slope), change_of(line.low_slope), change_of(line.high_slope), LEVEL, len(orders))
-    return Drift(change, abs(change.value) >= LEAST_DRIFT and change.excludes(0.0))

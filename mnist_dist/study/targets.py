@@ -120,7 +120,7 @@ def times_to(analysis: Analysis, cells: Sequence[Learnt]) -> list[TimeTo]:
     for cell, figures in analysis.cells.items():
         if (one := learnt.get((cell.options, cell.global_batch_size))) is None:
             continue
-        each = cell.global_batch_size / figures.runs.rates
+        each = cell.global_batch_size / figures.rates
         random = np.random.default_rng([cell.global_batch_size, cell.processes])
         draws = one.draws * resampled_medians([each], DRAWS, random)[:, 0]
         found.append(TimeTo(cell, interval_of_draws(np.median(one.steps) * np.median(each), draws,

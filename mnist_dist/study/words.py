@@ -26,6 +26,11 @@ def level_of(interval: Interval) -> str:
     return f"{100 * interval.level:.0f} %" if interval.n > 1 else "-"
 
 
+def at_level(interval: Interval) -> str:
+    """` (94 % interval)`, after a figure in a sentence; of one run, that it has none."""
+    return f" ({level_of(interval)} interval)" if interval.n > 1 else " (one run, so no interval)"
+
+
 def options_of(cells: Iterable[Cell]) -> list[str]:
     """The further axes of a study."""
     return list(dict.fromkeys(name for cell in cells for name, _ in cell.options))

@@ -72,7 +72,7 @@ def test_runs_of_one_seed_count_once(tmp_path):
 
 def test_the_noise_scale_up_to_the_target_is_compared_with_the_fit(tmp_path):
     """Two epochs of 100 steps, and a third after the target; the target is reached within the second."""
-    rows = rows_of([Cell(batch, 1, (("lr_rule", "sqrt"),)) for batch in BATCHES])
+    rows = rows_of([Cell(batch, 1, (("lr_rule", "sqrt"),)) for batch in BATCHES], repeats=4)
     for one in rows:
         step, scale = one["summary"]["targets"][0]["step"], 1000.0 + one["repeat"]
         ends = (round(step / 2), 2 * round(step / 2) + 1, 10 * step)
@@ -82,7 +82,7 @@ def test_the_noise_scale_up_to_the_target_is_compared_with_the_fit(tmp_path):
     text = section(tmp_path, rows)
     values = [line.split(" | ")[-1].split()[0] for line in text.splitlines() if line.startswith("| 12,800 | ")]
     assert 1000 < float(values[0].replace(",", "")) < 1200, "the mean of both epochs"
-    assert "| 1,0" in next(line for line in text.splitlines() if line.startswith("| 50 ")), "two runs know it"
+    assert "| 1,0" in next(line for line in text.splitlines() if line.startswith("| 50 ")), "three runs know it"
     assert "The noise scale is 1," in text and "times the fit's, so they do not agree" in text
     assert (tmp_path / "pictures/critical.png").exists() and (tmp_path / "pictures/samples.svg").exists()
     html = (tmp_path / "report.html").read_text()

@@ -76,7 +76,7 @@ def test_the_figures_are_those_of_the_table(report):
         assert line[3] == f"{np.median(ordered):,.0f} ({ordered[0]:,.0f} to {ordered[-1]:,.0f})"
         assert line[5:] == ["8", "95 %", "-"]
     (first, second) = cells_of(markdown, "Strong scaling")
-    assert first[0] == "50" and first[5].startswith("0.596")
+    assert first[0] == "50" and first[5].startswith("0.597")
     assert second[5].startswith("1.5") and second[6].startswith("0.7")
     (weak,) = cells_of(markdown, "Weak scaling")
     assert weak[0] == "100" and weak[4] == table[0][3] and weak[5].startswith("1.2") and weak[6].startswith("0.599")
@@ -176,7 +176,7 @@ def test_single_runs_and_nothing_at_all(tmp_path):
         markdown = (folder / "report.md").read_text()
         if rows:
             assert cells_of(markdown, "Throughput")[0] == ["50", "1", "50.0", "10.0", "5,000", "1", "-", "4"]
-            assert cells_of(markdown, "Strong scaling")[0][5:] == ["3.00", "1.50"]
+            assert cells_of(markdown, "Strong scaling")[0][5:] == ["3.00", "1.50", "-"]
             assert "not shown to differ at batch `50`" in markdown
         else:
             assert "Nothing was measured" in markdown
@@ -193,14 +193,46 @@ def test_two_studies_are_compared_cell_by_cell(tmp_path, capsys):
     lines = {tuple(line[:2]): line for line in [[c.strip() for c in text.strip("|").split("|")]
                                                for text in markdown.splitlines() if text.startswith("| ")][1:]}
     del lines["---", "---"]
-    assert "5 cells are in both studies. 1 cell differs." in markdown and len(lines) == 5
-    assert lines["200", "1"][5].endswith("% slower") and lines["200", "1"][4].startswith("0.97")
-    assert {line[5] for cell, line in lines.items() if cell != ("200", "1")} == {"none shown"}
+    assert "5 cells are in both studies. Shown: 1 slower. 20 repeats of 5 cells can show a change of 1." in markdown
+    assert len(lines) == 5
+    assert lines["200", "1"][6].endswith("% slower") and lines["200", "1"][4].startswith("0.97")
+    assert {line[6] for cell, line in lines.items() if cell != ("200", "1")} == {""}
     assert {line[7] for line in lines.values()} == {"too few windows"}
     assert "Only in `b`: `batch 7 on 1 process`" in markdown
     assert Elements((tmp_path / "b" / "compared-with-a.html").read_text()).tags.count("table") == 1
     assert run_here(["report", str(tmp_path / "a"), str(tmp_path / "same")]) == 0
-    assert "No cell differs" in (tmp_path / "same" / "compared-with-a.md").read_text()
+    markdown = (tmp_path / "same" / "compared-with-a.md").read_text()
+    words = r"5 cells can show a change of 1\.\d %\. No change of more than 1\.\d % is shown\."
+    assert re.search(words, markdown)
+
+
+def shown(folder, before, after):
+    """(the first paragraph, of each cell the words on its throughput and its undisturbed rate) of a comparison."""
+    for name, rows in (("before", before), ("after", after)):
+        (folder / name).mkdir()
+        write_table(folder / name, rows)
+    assert run_here(["report", str(folder / "before"), str(folder / "after")]) == 0
+    markdown = (folder / "after" / "compared-with-before.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()
+             if line.startswith("| ")]
+    return markdown.split("\n\n")[1], {(line[0], line[1]): (line[6], line[8]) for line in lines[2:]}
+
+
+@pytest.mark.parametrize("repeats", [3, 5, 10])
+@pytest.mark.parametrize("cells", [1, 8, 50])
+def test_one_slow_cell_among_many_is_shown(cells, repeats, tmp_path):
+    rates = {Cell(10 * (number + 1), 1): 1000.0 for number in range(cells)}
+    first, words = shown(tmp_path, study(rates, repeats, 0.02, 3),
+                         study({**rates, Cell(10, 1): 100.0}, repeats, 0.02, 4))
+    assert "Shown: 1 slower. " in first and f"{repeats} repeats of {cells} cell" in first
+    assert words.pop(("10", "1"))[0].startswith(("9", "8")) and set(words.values()) <= {("", "")}
+
+
+def test_two_repeats_show_nothing(tmp_path):
+    rates = {Cell(10, 1): 1000.0, Cell(20, 1): 2000.0}
+    first, words = shown(tmp_path, study(rates, 2, 0.001, 1), study({**rates, Cell(10, 1): 100.0}, 2, 0.001, 2))
+    assert "Nothing is shown: a cell needs 3 repeats or more in each study." in first
+    assert set(words.values()) == {("", "")}
 
 
 def test_a_report_of_many_rows_imports_no_torch(tmp_path):
