@@ -15,10 +15,11 @@ from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.models import Judged, as_timed
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Table, Text
 from mnist_dist.study.pictures import Series
-from mnist_dist.study.statistics import LEVEL, Interval, interval_of_draws
+from mnist_dist.study.statistics import Interval
 from mnist_dist.study.step_time import Model
 from mnist_dist.study.targets import Target, TimeTo, modelled
-from mnist_dist.study.words import cell_head, cell_words, name_of_line, say
+from mnist_dist.study.words import cell_head, cell_words, level_of, name_of_line, say
+from mnist_dist.tables import number
 from mnist_dist.text import counted
 
 
@@ -49,23 +50,16 @@ class Answer:
     @property
     def knee(self) -> TimeTo:
         """The least product of both."""
-        return min(self.front, key=lambda one: one.seconds.value * one.cost.value)
+        return min(self.front, key=lambda one: one.typical**2 * one.devices)
 
 
 def answer(target: Target, models: Mapping[Options, Judged]) -> Answer | None:
     """The choices; None if no cell's runs all reached the target."""
     front: list[TimeTo] = []
-    for one in sorted(target.times, key=lambda one: (one.seconds.value, one.cost.value)):
-        if not front or one.cost.value < front[-1].cost.value:
+    for one in sorted(target.times, key=lambda one: (one.typical, one.devices)):
+        if not front or one.typical * one.devices < front[-1].typical * front[-1].devices:
             front.append(one)
     return Answer(target, front, _forecasts(target, models)) if front else None
-
-
-def ratio(one: TimeTo, than: TimeTo) -> Interval:
-    """How many times as long one takes."""
-    draws = min(len(one.draws), len(than.draws))  # a model has fewer
-    return interval_of_draws(one.seconds.value / than.seconds.value, one.draws[:draws] / than.draws[:draws],
-                             min(one.seconds.n, than.seconds.n))
 
 
 def in_words(answers: Mapping[float, Answer | None], analysis: Analysis) -> list[Text]:
@@ -82,7 +76,7 @@ def _words(found: Answer, analysis: Analysis) -> Text:
     parts: list[str] = [f"Test NLL {found.target.nll:g}: soonest with ", Code(str(soonest.cell)),
                         f", {say(soonest.seconds)} s of training"]
     if len(times) > 1:
-        equal = sum(one is not soonest and not _is_slower(one, soonest) for one in times)
+        equal = sum(one is not soonest and not _is_slower(found.target, one, soonest) for one in times)
         parts.append(f"; {equal} of {len(times) - 1} others are not shown to be slower")
     if cheapest is soonest:
         parts.append(f". It is also the cheapest, {say(soonest.cost)} device-seconds")
@@ -95,14 +89,15 @@ def _words(found: Answer, analysis: Analysis) -> Text:
             parts.append(f". The knee is the {'cheapest' if knee is cheapest else 'soonest'}")
     parts += [". ", *_more_processes(found, analysis), *_ahead(found)]
     runs = min(one.seconds.n for one in times)
-    parts.append(f" A figure is of {counted(runs, 'run')} of a cell or more, with its {100 * LEVEL:.0f} % interval."
-                 if runs > 1 else " How sure this is, is not known: a single run has no spread.")
+    worth = found.target.ratio(times[-1], times[0])
+    parts.append(f" Seconds have {level_of(soonest.seconds)} intervals; those of all ratios hold together with "
+                 f"{level_of(worth)}." if runs > 1 else " How sure this is, is not known: a single run has no spread.")
     return Text(parts)
 
 
-def _is_slower(one: TimeTo, than: TimeTo) -> bool:
-    """Whether that is shown; single runs show nothing."""
-    times = ratio(one, than)
+def _is_slower(target: Target, one: TimeTo, than: TimeTo) -> bool:
+    """Whether that is shown."""
+    times = target.ratio(one, than)
     return times.excludes(1) and times.value > 1
 
 
@@ -111,21 +106,22 @@ def _more_processes(found: Answer, analysis: Analysis) -> list[str]:
     why.
     """
     best: dict[int, TimeTo] = {}
-    for one in sorted(found.target.times, key=lambda one: -one.seconds.value):
+    for one in sorted(found.target.times, key=lambda one: -one.typical):
         best[one.cell.processes] = one
     counts, own = sorted(best), found.soonest.cell.processes
     parts: list[str] = []
     if own > counts[0]:
-        gain = ratio(best[counts[0]], found.soonest)
+        gain = found.target.ratio(best[counts[0]], found.soonest)
         parts.append(f"{counted(counts[0], 'process takes', 'processes take')} {say(gain)} times as long"
-                     f"{'' if _is_slower(best[counts[0]], found.soonest) else ', which shows no gain'}. ")
+                     f"{'' if _is_slower(found.target, best[counts[0]], found.soonest) else ', which shows no gain'}. ")
     more = [count for count in counts if count > own]
     if not more:
         return [*parts, f"More than {counted(own, 'process was', 'processes were')} not run."]
     worse = best[more[0]]
-    words = "do not help" if _is_slower(worse, found.soonest) else "are not shown to help"
-    return [*parts, f"{more[0]} processes {words}: they take {say(ratio(worse, found.soonest))} times as long, with ",
-            Code(str(worse.cell)), ". ", *_why(worse.cell, analysis)]
+    words = "do not help" if _is_slower(found.target, worse, found.soonest) else "are not shown to help"
+    times = say(found.target.ratio(worse, found.soonest))
+    return [*parts, f"{more[0]} processes {words}: they take {times} times as long, with ", Code(str(worse.cell)), ". ",
+            *_why(worse.cell, analysis)]
 
 
 def _why(cell: Cell, analysis: Analysis) -> list[str]:
@@ -141,7 +137,7 @@ def _ahead(found: Answer) -> list[str]:
     if not found.ahead:
         return []
     one, trusted = min(found.ahead, key=lambda pair: pair[0].seconds.value)
-    sooner = _is_slower(found.soonest, one)
+    sooner = one.seconds.high < found.soonest.seconds.low
     return [" The model's forecast for ", Code(str(one.cell)), f" is {say(one.seconds)} s, which is ",
             "sooner" if sooner else "not shown to be sooner", "." if trusted else ": it is not to be trusted."]
 
@@ -222,8 +218,9 @@ def _table(found: Answer, rows: Sequence[tuple[TimeTo, Interval | None]]) -> Tab
                                           ("knee", found.knee)) if which is one]
         marks += ["front"] if not marks and any(one is other for other in found.front) else []
         lines.append([*cell_words(one.cell, cells), say(one.seconds), say(model) if model else "-", say(one.cost),
-                      "1" if one is found.soonest else say(ratio(one, found.soonest)), ", ".join(marks)])
+                      "1" if one is found.soonest else say(found.target.ratio(one, found.soonest)), ", ".join(marks)])
     for one, trusted in found.ahead:
         lines.append([*cell_words(one.cell, cells), "not run", say(one.seconds), say(one.cost),
-                      say(ratio(one, found.soonest)), "forecast" if trusted else "forecast, not to be trusted"])
+                      number(one.seconds.value / found.soonest.seconds.value),
+                      "forecast" if trusted else "forecast, not to be trusted"])
     return Table([*cell_head(cells), "seconds to it", "by the model", "device-seconds", "times the soonest", ""], lines)

@@ -16,12 +16,13 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-LEVEL_OF_MANY = 0.96  # for intervals that hold all together with LEVEL: the choice of a common spread costs a point
+CAUTIOUS = 0.96  # asked for, to have LEVEL: the choice of a common spread costs a point
 PRECISION = 0.05  # half an interval wider than this part of the median is too wide to conclude from
 LEAST_CONCLUSIVE = 3  # repeats behind a figure that is called larger or smaller than another
 FAR = 0.01  # a spread is far above the others', if chance makes it so far less often
 UNEQUAL = 0.05  # the same for all spreads together
 ROUNDING = 1e-9  # the least half width of a ratio: equal figures differ by rounding
+FREEDOMS = (*range(1, 11), 12, 15, 20, 30, 60, math.inf)  # of which the studentized range is asked; others round down
 TINY = 1e-300  # in place of a spread of 0, of which there is no logarithm
 LEAST_REPEATS = 5
 
@@ -39,6 +40,10 @@ class Interval:
     def scaled(self, factor: float) -> Interval:
         """Both ends and the value times `factor`, which is above 0."""
         return Interval(self.value * factor, self.low * factor, self.high * factor, self.level, self.n)
+
+    def widened(self, part: float) -> Interval:
+        """Both ends moved outwards by this part, in logarithms."""
+        return Interval(self.value, self.low * math.exp(-part), self.high * math.exp(part), self.level, self.n)
 
     def excludes(self, value: float) -> bool:
         """Whether the interval does not hold the value; never, if fewer than LEAST_CONCLUSIVE repeats are behind it."""
@@ -74,10 +79,12 @@ def resampled_medians(runs: Sequence[np.ndarray], draws: int, random: np.random.
     return np.stack(found, axis=1)
 
 
-def interval_of_draws(value: float, draws: np.ndarray, n: int) -> Interval:
-    """The percentile interval of an estimate from its bootstrap draws; it holds the estimate."""
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(value), float(min(low, value)), float(max(high, value)), LEVEL, n)
+def interval_of_draws(value: float, draws: np.ndarray, n: int, level: float = LEVEL) -> Interval:
+    """The percentile interval of an estimate from its draws, which may be inf; it holds the estimate. `level` is what
+    so few repeats make it worth.
+    """
+    low, high = np.quantile(draws, [(1 - CAUTIOUS) / 2, (1 + CAUTIOUS) / 2], method="nearest")
+    return Interval(float(value), float(min(low, value)), float(max(high, value)), level, n)
 
 
 @functools.cache
@@ -144,13 +151,16 @@ def _bartlett(squares: np.ndarray, freedom: np.ndarray) -> float:
     return float(stats.chi2.sf(statistic / scale, len(freedom) - 1))
 
 
-def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int = 1) -> Interval:
+def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int = 1, among: int = 2) -> Interval:
     """The product of the quantities of `top` over that of `bottom`, by their geometric means, with Student's interval.
     What is in both cancels. Spreads of several pools are joined as by Welch (1947) and Satterthwaite (1946).
 
     The interval is one of `comparisons` that hold their truths all together (Sidak 1967, JASA 62: the bound holds for
-    t statistics that share a spread). Its level is at most that at which the ranges of two samples of so few repeats
-    separate by chance, which needs no assumption. With one repeat it has no width, and a level of 0.
+    t statistics that share a spread), or of all pairs `among` so many quantities (Tukey; Games & Howell 1976 for
+    spreads that differ). So the best of them may be compared with the others.
+
+    Its level is at most that at which the ranges of two samples of so few repeats separate by chance, which needs no
+    assumption. With one repeat it has no width, and a level of 0.
     """
     above, below = [one for one in top if one not in bottom], [one for one in bottom if one not in top]
     value = math.exp(sum(one.mean for one in above) - sum(one.mean for one in below))
@@ -163,15 +173,44 @@ def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int 
     if n < 2 or not all(freedoms.values()):
         return Interval(value, value, value, 0.0, 1)
     freedom = error**2 / max(TINY, sum(part**2 / freedoms[pool] for pool, part in errors.items()))
-    half = max(ROUNDING, half_width(error, freedom, comparisons))
-    return Interval(value, value * math.exp(-half), value * math.exp(half),
-                    min(LEVEL, 1 - 2 / math.comb(2 * n, n)), n)
+    half = max(ROUNDING, math.sqrt(error) * _quantile(freedom, comparisons, among))
+    return Interval(value, value * math.exp(-half), value * math.exp(half), level_of_repeats(n, n), n)
 
 
-def half_width(error: float, freedom: float, comparisons: int = 1) -> float:
-    """Half of Student's interval for a logarithm with this variance, one of `comparisons` that hold all together."""
-    tail = -math.expm1(math.log(LEVEL if comparisons == 1 else LEVEL_OF_MANY) / comparisons) / 2
-    return math.sqrt(error) * float(stats.t.isf(tail, max(1.0, freedom)))
+def level_of_repeats(first: int, second: int) -> float:
+    """The most that an interval of a ratio is worth without an assumption on the noise: the probability that the ranges
+    of two samples of so few repeats do not separate by chance.
+    """
+    return min(LEVEL, 1 - 2 / math.comb(first + second, first))
+
+
+def draw(quantities: Sequence[Estimate], count: int, random: np.random.Generator) -> np.ndarray:
+    """[count, quantities] logarithms, drawn from Student's distributions about the means. Estimates of one pool share
+    the draw of its spread.
+    """
+    drawn = np.empty((count, len(quantities)))
+    spreads: dict[object, np.ndarray] = {}
+    for place, one in enumerate(quantities):
+        if one.pool not in spreads:  # with one repeat the error is 0
+            freedom = one.freedom or math.inf
+            spreads[one.pool] = np.sqrt(freedom / random.chisquare(freedom, count)) if freedom < math.inf else np.ones(
+                count)
+        drawn[:, place] = one.mean + math.sqrt(one.error) * spreads[one.pool] * random.standard_normal(count)
+    return drawn
+
+
+def _quantile(freedom: float, comparisons: int, among: int) -> float:
+    """How many standard errors an interval of `ratio` reaches to each side."""
+    if among > 2:
+        return _of_range(among, max(known for known in FREEDOMS if known <= max(1.0, freedom)))
+    tail = -math.expm1(math.log(LEVEL if comparisons == 1 else CAUTIOUS) / comparisons) / 2
+    return float(stats.t.isf(tail, max(1.0, freedom)))
+
+
+@functools.cache
+def _of_range(among: int, freedom: float) -> float:
+    """The same for all pairs among so many, from the studentized range. It takes scipy 0.3 s."""
+    return float(stats.studentized_range.isf(1 - CAUTIOUS, among, freedom)) / math.sqrt(2)
 
 
 def more_repeats(interval: Interval) -> int:

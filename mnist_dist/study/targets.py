@@ -1,66 +1,110 @@
-"""From a study's runs to what a target takes: steps and samples by batch size, and seconds by cell."""
+"""From a study's runs to what a target takes: steps and samples by batch size, and seconds by cell.
+
+A run is evaluated now and then, so the target lies between two evaluations. It is placed there by interpolation of the
+logarithm of the NLL: on a straight line in the samples, and in their logarithm. The truth of a learning curve is
+between the two, so half of their difference is what the evaluations leave open.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from mnist_dist.record.figures import samples_at
 from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.critical import DRAWS
 from mnist_dist.study.grid import Cell, Options
-from mnist_dist.study.statistics import Interval, interval_of_draws, resampled_medians
+from mnist_dist.study.statistics import (
+    Estimate,
+    Interval,
+    draw,
+    estimates,
+    interval_of_draws,
+    level_of_repeats,
+    median_interval,
+    ratio,
+)
 from mnist_dist.study.step_time import Model, Place, seconds
+
+FIRST = 0.5  # a doubt, in logarithms: of a target that was reached at the first evaluation
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where a run reached a target: steps and samples, inf if it did not. `doubt` is the part by which the evaluations
+    leave the samples open, and `apart` how many samples lie between those before and after it (0: not known).
+    """
+
+    steps: float
+    samples: float
+    doubt: float = 0.0
+    apart: float = 0.0
 
 
 @dataclass
 class Learnt:
-    """The runs of a batch size and options, and a target: steps and samples to it, inf in runs that did not reach it,
-    and the most of both that such a run had; and the noise scales of those that reached it.
+    """The runs of a batch size and options, and a target: where each reached it, the most steps and samples of a run
+    that did not, and the noise scales of those that did.
 
     The number of processes changes nothing of what is learnt. So of runs with one seed, only the first is here.
     """
 
     batch: int
     options: Options
-    steps: list[float] = field(default_factory=list)
-    samples: list[float] = field(default_factory=list)
+    runs: list[Reached] = field(default_factory=list)
     most_steps: int = 0
     most_samples: int = 0
     noise_scales: list[float] = field(default_factory=list)
     seeds: set[int] = field(default_factory=set)
+    estimate: Estimate | None = None  # of the samples; None unless all runs reached the target
 
     @property
     def is_reached(self) -> bool:
         """Whether all runs reached the target."""
-        return all(map(math.isfinite, self.steps))
+        return all(math.isfinite(run.steps) for run in self.runs)
 
-    @cached_property
-    def draws(self) -> np.ndarray:
-        """[DRAWS] bootstrap of the median steps. All cells of the batch size share it: they do not differ by it."""
-        runs = np.asarray(self.steps, dtype=float)
-        return resampled_medians([runs], DRAWS, np.random.default_rng(self.batch))[:, 0]
+    @property
+    def steps(self) -> Interval:
+        """To the target; inf is more than a run had."""
+        return median_interval([run.steps for run in self.runs])
+
+    @property
+    def samples(self) -> Interval:
+        """To the target; inf is more than a run had. The interval is wider by the doubt."""
+        interval = median_interval([run.samples for run in self.runs])
+        return interval.widened(self.doubt)
+
+    @property
+    def doubt(self) -> float:
+        """The part of the samples that the evaluations leave open: the median over runs."""
+        return float(np.median([run.doubt for run in self.runs]))
 
 
 @dataclass(frozen=True)
 class TimeTo:
-    """The seconds of training that a cell takes to a target, a bootstrap of them [DRAWS], and how many devices (GPUs,
-    or cores of CPUs) it occupies.
+    """The seconds of training that a cell takes to a target, and how many devices (GPUs, or cores of CPUs) it occupies.
+    `parts` are what the seconds are made of: they are the product of `above` over `below`.
     """
 
     cell: Cell
     seconds: Interval
-    draws: np.ndarray
     devices: int
+    above: tuple[Estimate, ...] = ()
+    below: tuple[Estimate, ...] = ()
 
     @property
     def cost(self) -> Interval:
         """Device-seconds."""
         return self.seconds.scaled(self.devices)
+
+    @property
+    def typical(self) -> float:
+        """Seconds: the geometric mean, by which cells are compared."""
+        return math.exp(sum(one.mean for one in self.above) - sum(one.mean for one in self.below))
 
 
 @dataclass(frozen=True)
@@ -71,34 +115,94 @@ class Target:
     learnt: list[Learnt]
     times: list[TimeTo]
 
+    def ratio(self, one: TimeTo, than: TimeTo) -> Interval:
+        """How many times as long one takes. The intervals of all pairs of cells hold their truths together, so that the
+        cell that happens to be the soonest may be compared with all others.
+        """
+        return ratio((*one.above, *than.below), (*one.below, *than.above), among=len(self.times))
+
 
 def targets_of(analysis: Analysis) -> list[Target]:
     """The targets of the study's runs, the highest first."""
-    found: dict[float, dict[object, Learnt]] = {}
+    by_nll: dict[float, dict[object, Learnt]] = {}
     for figures in analysis.cells.values():
         cell = figures.cell
         for run in figures.repeats:
-            for one in (run.row.get("summary") or {}).get("targets") or []:
-                cells = found.setdefault(one["target_nll"], {})
-                mine = cells.setdefault((cell.options, cell.global_batch_size),
-                                        Learnt(cell.global_batch_size, cell.options))
-                seed = (run.row.get("config") or {}).get("seed")
-                if seed in mine.seeds:
-                    continue
-                if seed is not None:
-                    mine.seeds.add(seed)
-                if one["step"] is None:
-                    steps = run.row["epochs"][-1]["step"]
-                    whole = (run.row.get("dataset") or {}).get("train", math.inf) * len(run.row["epochs"])
-                    mine.most_steps = max(mine.most_steps, steps)  # the last batch of an epoch may be smaller
-                    mine.most_samples = max(mine.most_samples, min(steps * cell.global_batch_size, whole))
-                elif (noise := _noise_scale(run.row["epochs"], one["step"])) is not None:
-                    mine.noise_scales.append(noise)
-                mine.steps.append(math.inf if one["step"] is None else one["step"])
-                mine.samples.append(math.inf if one["samples"] is None else one["samples"])
-    # a batch size that was run on several processes only is among the others
-    ordered = {nll: sorted(cells.values(), key=lambda one: (one.options, one.batch)) for nll, cells in found.items()}
-    return [Target(nll, learnt, times_to(analysis, learnt)) for nll, learnt in sorted(ordered.items(), reverse=True)]
+            for target in (run.row.get("summary") or {}).get("targets") or []:
+                cells = by_nll.setdefault(target["target_nll"], {})
+                learnt = cells.setdefault((cell.options, cell.global_batch_size),
+                                          Learnt(cell.global_batch_size, cell.options))
+                _add(learnt, run.row, target)
+    targets = []
+    for nll, cells in sorted(by_nll.items(), reverse=True):
+        # a batch size that was run on several processes only is among the others
+        ordered = sorted(cells.values(), key=lambda one: (one.options, one.batch))
+        known = [one for one in ordered if one.is_reached]
+        for one, estimate in zip(known, estimates([[run.samples for run in one.runs] for one in known]), strict=True):
+            one.estimate = estimate
+        targets.append(Target(nll, ordered, _times(analysis, nll, ordered)))
+    return targets
+
+
+def _add(learnt: Learnt, row: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    """Add a run to what is known of its batch size."""
+    seed = (row.get("config") or {}).get("seed")
+    if seed in learnt.seeds:
+        return
+    if seed is not None:
+        learnt.seeds.add(seed)
+    reached = reached_at(row, target)
+    if math.isinf(reached.steps):
+        steps = row["epochs"][-1]["step"]
+        whole = (row.get("dataset") or {}).get("train", math.inf) * len(row["epochs"])
+        learnt.most_steps = max(learnt.most_steps, steps)  # the last batch of an epoch may be smaller
+        learnt.most_samples = max(learnt.most_samples, min(steps * learnt.batch, whole))
+    elif (noise := _noise_scale(row["epochs"], target["step"])) is not None:
+        learnt.noise_scales.append(noise)
+    learnt.runs.append(reached)
+
+
+def reached_at(row: Mapping[str, Any], target: Mapping[str, Any]) -> Reached:
+    """Where the run reached the target, between two evaluations if the row has them."""
+    if target["step"] is None:
+        return Reached(math.inf, math.inf)
+    before: tuple[float, float, float] | None = None  # steps, samples, NLL
+    limit = target["target_nll"]
+    for steps, samples, nll in _evaluations(row):
+        if nll <= limit:
+            if steps != target["step"]:  # the row has not all evaluations
+                break
+            return _between(before, (steps, samples, nll), limit)
+        before = steps, samples, nll
+    return Reached(target["step"], target["samples"])
+
+
+def _between(before: tuple[float, float, float] | None, after: tuple[float, float, float], limit: float) -> Reached:
+    """Where the NLL passes the limit between two evaluations."""
+    steps, samples, nll = after
+    if before is None or samples <= before[1]:
+        return Reached(steps, samples, FIRST, samples)
+    first_steps, first, first_nll = before
+    if nll > 0:
+        part = math.log(first_nll / limit) / math.log(first_nll / nll)
+    else:
+        part = (first_nll - limit) / (first_nll - nll)
+    straight, curved = first + part * (samples - first), first * (samples / first) ** part
+    middle = math.sqrt(straight * curved)
+    return Reached(first_steps + (middle - first) / (samples - first) * (steps - first_steps), middle,
+                   abs(math.log(straight / curved)) / 2, samples - first)
+
+
+def _evaluations(row: Mapping[str, Any]) -> list[tuple[float, float, float]]:
+    """(steps, samples, NLL) of the run's evaluations in their order, within the epochs and at their ends."""
+    found = []
+    batch, train = row["global_batch_size"], (row.get("dataset") or {}).get("train")
+    for epoch in row["epochs"]:
+        found += [(one["step"], one["samples"], one["test_nll"]) for one in epoch.get("evaluations") or []]
+        if epoch.get("test_nll") is not None and epoch.get("step"):
+            samples = samples_at(int(epoch["step"]), train, batch) if train else epoch["step"] * batch
+            found.append((epoch["step"], samples, epoch["test_nll"]))
+    return found
 
 
 def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None:
@@ -113,23 +217,31 @@ def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None
     return total / before
 
 
-def times_to(analysis: Analysis, cells: Sequence[Learnt]) -> list[TimeTo]:
-    """Of each cell whose runs reached the target: the steps that its batch size takes, times its own time of a step."""
-    learnt = {(one.options, one.batch): one for one in cells if one.is_reached}
+def _times(analysis: Analysis, nll: float, cells: Sequence[Learnt]) -> list[TimeTo]:
+    """Of each cell whose runs reached the target: of each run the samples that it took over its own rate."""
+    learnt = {(one.options, one.batch): (one, one.estimate) for one in cells if one.estimate is not None}
+    doubts = {key: Estimate(0.0, one.doubt**2 / 3, sys.maxsize, math.inf, object()) for key, (one, _) in learnt.items()}
     found = []
     for cell, figures in analysis.cells.items():
-        if (one := learnt.get((cell.options, cell.global_batch_size))) is None:
+        key = cell.options, cell.global_batch_size
+        if key not in learnt:
             continue
-        each = cell.global_batch_size / figures.rates
-        random = np.random.default_rng([cell.global_batch_size, cell.processes])
-        draws = one.draws * resampled_medians([each], DRAWS, random)[:, 0]
-        found.append(TimeTo(cell, interval_of_draws(np.median(one.steps) * np.median(each), draws,
-                                                    min(len(one.steps), len(each))), draws, figures.devices))
+        one, estimate = learnt[key]
+        each = []
+        for run in figures.repeats:
+            targets = (run.row.get("summary") or {}).get("targets") or []
+            each += [reached_at(run.row, target).samples / run.rate for target in targets
+                     if target["target_nll"] == nll]
+        found.append(TimeTo(cell, median_interval(each).widened(one.doubt), figures.devices,
+                            (estimate, doubts[key]), (analysis.estimates[cell],)))
     return found
 
 
 def modelled(one: Learnt, model: Model, place: Place, cell: Cell, devices: int) -> TimeTo:
     """The steps that a batch size takes, times the time of a step by the model."""
-    draws = one.draws[: len(model.draws)] * seconds(model.draws, [place])[:, 0]
-    value = np.median(one.steps) * seconds(model.values, [place])[0]
-    return TimeTo(cell, interval_of_draws(value, draws, min(len(one.steps), model.runs)), draws, devices)
+    assert one.estimate is not None
+    steps = np.exp(draw([one.estimate], len(model.draws), np.random.default_rng(one.batch))[:, 0]) / one.batch
+    value = math.exp(one.estimate.mean) / one.batch * seconds(model.values, [place])[0]
+    runs = min(one.estimate.n, model.runs)
+    interval = interval_of_draws(value, steps * seconds(model.draws, [place])[:, 0], runs, level_of_repeats(runs, runs))
+    return TimeTo(cell, interval.widened(one.doubt), devices)

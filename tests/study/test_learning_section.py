@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from support import run_here
 from tables import row
@@ -34,15 +36,15 @@ def rows_of(cells, repeats=3, target=0.3, critical=1500, limit=600_000):
 def section(folder, rows):
     write_table(folder, rows)
     assert run_here(["report", str(folder)]) == 0
-    return (folder / "report.md").read_text().split("## What a larger batch buys in learning\n")[1].split("\n## ")[0]
+    return (folder / "report.md").read_text().split("## Batch size and learning\n")[1].split("\n## ")[0]
 
 
 def test_samples_and_steps_to_a_target(tmp_path):
     text = section(tmp_path, rows_of([Cell(batch, processes) for batch in BATCHES for processes in (1, 2)]))
     assert "### Test NLL 0.3" in text
-    assert "| 200 | 6 of 6 | 173 (172 to 175) | 34,680 (34,340 to 35,020) | - |" in text, "processes are pooled"
-    assert "the knee of this fixed learning rate (no critical batch size" in text
-    assert "is 1,500 (1,5" not in text.split("knee")[0]
+    assert "| 200 | 6 of 6 | 173 (172 to 175) | 34,680 (34,340 to 35,020) | 95 % | - |" in text, "processes are pooled"
+    assert "The knee of this fixed learning rate (no critical batch size" in text
+    assert "The runs do not say between which evaluations they reached it" in text
 
 
 def test_runs_that_do_not_get_there_are_more_than_they_had(tmp_path):
@@ -50,7 +52,7 @@ def test_runs_that_do_not_get_there_are_more_than_they_had(tmp_path):
     assert "| 12,800 | 0 of 3 | \\> 15 | \\> 192,000 |" in text
     rows = [{**one, "dataset": {"train": 190_000}} for one in rows_of([Cell(12_800, 1)], limit=200_000)]
     assert "| 12,800 | 0 of 3 | \\> 15 | \\> 190,000 |" in section(tmp_path, rows), "the last batch was smaller"
-    assert "By the fit" in text, "four batch sizes are left"
+    assert "is > 3,200 samples" not in text and "is 1,5" in text, "four batch sizes are left"
 
 
 def test_a_target_that_none_reached_has_no_answer(tmp_path):
@@ -83,10 +85,12 @@ def test_the_noise_scale_up_to_the_target_is_compared_with_the_fit(tmp_path):
     values = [line.split(" | ")[-1].split()[0] for line in text.splitlines() if line.startswith("| 12,800 | ")]
     assert 1000 < float(values[0].replace(",", "")) < 1200, "the mean of both epochs"
     assert "| 1,0" in next(line for line in text.splitlines() if line.startswith("| 50 ")), "three runs know it"
-    assert "The noise scale is 1," in text and "times the fit's, so they do not agree" in text
+    assert "The noise scale is 1," in text and re.search(r"0\.[67]\d+ \(0\.\d+ to 0\.\d+\) times the critical", text)
+    assert "(90 % interval), which differs from it" in text
     assert (tmp_path / "pictures/critical.png").exists() and (tmp_path / "pictures/samples.svg").exists()
     html = (tmp_path / "report.html").read_text()
-    assert "NLL 0.3, by the noise scale, lr rule sqrt: " in html and "NLL 0.3, directly, lr rule sqrt: " in html
+    assert all(f"NLL 0.3, {way}, lr rule sqrt: " in html for way in (
+        "noise scale", "2 times the least samples", "1.2 times the least samples"))
 
 
 def test_a_knee_is_not_compared_with_the_noise_scale(tmp_path):
@@ -94,14 +98,14 @@ def test_a_knee_is_not_compared_with_the_noise_scale(tmp_path):
     for one in rows:
         one["epochs"][0]["noise_scale"] = 1000.0
     text = section(tmp_path, rows)
-    assert "the knee of this fixed learning rate" in text and "noise scale is" not in text
+    assert "The knee of this fixed learning rate" in text and "noise scale is" not in text
     assert (tmp_path / "pictures/samples.png").exists() and not (tmp_path / "pictures/critical.png").exists()
 
 
 def test_the_best_rate_is_named_and_its_edge(tmp_path):
     cells = [Cell(batch, 1, (("lr", rate),)) for batch in BATCHES for rate in ("0.0001", "0.001", "0.01")]
     text = section(tmp_path, rows_of(cells))
-    assert "the critical batch size is" in text and "knee" not in text
+    assert "The critical batch size is" in text and "knee" not in text
     assert "`50: 0.001, 200: 0.001, 800: 0.001, 3,200: 0.001, 12,800: 0.001`" in text
     text = section(tmp_path, rows_of([cell for cell in cells if dict(cell.options)["lr"] != "0.01"]))
     assert "50: 0.001 (at the edge)" in text
@@ -110,8 +114,7 @@ def test_the_best_rate_is_named_and_its_edge(tmp_path):
 @pytest.mark.parametrize("rule", ["sqrt", "linear"])
 def test_a_scaled_rate_has_a_critical_batch_size(rule, tmp_path):
     text = section(tmp_path, rows_of([Cell(batch, 1, (("lr_rule", rule),)) for batch in BATCHES]))
-    assert f"the critical batch size for `lr rule {rule}` is" in text
-    value = float(text.split(f"`lr rule {rule}` is ")[1].split()[0].replace(",", ""))
+    value = float(text.split(f"The critical batch size for `lr rule {rule}` is ")[1].split()[0].replace(",", ""))
     assert value == pytest.approx(1500, rel=0.02)
 
 

@@ -1,0 +1,94 @@
+"""Where a run reaches a target: between two evaluations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tables import row, study
+
+from mnist_dist.study.analysis import Analysis
+from mnist_dist.study.grid import Cell
+from mnist_dist.study.targets import reached_at, targets_of
+
+
+def run(*nlls, batch=10, target=0.3, every=100):
+    """(row, target) of a run with these NLLs at evaluations each `every` steps."""
+    evaluations = [{"step": every * number, "samples": every * number * batch, "test_nll": nll}
+                   for number, nll in enumerate(nlls, 1)]
+    there = next((one for one in evaluations if one["test_nll"] <= target), {"step": None, "samples": None})
+    return ({"global_batch_size": batch, "epochs": [{"step": every * len(nlls), "evaluations": evaluations}]},
+            {"target_nll": target, "step": there["step"], "samples": there["samples"]})
+
+
+@given(st.floats(0.05, 2), st.floats(2_000, 90_000))
+def test_a_power_law_is_within_the_doubt(exponent, samples):
+    reached = reached_at(*run(*(0.3 * (1000 * k / samples) ** -exponent for k in range(1, 100))))
+    assert abs(math.log(reached.samples / samples)) <= reached.doubt + 1e-9
+    assert reached.apart == 1000 and reached.steps == pytest.approx(reached.samples / 10)
+
+
+@given(st.floats(1e-5, 1e-3), st.floats(2_000, 90_000))
+def test_so_is_an_exponential(rate, samples):
+    reached = reached_at(*run(*(0.3 * math.exp(rate * (samples - 1000 * k)) for k in range(1, 100))))
+    assert abs(math.log(reached.samples / samples)) <= reached.doubt + 1e-9
+
+
+def test_the_first_evaluation_leaves_much_open_and_none_everything():
+    reached = reached_at(*run(0.2, 0.1))
+    assert (reached.samples, reached.apart, reached.doubt) == (1000, 1000, 0.5)
+    assert math.isinf(reached_at(*run(0.5, 0.4)).samples)
+    table, target = run(0.5, 0.2)
+    assert reached_at({**table, "epochs": [{"step": 200}]}, target).samples == 2000, "no evaluations in the row"
+
+
+def test_an_evaluation_at_the_target_is_exact():
+    assert reached_at(*run(0.9, 0.3)).samples == pytest.approx(2000)
+
+
+def with_target(rows, samples):
+    for one in rows:
+        one["summary"]["targets"] = [{"target_nll": 0.3, "step": samples(one) / one["global_batch_size"],
+                                      "samples": samples(one)}]
+        one["epochs"][0]["step"] = 1e9
+        one["config"] = {"seed": one["repeat"]}
+    return rows
+
+
+@pytest.mark.parametrize("repeats", [3, 5, 10])
+@pytest.mark.parametrize("tables", [60, pytest.param(300, marks=pytest.mark.long)])
+def test_of_equal_cells_none_is_slower_than_the_soonest(repeats, tables):
+    """20 cells that take the same time to the target: at most 5 % of studies call one of them slower."""
+    random, wrong = np.random.default_rng(repeats), 0
+    cells = {Cell(10 * 2**size, processes): 1000.0 * 2**size for size in range(10) for processes in (1, 2)}
+    for seed in range(tables):
+        factors = {(cell.global_batch_size, number): math.exp(0.02 * random.standard_normal())
+                   for cell in cells for number in range(1, repeats + 1)}
+
+        def samples(one, factors=factors):
+            return 100 * one["global_batch_size"] * factors[one["global_batch_size"], one["repeat"]]
+
+        rows = with_target(study(cells, repeats, 0.02, seed), samples)
+        (target,) = targets_of(Analysis(rows))
+        soonest = min(target.times, key=lambda one: one.typical)
+        wrong += any(target.ratio(one, soonest).excludes(1) for one in target.times)
+    print(f"\\n{wrong} of {tables} studies of {repeats} repeats call one of 20 equal cells slower than the soonest")
+    assert wrong / tables <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / tables)
+
+
+def test_cells_of_one_batch_differ_by_their_step_alone():
+    """Samples to the target differ by 30 % from run to run, and rates by 0.5 %: a step that is 10 % slower is seen."""
+    rates = {Cell(50, 1): 1000.0, Cell(50, 2): 900.0, Cell(400, 1): 5000.0}
+    rows = with_target(study(rates, 5, 0.005, 1), lambda one: 30_000 * (0.7 + 0.1 * one["repeat"]))
+    (target,) = targets_of(Analysis(rows))
+    first, second, _ = sorted(target.times, key=lambda one: (one.cell.global_batch_size, one.cell.processes))
+    ratio = target.ratio(second, first)
+    assert ratio.excludes(1) and ratio.value == pytest.approx(1 / 0.9, rel=0.02)
+    assert second.seconds.value == pytest.approx(30, rel=0.15)
+
+
+def test_a_cell_without_a_target_has_no_time():
+    assert targets_of(Analysis([row(Cell(50, 1), 10.0, 1)])) == []
