@@ -11,7 +11,7 @@ from mnist_dist.disk.files import names_in
 from mnist_dist.record.mirror import Mirror
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.grid import cell_of
-from mnist_dist.study.report import PICTURES, REPORT
+from mnist_dist.study.report import FORECASTS, PICTURES, REPORT
 from mnist_dist.study.table import CSV, JSONL, Row, rate_of
 from mnist_dist.study.words import name_of_line
 
@@ -53,7 +53,7 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
         "highest_samples_per_second": max((figures.rate.value for figures in analysis.cells.values()), default=None),
     })
     artifact = wandb.Artifact(f"study-{run.id}", type="study")
-    for name in (f"{REPORT}.md", f"{REPORT}.html", JSONL, CSV):
+    for name in (f"{REPORT}.md", f"{REPORT}.html", JSONL, CSV, FORECASTS):
         artifact.add_file(str(folder / name))
     for name in names_in(folder / PICTURES):
         if not (folder / PICTURES / name).is_symlink():  # what it names stays here

@@ -12,19 +12,20 @@ from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.models import Judged
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Strong, Table, Text
 from mnist_dist.study.pictures import MOST_LINES, Series
-from mnist_dist.study.statistics import LEVEL, Interval
+from mnist_dist.study.statistics import Interval
 from mnist_dist.study.step_time import (
     FLOOR,
     LATENCY,
     LATENCY_BETWEEN,
-    OUTLIER,
+    MODEL_ERROR,
     PARAMETERS,
+    WORSE,
     Check,
     Model,
     Place,
     seconds,
 )
-from mnist_dist.study.words import cell_head, cell_words, for_options, options_alone, say, short
+from mnist_dist.study.words import cell_head, cell_words, for_options, level_of, options_alone, say, short
 from mnist_dist.tables import number
 from mnist_dist.text import counted
 
@@ -36,9 +37,12 @@ SAID = {
 }
 UNIT = {"per_sample": 1e6, "floor": 1.0}  # the others are in milliseconds
 METHOD = (
-    "A step takes: fixed + computing x batch of a process (at least the floor) + 2 (n - 1) latencies + 2 (n - 1) / n "
-    f"times sending the gradient, for a ring of n. Fitted to logarithms of the cells' medians, none negative; a cell "
-    f"that is more than {100 * OUTLIER:.0f} % off counts less. Intervals: a bootstrap of runs.")
+    "A step takes: fixed + computing x batch of a process (at least the floor) + the exchange of n processes, less "
+    "what the computing hides of it. A ring takes 2 (n - 1) latencies + 2 (n - 1) / n times sending the gradient, a "
+    "tree log2(n) latencies. Each is fitted with 0, 25, 50, 75 and 100 % of the computing hiding it, to the logarithms "
+    f"of the cells in standard errors (and {100 * MODEL_ERROR:g} % that no law explains), no parameter negative. Those "
+    f"that are less than {WORSE:g} squared standard errors worse than the closest are left, and the band spans them. "
+    "Beyond the most processes that were run it also spans a ring with half the bandwidth.")
 
 
 def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric: Fabric | None) -> None:
@@ -49,14 +53,16 @@ def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric
     fitted = {options: (judged, judged.model) for options, judged in models.items() if isinstance(judged.model, Model)}
     page.add(*(Text(("No model", *for_options(options), f": {judged.model}.")) for options, judged in models.items()
                if isinstance(judged.model, str)))
-    for options, (judged, _) in fitted.items():
+    for options, (judged, model) in fitted.items():
+        _add_laws(page, options, model)
         _add_check(page, judged.left_out, options, judged.checked)
+        _add_left_one_out(page, options, judged)
     if not fitted:
         return
     series = [one for options, (judged, model) in fitted.items() for one in _series(judged, options, model)]
     page.add(pictures.draw(
         folder, "model", "Milliseconds of a step against the number of processes, for each global batch: measured "
-        f"medians, the model's line, and dashed, with a band, its forecast; the smallest {MOST_LINES} batches at most. "
+        f"figures, the model's line, and dashed, with a band, its forecast; the smallest {MOST_LINES} batches at most. "
         "Both axes are logarithmic.", series,
         x_label="processes", y_label="ms per step", say="{:.3g} ms".format))
     _add_forecast(page, fitted)
@@ -65,6 +71,29 @@ def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric
     if fabric:
         _add_exchange(page, own, fabric)
     page.add(METHOD)
+
+
+def _add_laws(page: Page, options: Options, model: Model) -> None:
+    """Which hypotheses are left, and whether they describe the cells."""
+    names = "; ".join(str(fit.hypothesis) for fit in model.fits)
+    parts: list[str] = ["The exchange", *for_options(options), " is described by: ", Code(names), ". "]
+    if not model.describes:
+        parts.append(Strong("It is further from the cells than chance makes it: the forecast is not to be trusted."))
+    elif len(model.laws) > 1:
+        parts.append("The cells do not tell these laws apart, so the forecast goes to twice the most processes that "
+                     "were run.")
+    page.add(Text(parts))
+
+
+def _add_left_one_out(page: Page, options: Options, judged: Judged) -> None:
+    """How far off the model is for each batch size and each number of processes, if it is fitted without them."""
+    if (worst := judged.worst) is None:
+        return
+    page.add(Text(("Each batch size and each number of processes left out in turn", *for_options(options),
+                   f": the largest error is {100 * float(worst.error):+.1f} %, without {worst.axis} {worst.value:,}.")),
+             Table(["left out", "largest error without it"],
+                   [[f"{one.axis} {one.value:,}", Code(one.error) if isinstance(one.error, str) else
+                     f"{100 * one.error:+.1f} %"] for one in judged.left_one_out]))
 
 
 def _add_check(page: Page, left_out: Sequence[Cell], options: Options, checked: Check | str) -> None:
@@ -78,14 +107,21 @@ def _add_check(page: Page, left_out: Sequence[Cell], options: Options, checked: 
     page.add(Text((
         "The model", *for_options(options), f" was fitted without {counted(len(left_out), 'cell')}, and predicts what "
         f"was left out. The largest error is {100 * max(checked.errors, key=abs):+.1f} %. ",
-        "Every measured median is within its band (if the model is true, that is so in "
-        f"{100 * LEVEL:.0f} % of studies)." if checked.passes else
-        Strong("Not every measured median is within its band: the forecast is not to be trusted."))))
+        _verdict(checked))))
     compared = zip(left_out, checked.predicted, checked.measured, checked.errors, strict=True)
     page.add(Table(
         [*cell_head(left_out), "predicted, ms (band)", "measured, ms", "error"],
         [[*cell_words(cell, left_out), _ms(ours), number(1000 * theirs), f"{100 * error:+.1f} %"]
          for cell, ours, theirs, error in compared]))
+
+
+def _verdict(checked: Check) -> str:
+    if not checked.holds:
+        return Strong("Not every measured figure is within its band: the forecast is not to be trusted.")
+    if not checked.passes:
+        return Strong(f"The bands are {100 * checked.width:.0f} % wide to each side, which is no check: the forecast "
+                      "is not to be trusted.")
+    return f"Every measured figure is within its band ({level_of(checked.predicted[0])} together, if a law is true)."
 
 
 def _ms(interval: Interval) -> str:
@@ -135,12 +171,12 @@ def _add_parameters(page: Page, fitted: dict[Options, Model], fabric: Fabric | N
     measured = _measured(fabric) if fabric else {}
     for options, model in fitted.items():
         for index, name in enumerate(PARAMETERS):
-            if index in model.absent:
+            if index in model.best.absent:
                 continue
             value = model.parameter(index).scaled(UNIT.get(name, 1000.0))
             lines.append([*([options_alone(options)] if any(fitted) else []), SAID[name], say(value),
                           *([number(1000 * measured[index]) if index in measured else ""] if measured else []),
-                          _undecided(index) if index in model.undecided else ""])
+                          _undecided(index) if index in model.best.undecided else ""])
     page.add(Table([*(["options"] if any(fitted) else []), "parameter", "value", *(["doctor"] if measured else []),
                     ""], lines))
 
@@ -158,7 +194,7 @@ def _add_exchange(page: Page, fitted: dict[Options, Model], fabric: Fabric) -> N
     measured = fabric.seconds(fabric.gradient_bytes)
     for options, model in fitted.items():
         both = [Place(1, fabric.processes, fabric.machines), Place(1, 1)]
-        together, alone = seconds(model.values, both)
+        together, alone = seconds(model.best.values, both, model.best.hypothesis)
         if together > alone:
             modelled = together - alone
             page.add(Text((

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
+from typing import Any
 
 from mnist_dist.study.analysis import CellFigures
 from mnist_dist.study.fabric import Fabric
 from mnist_dist.study.grid import Cell, HoldOut, Options
-from mnist_dist.study.step_time import Cells, Check, Model, Place, check, fit
+from mnist_dist.study.step_time import Cells, Check, Model, Place, check, errors_without, fit
 
 TAKES_NO_TIME = ("lr", "lr_rule")
 FURTHER = (2, 4, 8)  # times the most processes that were run: where there is a forecast
+AXES = {"processes": lambda cell: cell.processes, "batch size": lambda cell: cell.global_batch_size}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What the model says of the cells with one batch size, or one number of processes, without them: predicted over
+    measured, less 1, of the cell where that is most; or the reason why it says nothing.
+    """
+
+    axis: str
+    value: int
+    error: float | str
 
 
 @dataclass(frozen=True)
@@ -26,11 +40,19 @@ class Judged:
     model: Model | str
     left_out: Sequence[Cell]
     checked: Check | str
+    left_one_out: Sequence[LeftOut] = ()
 
     @property
     def is_trusted(self) -> bool:
-        """Whether the model was checked, and passed."""
-        return isinstance(self.checked, Check) and self.checked.passes
+        """Whether the model describes the cells, was checked, and passed."""
+        return (isinstance(self.model, Model) and self.model.describes and isinstance(self.checked, Check)
+                and self.checked.passes)
+
+    @property
+    def worst(self) -> LeftOut | None:
+        """The batch size or number of processes that the model predicts worst."""
+        known = [one for one in self.left_one_out if not isinstance(one.error, str)]
+        return max(known, key=lambda one: abs(float(one.error)), default=None)
 
     @cached_property
     def places(self) -> dict[Cell, Place]:
@@ -39,13 +61,15 @@ class Judged:
 
     def beyond(self, batches: Sequence[int]) -> dict[int, list[Place]]:
         """Where there is a forecast for these global batches: more processes than were run, machines filled as before.
-        None if one process alone was run, which says nothing of communication.
+        None if one process alone was run, which says nothing of communication. Only twice as many, if the cells do not
+        tell the laws of an exchange apart.
 
         Processes that share a machine's cores have fewer threads the more they are, and one at least.
         """
         largest = max(self.members, key=lambda one: one.cell.processes)
         place, shared = self.places[largest.cell], min(place.speed for place in self.places.values()) < 1
-        factors = [factor for factor in FURTHER if place.processes > 1 and not (shared and factor > largest.threads)]
+        further = FURTHER if isinstance(self.model, Model) and len(self.model.laws) == 1 else FURTHER[:1]
+        factors = [factor for factor in further if place.processes > 1 and not (shared and factor > largest.threads)]
         return {batch: [Place(-(-batch // processes), processes, factor * place.machines if place.machines > 1 else 1,
                               place.speed / factor if shared else 1.0)
                         for factor in factors if (processes := factor * place.processes) <= batch]
@@ -70,8 +94,32 @@ def judge(cells: Mapping[Cell, CellFigures], hold_out: HoldOut, fabric: Fabric |
         timed = _cells(members)
         model = fit(timed, ring)
         found[options] = Judged(members, model, list(compress(own, left_out)),
-                                "there is no model" if isinstance(model, str) else check(timed, left_out, ring))
+                                "there is no model" if isinstance(model, str) else check(timed, left_out, ring),
+                                () if isinstance(model, str) else _leave_one_out(own, timed, model, ring))
     return found
+
+
+def _leave_one_out(members: Sequence[Cell], timed: Cells, model: Model, ring: tuple[float, float] | None
+                   ) -> list[LeftOut]:
+    """Each batch size and each number of processes left out in turn."""
+    left_out = []
+    for axis, value_of in AXES.items():
+        for value in sorted({value_of(cell) for cell in members}):
+            errors = errors_without(timed, [value_of(cell) == value for cell in members], model, ring)
+            left_out.append(LeftOut(axis, value, errors if isinstance(errors, str) else
+                                    float(max(errors, key=abs))))
+    return left_out
+
+
+def forecasts_of(judged: Judged, options: Options) -> list[dict[str, Any]]:
+    """The forecasts for programs: a row for each batch size and number of processes, seconds of a step."""
+    if isinstance(judged.model, str):
+        return []
+    ahead = judged.beyond(sorted({one.cell.global_batch_size for one in judged.members}))
+    return [{"options": json.dumps(dict(options)), "batch_size": batch, "processes": place.processes,
+             "step_seconds": step.value, "low": step.low, "high": step.high, "trusted": judged.is_trusted}
+            for batch, places in ahead.items()
+            for place, step in zip(places, judged.model.predict(places), strict=True)]
 
 
 def as_timed(cell: Cell) -> Cell:

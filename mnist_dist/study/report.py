@@ -16,18 +16,19 @@ from mnist_dist.study.fabric import Fabric, fabric_of
 from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
 from mnist_dist.study.learning_section import add_learning
 from mnist_dist.study.model_section import add_model
-from mnist_dist.study.models import judge
+from mnist_dist.study.models import forecasts_of, judge
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
 from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import LEAST_CONCLUSIVE, LEAST_REPEATS, LEVEL, PRECISION, Interval
 from mnist_dist.study.steadiness import LEAST_CHANGE, SIGNIFICANT
-from mnist_dist.study.table import CSV, JSONL, Row
+from mnist_dist.study.table import CSV, JSONL, Row, write_csv
 from mnist_dist.study.targets import targets_of
 from mnist_dist.study.words import at_level, cell_head, cell_words, level_of, listed, name_of_line, say, short
 from mnist_dist.tables import number
 from mnist_dist.text import counted
 
-REPORT, PICTURES = "report", "pictures"
+REPORT, PICTURES, FORECASTS = "report", "pictures", "forecasts.csv"
+FORECAST_COLUMNS = ("options", "batch_size", "processes", "step_seconds", "low", "high", "trusted")
 MOST_NAMED = 200  # runs in the list of their order
 WINDOWS_WORDS = (f"A run whose step times jump or drift by {100 * LEAST_CHANGE:.0f} % or more is marked (rank tests "
                  f"over windows of consecutive steps, p below {SIGNIFICANT:g}).")
@@ -41,7 +42,7 @@ COMPARED = (
 
 
 def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PROCESSES) -> list[Path]:
-    """Write `report.md`, `report.html` and the pictures of these rows; returns the two reports.
+    """Write `report.md`, `report.html`, the pictures and `forecasts.csv` of these rows; returns the two reports.
 
     The cells of `hold_out` are left out of the fit of the model, to check it.
     """
@@ -62,6 +63,8 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     add_answers(page, answers.values(), models, folder / PICTURES)
     _problems(page, analysis)
     _method(page, analysis)
+    write_csv(folder / FORECASTS, FORECAST_COLUMNS,
+              [row for options, judged in models.items() for row in forecasts_of(judged, options)])
     return _write(folder, page, REPORT)
 
 

@@ -152,8 +152,8 @@ def _bartlett(squares: np.ndarray, freedom: np.ndarray) -> float:
 
 
 def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int = 1, among: int = 2) -> Interval:
-    """The product of the quantities of `top` over that of `bottom`, by their geometric means, with Student's interval.
-    What is in both cancels. Spreads of several pools are joined as by Welch (1947) and Satterthwaite (1946).
+    """The product of the quantities of `top` over that of `bottom` (none: 1), by their geometric means, with Student's
+    interval. What is in both cancels. Spreads of several pools are joined as by Welch (1947) and Satterthwaite (1946).
 
     The interval is one of `comparisons` that hold their truths all together (Sidak 1967, JASA 62: the bound holds for
     t statistics that share a spread), or of all pairs `among` so many quantities (Tukey; Games & Howell 1976 for

@@ -11,7 +11,7 @@ import gc
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,16 @@ def write_table(folder: Path, rows: Iterable[Row]) -> None:
     rows = list(rows)
     replace_synced(folder / JSONL, "".join(json.dumps(row) + "\n" for row in rows).encode())
     flat = [flattened(row) for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
+    write_csv(folder / CSV, list(dict.fromkeys(name for row in flat for name in row)), flat)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the rows as CSV, atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
-    replace_synced(folder / CSV, text.getvalue().encode())
+    writer.writerows(rows)
+    replace_synced(path, text.getvalue().encode())
 
 
 def flattened(row: Row) -> dict[str, Any]:

@@ -18,17 +18,8 @@ import numpy as np
 from mnist_dist.record.figures import samples_at
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.grid import Cell, Options
-from mnist_dist.study.statistics import (
-    Estimate,
-    Interval,
-    draw,
-    estimates,
-    interval_of_draws,
-    level_of_repeats,
-    median_interval,
-    ratio,
-)
-from mnist_dist.study.step_time import Model, Place, seconds
+from mnist_dist.study.statistics import Estimate, Interval, estimates, median_interval, ratio
+from mnist_dist.study.step_time import Model, Place
 
 FIRST = 0.5  # a doubt, in logarithms: of a target that was reached at the first evaluation
 
@@ -240,8 +231,11 @@ def _times(analysis: Analysis, nll: float, cells: Sequence[Learnt]) -> list[Time
 def modelled(one: Learnt, model: Model, place: Place, cell: Cell, devices: int) -> TimeTo:
     """The steps that a batch size takes, times the time of a step by the model."""
     assert one.estimate is not None
-    steps = np.exp(draw([one.estimate], len(model.draws), np.random.default_rng(one.batch))[:, 0]) / one.batch
-    value = math.exp(one.estimate.mean) / one.batch * seconds(model.values, [place])[0]
-    runs = min(one.estimate.n, model.runs)
-    interval = interval_of_draws(value, steps * seconds(model.draws, [place])[:, 0], runs, level_of_repeats(runs, runs))
+    (step,) = model.predict([place])
+    steps = ratio([one.estimate], []).scaled(1 / one.batch)
+    # the ends of independent factors add in squares
+    low = math.hypot(math.log(step.value / step.low), math.log(steps.value / steps.low))
+    high = math.hypot(math.log(step.high / step.value), math.log(steps.high / steps.value))
+    value, runs = steps.value * step.value, min(steps.n, step.n)
+    interval = Interval(value, value * math.exp(-low), value * math.exp(high), min(steps.level, step.level), runs)
     return TimeTo(cell, interval.widened(one.doubt), devices)

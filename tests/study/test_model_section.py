@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_a_true_model_is_checked_and_forecasts(tmp_path):
         assert float(line[2].split()[0]) == pytest.approx(time, rel=0.1)
         assert sum(int(share.removesuffix(" %")) for share in line[4:]) == pytest.approx(100, abs=1)
     assert "**Forecast**, for more processes than were run" in text
+    with open(tmp_path / "forecasts.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch_size"], row["processes"]) for row in rows[:3]] == [("256", "16"), ("256", "32"), ("256", "64")]
+    for row in rows:
+        batch, count = int(row["batch_size"]), int(row["processes"])
+        time = seconds(TRUTH, [Place(math.ceil(batch / count), count)])[0]
+        assert float(row["low"]) < time < float(row["high"]) and row["trusted"] == "True" and row["options"] == "{}"
     page = (tmp_path / "report.html").read_text()
     assert "<strong>Forecast</strong>" in page
 
@@ -59,7 +67,7 @@ def test_a_true_model_is_checked_and_forecasts(tmp_path):
 def test_a_wrong_model_is_not_trusted(tmp_path):
     text = section(tmp_path, rates_of((1, 2, 4, 8),
                                       change=lambda place, time: time * (2 if place.processes == 8 else 1)))
-    assert "**Not every measured median is within its band: the forecast is not to be trusted.**" in text
+    assert "**Not every measured figure is within its band: the forecast is not to be trusted.**" in text
 
 
 def test_two_process_counts_need_another_choice(tmp_path):

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from made_up import LAWS, a_machine
+from tables import study
 
+from mnist_dist.study.analysis import Analysis
+from mnist_dist.study.grid import MOST_PROCESSES, Cell
+from mnist_dist.study.models import judge
 from mnist_dist.study.step_time import (
     FLOOR,
     LATENCY,
@@ -17,11 +23,14 @@ from mnist_dist.study.step_time import (
     TRANSFER,
     TRANSFER_BETWEEN,
     Cells,
+    Hypothesis,
     Place,
     check,
+    errors_without,
     fit,
     seconds,
 )
+from mnist_dist.study.step_time import LAWS as LAWS_OF_MODEL
 
 BATCHES, PROCESSES, NOISE, REPEATS = (64, 256, 1024, 4096, 16384), (1, 2, 4, 8), 0.03, 5
 TRUTH = np.array([0.5e-3, 1e-6, 60, 50e-6, 300e-6, 0, 0])
@@ -44,10 +53,52 @@ def largest(places):
 def test_without_noise_the_parameters_are_found():
     places = places_of()
     model = fit(cells_of(places, seconds(TRUTH, places), noise=0, repeats=2))
-    assert model.values == pytest.approx(TRUTH, rel=2e-3, abs=1e-9)
-    assert not model.undecided
+    assert str(model.best.hypothesis) == "ring" and model.describes
+    assert model.best.values == pytest.approx(TRUTH, rel=2e-3, abs=1e-9)
+    assert not model.best.undecided
     beyond = places_of((16, 64))
     assert [one.value for one in model.predict(beyond)] == pytest.approx(seconds(TRUTH, beyond), rel=1e-3)
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("law", LAWS_OF_MODEL, ids=lambda law: law.name)
+def test_a_hypothesis_that_is_true_is_left(law, hidden):
+    places, truth = places_of(), TRUTH * [1, 1, 1, 8, 1, 1, 1]
+    model = fit(cells_of(places, seconds(truth, places, Hypothesis(law, hidden)), noise=0, repeats=2))
+    assert Hypothesis(law, hidden) in [one.hypothesis for one in model.fits] and model.describes
+    if not hidden:
+        assert model.laws == [law.name]
+
+
+def test_a_model_that_describes_nothing_says_so():
+    places = places_of()
+    times = seconds(TRUTH, places) * [1 + 0.3 * (number % 3 == 0) for number in range(len(places))]
+    assert not fit(cells_of(places, times)).describes
+
+
+def test_the_slopes_are_those_of_the_seconds():
+    from scipy.optimize import approx_fprime
+
+    from mnist_dist.study.step_time import _Shape
+
+    truth = np.array([0.5e-3, 1e-6, 60, 50e-6, 300e-6, 70e-6, 400e-6])
+    for law in LAWS_OF_MODEL:
+        for hidden in (0.0, 0.6):
+            shape = _Shape(places_of((1, 2, 4, 8, 16), per_machine=4), Hypothesis(law, hidden))
+            slopes = approx_fprime(truth, shape.seconds, 1e-9 * np.ones(7))
+            assert shape.slopes(truth) == pytest.approx(slopes, rel=1e-3, abs=1e-3)
+
+
+def test_what_is_left_out_is_predicted():
+    places = places_of()
+    cells = cells_of(places, seconds(TRUTH, places), noise=0, repeats=2)
+    model = fit(cells)
+    for count in (2, 4, 8):
+        errors = errors_without(cells, [place.processes == count for place in places], model)
+        assert np.abs(errors).max() < 0.02
+    two = cells_of(places_of((1, 2)), seconds(TRUTH, places_of((1, 2))), noise=0, repeats=2)
+    for count, reason in ((1, "that tell an exchange from the rest"), (2, "with several processes")):
+        assert reason in errors_without(two, [place.processes == count for place in two.places], fit(two))
 
 
 def test_two_levels_are_told_apart():
@@ -55,16 +106,16 @@ def test_two_levels_are_told_apart():
     places = places_of((1, 2, 4, 8, 16), per_machine=4)
     model = fit(cells_of(places, seconds(truth, places), noise=0, repeats=2))
     for index in (LATENCY, TRANSFER, LATENCY_BETWEEN, TRANSFER_BETWEEN):
-        assert model.values[index] == pytest.approx(truth[index], rel=0.02), PARAMETERS[index]
+        assert model.best.values[index] == pytest.approx(truth[index], rel=0.02), PARAMETERS[index]
 
 
 def test_one_size_of_ring_does_not_tell_latency_from_transfer():
     places = places_of((1, 2))
     model = fit(cells_of(places, seconds(TRUTH, places), noise=0, repeats=2))
-    assert {LATENCY, TRANSFER} <= model.undecided
+    assert {LATENCY, TRANSFER} <= next(one for one in model.fits if str(one.hypothesis) == "ring").undecided
     (there,) = model.predict([Place(4096, 2)])
     assert there.value == pytest.approx(seconds(TRUTH, [Place(4096, 2)])[0], rel=1e-3)
-    assert there.high / there.low < 1.001  # at 2 processes it makes no difference
+    assert there.high / there.low < 1.03  # at 2 processes it makes no difference
     ring = seconds(TRUTH, [Place(4096, 2)])[0] - seconds(TRUTH, [Place(4096, 1)])[0]
     (far,) = model.predict([Place(4096, 16)])
     rest = seconds(TRUTH, [Place(4096, 1)])[0]
@@ -75,7 +126,7 @@ def test_one_size_of_ring_does_not_tell_latency_from_transfer():
 def test_a_floor_below_all_batches_is_undecided():
     places = places_of((1, 2, 4), batches=(1024, 4096, 16384))
     model = fit(cells_of(places, seconds(TRUTH, places), noise=0, repeats=2))
-    assert FLOOR in model.undecided
+    assert FLOOR in model.best.undecided
     (small,) = model.predict([Place(8, 1)])
     assert small.low <= 0.5e-3 + 1e-6 * 8 * 1.05
     assert small.high >= 0.5e-3 + 1e-6 * 256 * 0.95  # the smallest batch that was measured
@@ -89,14 +140,6 @@ def test_what_a_step_is_made_of():
     assert shares == pytest.approx({"fixed": 0.5e-3 / total, "computing": 1e-3 / total,
                                     "communication": (14 * 50e-6 + 1.75 * 300e-6) / total}, rel=1e-2)
     assert sum(shares.values()) == pytest.approx(1)
-
-
-def test_one_slow_cell_moves_the_others_little():
-    places = places_of()
-    times = seconds(TRUTH, places)
-    times[7] *= 3
-    model = fit(cells_of(places, times, noise=0, repeats=2))
-    assert seconds(model.values, places[8:]) == pytest.approx(times[8:], rel=0.03)
 
 
 @pytest.mark.parametrize(("places", "reason"), [
@@ -124,75 +167,77 @@ def test_one_run_of_each_cell_passes_no_check():
     assert max(map(abs, found.errors)) < 0.3
 
 
+def test_a_wide_band_is_no_check():
+    places = places_of()
+    found = check(cells_of(places, seconds(TRUTH, places), noise=0.4), largest(places))
+    assert found.width > 0.2 and not found.passes
+
+
 # ------------------------------------------------------------------------------ tables from a known truth, many of them
 
-
-def a_truth(random):
-    """The parameters of some machine, in which communication is a part of the step that matters."""
-    return np.array([random.uniform(0.2e-3, 1e-3), 10 ** random.uniform(-6.5, -5.5), 10 ** random.uniform(1, 2.5),
-                     10 ** random.uniform(-5, -3.7), 10 ** random.uniform(-3.5, -2.5), 0, 0])
+MEASURED, AHEAD, GLOBAL_BATCHES, SPREAD = (1, 2, 4, 8), (16, 32, 64), (50, 200, 800, 3200), 0.02
 
 
-def two_levels(truth, places):
-    """Machines of four, slower between them, and the rows do not say so."""
-    truth = truth + np.array([0, 0, 0, 0, 0, 5 * truth[LATENCY], 4 * truth[TRANSFER]])
-    return seconds(truth, [Place(at.batch, at.processes, math.ceil(at.processes / 4)) for at in places])
+@dataclass(frozen=True)
+class Forecast:
+    """On more processes than were run: whether it is trusted, and of each batch whether the band holds the truth, the
+    error, and half the band's width.
+    """
+
+    processes: int
+    is_trusted: bool
+    holds: list[bool]
+    errors: list[float]
+    widths: list[float]
 
 
-def half_the_bandwidth(truth, places):
-    slower = truth * [1, 1, 1, 1, 2, 1, 1]
-    return np.where([at.processes > 8 for at in places], seconds(slower, places), seconds(truth, places))
+def forecasts(case):
+    """On 16, 32 and 64 processes, from a study of 1 to 8 whose law is known."""
+    law, seed = case
+    random = np.random.default_rng(seed)
+    machine = a_machine(random)
+
+    def times(counts):
+        return {Cell(batch, count): LAWS[law](machine, batch, count) for batch in GLOBAL_BATCHES for count in counts}
+
+    rates = {cell: cell.global_batch_size / time for cell, time in times(MEASURED).items()}
+    analysis = Analysis(study(rates, REPEATS, SPREAD, seed))
+    (judged,) = judge(analysis.cells, MOST_PROCESSES).values()
+    ahead = judged.beyond(GLOBAL_BATCHES)
+    found = []
+    for count in AHEAD:
+        pairs = [(judged.model.predict([place])[0], times([count])[Cell(batch, count)])
+                 for batch, places in ahead.items() for place in places if place.processes == count]
+        found.append(Forecast(count, judged.is_trusted and bool(pairs), [a.low <= t <= a.high for a, t in pairs],
+                              [abs(a.value / t - 1) for a, t in pairs], [a.half_width for a, _ in pairs]))
+    return found
 
 
-def a_straggler(truth, places):
-    """Among the most processes, one takes 40 % more of its own time."""
-    alone = seconds(truth, [Place(at.batch, 1) for at in places])
-    return seconds(truth, places) + np.where(largest(places), 0.4 * alone, 0)
+@pytest.mark.parametrize("law", LAWS)
+def test_what_is_trusted_holds(law):
+    """One study of each law."""
+    trusted = [one for one in forecasts((law, 3)) if one.is_trusted]
+    assert all(np.mean(one.holds) >= 0.75 for one in trusted)
+    assert bool(trusted) == (law in ("ring", "tree", "overlap", "half the bandwidth beyond 8"))
 
 
-TRUTHS = {  # the processes that are measured, and the times
-    "this model": (PROCESSES, seconds), "two levels": (PROCESSES, two_levels), "a straggler": (PROCESSES, a_straggler),
-    # what changes beyond 8 processes is not in a table that ends there
-    "half the bandwidth beyond 8 processes": ((*PROCESSES, 16), half_the_bandwidth),
-}
-
-
-def distrusted(case):
-    name, seed = case
-    processes, times = TRUTHS[name]
-    places = places_of(processes)
-    cells = cells_of(places, times(a_truth(np.random.default_rng(seed)), places), seed=seed)
-    return not check(cells, largest(places)).passes
-
-
-def forecast(seed):
-    """The absolute errors at 16, 32 and 64 processes, and whether the bands hold the truth."""
-    truth, places, beyond = a_truth(np.random.default_rng(seed)), places_of(), places_of((16, 32, 64))
-    found = fit(cells_of(places, seconds(truth, places), seed=seed)).predict(beyond)
-    true = seconds(truth, beyond)
-    return ([abs(one.value / time - 1) for one, time in zip(found, true, strict=True)],
-            [one.low <= time <= one.high for one, time in zip(found, true, strict=True)])
-
-
-@pytest.mark.parametrize("name", TRUTHS)
-def test_a_forecast_is_trusted_if_the_model_is_true(name):
-    assert [distrusted((name, seed)) for seed in (0, 1)] == 2 * [name != "this model"]
-
-
-@pytest.mark.parametrize(("tables", "judged"), [
-    pytest.param(60, 24, marks=pytest.mark.faults), pytest.param(200, 80, marks=pytest.mark.faults)])
-def test_many_tables_of_each_truth(tables, judged):
-    """The first number for the errors, the second for whether a wrong model is passed, which takes longer."""
+@pytest.mark.faults
+def test_many_studies_of_each_law():
+    """60 studies of each: of what is trusted the bands hold 90 % or more, and a ring or a tree is mostly trusted."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        errors, holds = map(np.array, zip(*pool.map(forecast, range(tables), chunksize=10), strict=True))
-        shares = {name: np.mean(list(pool.map(distrusted, [(name, seed) for seed in range(number)], chunksize=6)))
-                  for name in TRUTHS for number in [80 if name == "this model" else judged]}
-    print(f"\nforecast at 16, 32, 64 processes: median error {100 * np.median(errors):.2f} %, "
-          f"bands hold {100 * holds.mean():.1f} %")
-    for name, share in shares.items():
-        print(f"distrusted, if the truth is {name}: {100 * share:.1f} %")
-    assert np.median(errors) <= 0.05
-    assert 0.90 <= holds.mean() <= 0.99
-    assert shares.pop("this model") <= 0.10
-    assert min(shares.values()) >= 0.90
+        of_law = {law: [one for ahead in pool.map(forecasts, [(law, seed) for seed in range(60)], chunksize=4)
+                        for one in ahead] for law in LAWS}
+    print()
+    for law, every in of_law.items():
+        for count in AHEAD:
+            there = [one for one in every if one.processes == count]
+            trusted = [one for one in there if one.is_trusted]
+            holds, errors, widths = ([value for one in trusted for value in getattr(one, name)] or [math.nan]
+                                     for name in ("holds", "errors", "widths"))
+            print(f"{law}, {count} processes: {len(trusted) / len(there):.0%} trusted, the band holds "
+                  f"{np.mean(holds):.0%}, error {np.median(errors):.1%}, band to each side {np.median(widths):.0%}")
+            if count == 16 and law in ("ring", "tree"):
+                assert len(trusted) >= 0.8 * len(there) and np.median(widths) <= 0.25
+        holds = [value for one in every if one.is_trusted for value in one.holds]
+        assert not holds or np.mean(holds) >= 0.9, law
