@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ from mnist_dist.study.statistics import (
 from mnist_dist.study.steadiness import LEAST_WINDOWS, Drift, drift_over_study, steadiness
 from mnist_dist.study.table import Row, rate_of
 
+OUTLIER = 1.5  # times faster or slower than the median of the cell's runs
+FAR_OFF, LEAST_SPREAD = 10, 0.01  # and so many times as far off it as the others, which are at least 1 % off
 STRAGGLER = 1.2  # a rank's own step time over the median of all ranks
 SHOWN_OF_ENVIRONMENT = ("device_name", "device", "torch", "accelerate", "mnist_dist", "git_commit", "step",
                         "num_machines")
@@ -192,7 +195,7 @@ class Analysis:
                 found.append((run.row, f"the step time drifts by {100 * steady.change:+.0f} % over the run"))
             if slow := straggler(run.row):
                 found.append((run.row, slow))
-        return found
+        return found + [outlier for figures in self.cells.values() for outlier in _outliers(figures)]
 
     @property
     def failed(self) -> list[Row]:
@@ -212,6 +215,20 @@ class Analysis:
             key = tuple((name, str(own[name])) for name in shown if own.get(name) is not None)
             found[key] = found.get(key, 0) + 1
         return found
+
+
+def _outliers(figures: CellFigures) -> list[tuple[Row, str]]:
+    """Runs whose rate is far from those of the other repeats, with the factor."""
+    if len(figures.repeats) < LEAST_CONCLUSIVE:
+        return []
+    off = np.log(figures.rates) - np.log(figures.rate.value)
+    found = []
+    for place, run in enumerate(figures.repeats):
+        usual = max(LEAST_SPREAD, float(np.median(np.abs(np.delete(off, place)))))
+        if abs(off[place]) > max(math.log(OUTLIER), FAR_OFF * usual):
+            times = f"{math.exp(abs(off[place])):.2g} times {'faster' if off[place] > 0 else 'slower'}"
+            found.append((run.row, f"the run is {times} than the median of its cell"))
+    return found
 
 
 def straggler(row: Row) -> str:

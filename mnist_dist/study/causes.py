@@ -46,7 +46,7 @@ def _parts(figures: CellFigures) -> dict[str, float] | None:
     found: dict[str, list[float]] = {name: [] for name in CAUSES}
     for run in figures.repeats:
         ranks = run.row["epochs"][-1].get("ranks")
-        if not isinstance(ranks, Mapping):
+        if not isinstance(ranks, Mapping) or not all(ranks.get(name) for name in ("step_ms", "data_wait_ms")):
             return None
         usual, slowest, wait = usual_own_ms(ranks), ranks["own_ms"]["max"], ranks["data_wait_ms"]["median"]
         parts = (usual - wait, wait, slowest - usual, ranks["step_ms"]["median"] - slowest)

@@ -144,7 +144,7 @@ def _resolution(cells: Sequence[Learnt]) -> str:
     apart = [run.apart for one in cells for run in one.runs if math.isfinite(run.samples) and run.apart]
     if not apart:
         return "The runs do not say between which evaluations they reached it: samples are those of an evaluation."
-    doubt = max(one.doubt for one in cells if math.isfinite(one.samples.value))
+    doubt = max((one.doubt for one in cells if math.isfinite(one.samples.value)), default=0.0)
     distance = f"{min(apart):,.0f}" if min(apart) == max(apart) else f"{min(apart):,.0f} to {max(apart):,.0f}"
     return (f"The evaluations around the target are {distance} samples apart. Interpolation leaves {100 * doubt:.1g} % "
             "or less of the samples open, which the intervals hold.")

@@ -139,12 +139,12 @@ def _summary(page: Page, analysis: Analysis, answers: Mapping[float, Answer | No
         page.add("Nothing was measured: no run was completed.")
     else:
         repeats = sorted({len(figures.repeats) for figures in cells.values()})
-        many = f"{repeats[0]}" if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
+        many = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
         names = dict.fromkeys(dict(key).get("device_name", "unknown hardware") for key in analysis.environments)
         places = "; ".join(names)
         page.add(Text((
             f"Measured: the training throughput of {counted(len(cells), 'cell')} (a batch size on a number of "
-            f"processes), {counted(len(runs), 'run')} in all, {many} repeats of each cell, on ", Code(places), ".")))
+            f"processes), {counted(len(runs), 'run')} in all, {many} of each cell, on ", Code(places), ".")))
         best = max(cells.values(), key=lambda figures: figures.rate.value)
         found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {say(best.rate)} samples/s"
                                       f"{at_level(best.rate)}."))]
@@ -295,12 +295,15 @@ def _ranks(page: Page, analysis: Analysis) -> None:
             continue
 
         def over(name: str, scale: float = 1.0, ranks: list[Any] = ranks) -> str:
+            if not all(one.get(name) for one in ranks):
+                return "-"
             return " / ".join(number(statistics.median(one[name][which] for one in ranks) * scale)
                               for which in ("min", "median", "max"))
 
-        exchange = statistics.median(one["step_ms"]["median"] - one["own_ms"]["median"] for one in ranks)
+        steps = [one["step_ms"]["median"] - one["own_ms"]["median"] for one in ranks if one.get("step_ms")]
         hosts = {str(one["slowest_host"]) for one in ranks}
-        lines.append([*cell_words(cell, analysis.cells), over("own_ms"), number(exchange), over("data_wait_ms"),
+        lines.append([*cell_words(cell, analysis.cells), over("own_ms"),
+                      number(statistics.median(steps)) if steps else "-", over("data_wait_ms"),
                       over("peak_memory_bytes", 1 / 2**20), Code(", ".join(sorted(hosts)[:3]))])
     if lines:
         page.add(Heading(2, "Ranks"),

@@ -20,13 +20,15 @@ from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary
 from mnist_dist.record.folder import RESULT, WINDOWS
-from mnist_dist.record.schema import check_types
+from mnist_dist.record.schema import MOST, check_types
 from mnist_dist.study.grid import MOST_PROCESSES, HoldOut
-from mnist_dist.text import cause
+from mnist_dist.text import cause, cut
 
 JSONL, CSV = "runs.jsonl", "runs.csv"
 Row = dict[str, Any]
 # Of an epoch: a training must say at least this. An epoch without measured steps has 0 samples.
+# By which part the sums of windows may differ from their epoch's: seconds are those of the slowest process.
+PARTS_OF_WINDOWS = {"measured_samples": (1, "samples", 0.001), "measured_seconds": (2, "seconds", 0.2)}
 NEEDED_OF_EPOCH = ("measured_samples", "measured_seconds")
 
 
@@ -88,12 +90,28 @@ def _wrong(values: Mapping[str, Any]) -> list[str]:
             check_types(kind, part, is_partial=True)
         except ValueError as error:
             return [f"right {name} ({error})"]
-    for name, inner in (("config", "seed"), ("dataset", "train")):
+    for name, inner, least in (("config", "seed", 0), ("dataset", "train", 1)):
         if not isinstance(values.get(name), dict | None):
             return [f"right {name} (a mapping of names to values)"]
-        if not isinstance((values.get(name) or {}).get(inner), int | None):
-            return [f"right {name}.{inner} (a whole number)"]
+        number = (values.get(name) or {}).get(inner)
+        if number is not None and (not isinstance(number, int) or number < least):
+            return [f"right {name}.{inner} (a whole number of at least {least})"]
+    for number, epoch in enumerate(values["epochs"]):
+        if problem := _wrong_windows(epoch):
+            return [f"right epochs[{number}].windows ({problem})"]
     return []
+
+
+def _wrong_windows(epoch: Mapping[str, Any]) -> str:
+    """What is wrong with an epoch's windows: they are all measured steps, so that their sums are those of the epoch."""
+    windows = epoch.get("windows") or []
+    if any(min(window) <= 0 for window in windows):
+        return "a figure is not above 0"
+    for name, (place, unit, part) in PARTS_OF_WINDOWS.items():
+        total = sum(window[place] for window in windows)
+        if windows and abs(total - epoch[name]) > part * epoch[name]:
+            return f"they have {total:g} {unit}, and {name} is {epoch[name]:g}"
+    return ""
 
 
 def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -109,7 +127,9 @@ def _is_target(one: Any) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    """A number from 0 to MOST; what is less than 1e-9 is no time, and no number of samples."""
+    return (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            and (value == 0 or 1e-9 <= value <= MOST))
 
 
 def rate_of(row: Row) -> float | None:
@@ -168,10 +188,21 @@ def read_table(folder: Path) -> list[Row]:
     collecting = gc.isenabled()
     gc.disable()  # none of the objects is garbage, and to look for it among millions doubles the time
     try:
-        return [_row(path, number, line) for number, line in enumerate(lines, 1)]
+        rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
     finally:
         if collecting:
             gc.enable()
+    _check_names(path, rows)
+    return rows
+
+
+def _check_names(path: Path, rows: Iterable[Row]) -> None:
+    """Raises `UserError` if two rows are of one run, which would count twice."""
+    lines: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        if (first := lines.setdefault(str(row["run"]), number)) != number:
+            raise UserError(f"{path}, lines {first} and {number}, are both of the run {cut(str(row['run']))}: delete "
+                            "one of them, or run the study again, which makes the table from its runs")
 
 
 def hold_out_of(rows: Iterable[Row]) -> HoldOut:

@@ -171,7 +171,7 @@ def reached_at(row: Mapping[str, Any], target: Mapping[str, Any]) -> Reached:
 def _between(before: tuple[float, float, float] | None, after: tuple[float, float, float], limit: float) -> Reached:
     """Where the NLL passes the limit between two evaluations."""
     steps, samples, nll = after
-    if before is None or samples <= before[1]:
+    if before is None or not 0 < before[1] < samples:
         return Reached(steps, samples, FIRST, samples)
     first_steps, first, first_nll = before
     if nll > 0:
@@ -205,7 +205,7 @@ def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None
         total, before = total + epoch["noise_scale"] * (epoch["step"] - before), epoch["step"]
         if before >= step:
             break
-    return total / before
+    return total / before if before else None
 
 
 def _times(analysis: Analysis, nll: float, cells: Sequence[Learnt]) -> list[TimeTo]:
@@ -223,6 +223,8 @@ def _times(analysis: Analysis, nll: float, cells: Sequence[Learnt]) -> list[Time
             targets = (run.row.get("summary") or {}).get("targets") or []
             each += [reached_at(run.row, target).samples / run.rate for target in targets
                      if target["target_nll"] == nll]
+        if not each:  # its runs have other targets
+            continue
         found.append(TimeTo(cell, median_interval(each).widened(one.doubt), figures.devices,
                             (estimate, doubts[key]), (analysis.estimates[cell],)))
     return found

@@ -12,9 +12,12 @@ from mnist_dist.study.grid import Cell
 
 def row(cell: Cell, rate: float, number: int, *, windows: Sequence[Sequence[float]] = (), order: int | None = None,
         **others: Any) -> dict[str, Any]:
-    """A completed repeat of the cell at `rate` samples/s."""
-    samples = 100 * cell.global_batch_size
-    epoch = {"measured_samples": samples, "measured_seconds": samples / rate, "windows": [list(w) for w in windows]}
+    """A completed repeat of the cell at `rate` samples/s, whose windows are scaled to that."""
+    samples = sum(window[1] for window in windows) or 100 * cell.global_batch_size
+    seconds = samples / rate
+    slower = seconds / sum(window[2] for window in windows) if windows else 1.0  # so that they add up
+    epoch = {"measured_samples": samples, "measured_seconds": seconds,
+             "windows": [[window[0], window[1], window[2] * slower] for window in windows]}
     return {
         "run": f"{cell.name}-repeat-{number}", "role": "repeat", "repeat": number, "order": order or number,
         "global_batch_size": cell.global_batch_size, "processes": cell.processes, "options": dict(cell.options),

@@ -168,6 +168,18 @@ def test_marked_runs_have_their_reasons(tmp_path):
     assert "no step was measured" in marked["`b10-p2-repeat-6`"]
 
 
+@pytest.mark.parametrize("factor, words", [(90, "90 times faster"), (1 / 90, "90 times slower"), (2, "2 times faster")])
+@pytest.mark.parametrize("repeats", [3, 5, 10])
+def test_a_run_that_is_far_off_is_named(factor, words, repeats, tmp_path):
+    rows = study({Cell(10, 1): 1000.0, Cell(10, 2): 2000.0}, repeats - 1, 0.001, seed=1)
+    rows.append(row(Cell(10, 1), factor * 1000.0, repeats))
+    rows.append(row(Cell(10, 2), 2000.0, repeats))
+    marks = Analysis(rows).marks
+    assert [(one["run"], text) for one, text in marks] == [
+        (f"b10-p1-repeat-{repeats}", f"the run is {words} than the median of its cell")]
+    assert not Analysis(study({Cell(10, 1): 1000.0}, 10, 0.3, seed=2)).marks, "all are far off"
+
+
 def test_single_runs_and_nothing_at_all(tmp_path):
     for number, rows in enumerate(([row(Cell(50, 1), 10.0, 1), row(Cell(50, 2), 30.0, 1)], [])):
         folder = tmp_path / str(number)
