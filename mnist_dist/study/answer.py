@@ -62,18 +62,9 @@ def answer(target: Target, models: Mapping[Options, Judged]) -> Answer | None:
     return Answer(target, front, _forecasts(target, models)) if front else None
 
 
-def in_words(answers: Mapping[float, Answer | None], analysis: Analysis) -> list[Text]:
-    """For each target a paragraph: the soonest cell, the cheapest and the knee, whether more processes help and why
-    not, and how sure that is.
-    """
-    return [_words(found, analysis) if found else
-            Text((f"Test NLL {nll:g}: not known, because at no batch size all runs reached it.",))
-            for nll, found in answers.items()]
-
-
 def _words(found: Answer, analysis: Analysis) -> Text:
     times, soonest, cheapest, knee = found.target.times, found.soonest, found.cheapest, found.knee
-    parts: list[str] = [f"Test NLL {found.target.nll:g}: soonest with ", Code(str(soonest.cell)),
+    parts: list[str] = ["Soonest with ", Code(str(soonest.cell)),
                         f", {say(soonest.seconds)} s of training"]
     if len(times) > 1:
         equal = sum(one is not soonest and not _is_slower(found.target, one, soonest) for one in times)
@@ -164,8 +155,17 @@ def _judged(options: Options, models: Mapping[Options, Judged]) -> tuple[Judged,
     return (judged, judged.model) if judged is not None and isinstance(judged.model, Model) else None
 
 
-def add_answers(page: Page, answers: Iterable[Answer | None], models: Mapping[Options, Judged], folder: Path) -> None:
-    """The section: for each target the times of all cells, measured and by the model, and what the model forecasts."""
+def time_picture(found: Answer, models: Mapping[Options, Judged], folder: Path) -> Picture:
+    """The seconds to the target against the batch size."""
+    rows = [(one, _by_model(one, found.target, models)) for one in found.target.times]
+    return _picture(f"{found.target.nll:g}", rows, folder)
+
+
+def add_answers(page: Page, answers: Iterable[Answer | None], analysis: Analysis, models: Mapping[Options, Judged],
+                folder: Path) -> None:
+    """The section: for each target what is soonest, what cheapest and whether more processes help, the times of all
+    cells, measured and by the model, and what the model forecasts. The picture of the last target is not in it.
+    """
     known = [found for found in answers if found]
     if not known:
         return
@@ -173,7 +173,10 @@ def add_answers(page: Page, answers: Iterable[Answer | None], models: Mapping[Op
     for found in known:
         nll = f"{found.target.nll:g}"
         rows = [(one, _by_model(one, found.target, models)) for one in found.target.times]
-        page.add(Heading(3, f"Seconds to test NLL {nll}"), _picture(nll, rows, folder), _table(found, rows))
+        page.add(Heading(3, f"Test NLL {nll}"), _words(found, analysis))
+        if found is not known[-1]:
+            page.add(_picture(nll, rows, folder))
+        page.add(_table(found, rows))
     page.add("Seconds: the steps to the target times the time of a step on so many processes; by the model: times the "
              "time that the model has for it. Device-seconds: times the GPUs, or on a CPU the cores, that the cell "
              "occupies. Front: no other cell is both sooner and cheaper. Knee: the cell with the least seconds x "

@@ -11,13 +11,14 @@ from typing import Any
 from mnist_dist.disk.files import make_folder, replace_synced
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Comparison, Scaling, compare
-from mnist_dist.study.answer import Answer, add_answers, answer, in_words
+from mnist_dist.study.answer import Answer, add_answers, answer, time_picture
 from mnist_dist.study.fabric import Fabric, fabric_of
-from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut
+from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut, Options
+from mnist_dist.study.headline import by_rate, by_time, headline, how_sure
 from mnist_dist.study.learning_section import add_learning
 from mnist_dist.study.model_section import add_model
-from mnist_dist.study.models import forecasts_of, judge
-from mnist_dist.study.pages import Code, Heading, Inline, Page, Table, Text
+from mnist_dist.study.models import Judged, forecasts_of, judge
+from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Strong, Table, Text
 from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import LEAST_CONCLUSIVE, LEAST_REPEATS, LEVEL, PRECISION, Interval
 from mnist_dist.study.steadiness import LEAST_CHANGE, SIGNIFICANT
@@ -52,15 +53,15 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     fabric = _fabric_of(rows)
     targets, models = targets_of(analysis), judge(analysis.cells, hold_out, fabric)
     answers = {target.nll: answer(target, models) for target in targets}
-    _summary(page, analysis, answers)
+    _head(page, analysis, answers, models, folder / PICTURES)
+    add_answers(page, answers.values(), analysis, models, folder / PICTURES)
     if analysis.cells:
-        _throughput(page, analysis, folder / PICTURES)
+        _throughput(page, analysis, folder / PICTURES, is_first=not any(answers.values()))
         _scaling(page, analysis, folder / PICTURES)
         _step_time(page, analysis, folder / PICTURES)
         _ranks(page, analysis)
         add_model(page, models, folder / PICTURES, fabric)
     add_learning(page, targets, folder / PICTURES)
-    add_answers(page, answers.values(), models, folder / PICTURES)
     _problems(page, analysis)
     _method(page, analysis)
     write_csv(folder / FORECASTS, FORECAST_COLUMNS,
@@ -131,46 +132,31 @@ def _shown(factor: Interval) -> str:
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def _summary(page: Page, analysis: Analysis, answers: Mapping[float, Answer | None]) -> None:
-    """What was measured, what was found, and what was not measured."""
-    cells, runs = analysis.cells, analysis.runs
-    processes = sorted({cell.processes for cell in cells})
+def _head(page: Page, analysis: Analysis, answers: Mapping[float, Answer | None], models: Mapping[Options, Judged],
+          folder: Path) -> None:
+    """The answer with the picture that decides, how sure it is, and what was measured."""
+    cells = analysis.cells
     if not cells:
         page.add("Nothing was measured: no run was completed.")
-    else:
-        repeats = sorted({len(figures.repeats) for figures in cells.values()})
-        many = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
-        names = dict.fromkeys(dict(key).get("device_name", "unknown hardware") for key in analysis.environments)
-        places = "; ".join(names)
-        page.add(Text((
-            f"Measured: the training throughput of {counted(len(cells), 'cell')} (a batch size on a number of "
-            f"processes), {counted(len(runs), 'run')} in all, {many} of each cell, on ", Code(places), ".")))
-        best = max(cells.values(), key=lambda figures: figures.rate.value)
-        found: list[Inline] = [Text(("Highest throughput: ", Code(str(best.cell)), f", {say(best.rate)} samples/s"
-                                      f"{at_level(best.rate)}."))]
-        for count in processes:
-            found += _pays(analysis, count)
-        found += in_words(answers, analysis)
-        page.add(found)
-    notes = []
-    if failed := [row for row in analysis.failed if row["status"] == "failed"]:
-        notes.append(f"{counted(len(failed), 'run')} failed")
-    if impossible := [row for row in analysis.failed if row["status"] == "impossible"]:
-        notes.append(f"{counted(len(impossible), 'cell')} cannot run")
-    if analysis.marks:
-        notes.append(f"{counted(len({row['run'] for row, _ in analysis.marks}), 'run is', 'runs are')} marked")
-    if wide := [figures for figures in cells.values() if figures.more_repeats]:
-        notes.append(f"{counted(len(wide), 'cell has', 'cells have')} repeats that differ too much, or too few")
-    if len(analysis.environments) > 1:
-        notes.append(f"the runs were done on {len(analysis.environments)} different environments")
-    if analysis.drift and analysis.drift.is_one:
-        notes.append(f"the machine drifted by {100 * analysis.drift.change.value:+.1f} % during the study")
-    if notes:
-        page.add(f"Look at this first: {'; '.join(notes)} (below).")
-    others = f"any number of processes but {', '.join(map(str, processes))}" if processes else "anything else"
+        return
+    reached = [one for one in answers.values() if one]
+    contest = by_time(reached[-1]) if reached else by_rate(analysis)
+    page.add(headline(contest, analysis))
+    if notes := how_sure(analysis, list(models.values())):
+        page.add(Text((Strong("How sure:"), f" {'; '.join(map(str, notes))} (below).")))
+    page.add(time_picture(reached[-1], models, folder) if reached else _rates_picture(analysis, folder))
+    page.add(*(f"Test NLL {nll:g} is not known: at no batch size all runs reached it."
+               for nll, one in answers.items() if one is None))
+    repeats = sorted({len(figures.repeats) for figures in cells.values()})
+    many = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
+    places = "; ".join(dict.fromkeys(dict(key).get("device_name", "unknown hardware") for key in analysis.environments))
+    processes = ", ".join(map(str, sorted({cell.processes for cell in cells})))
     learning = "other batch sizes, learning rates and targets" if answers else "how well the model learns"
-    page.add("Not measured: start-up, compilation, warm-up steps, evaluation and checkpoints; "
-             f"{learning}; {others}; other hardware.")
+    page.add(Text((
+        f"Measured: {counted(len(cells), 'cell')} (a batch size on a number of processes), "
+        f"{counted(len(analysis.runs), 'run')} in all, {many} of each cell, on ", Code(places), ". Not measured: "
+        f"start-up, compilation, warm-up steps, evaluation and checkpoints; {learning}; any number of processes but "
+        f"{processes}; other hardware.")))
 
 
 def _pays(analysis: Analysis, processes: int) -> list[Inline]:
@@ -204,19 +190,29 @@ def _lines_of(analysis: Analysis) -> list[tuple[str, list[CellFigures]]]:
     return [(name_of_line(processes, options), members) for (options, processes), members in groups.items()]
 
 
-def _throughput(page: Page, analysis: Analysis, folder: Path) -> None:
-    page.add(Heading(2, "Throughput"))
+def _rates_picture(analysis: Analysis, folder: Path) -> Picture:
     series = []
     for name, members in _lines_of(analysis):
         series.append(Series(
             name, [m.cell.global_batch_size for m in members], [m.rate for m in members],
             [list(m.rates) for m in members],
             [f"{m.cell}: {say(m.rate)} samples/s, {counted(m.rate.n, 'repeat')}" for m in members]))
-    page.add(pictures.draw(
+    return pictures.draw(
         folder, "throughput", "Samples per second against the global batch size: median, interval, and each repeat as "
         "a point. Both axes are logarithmic.", series, x_label="global batch size (samples)", y_label="samples/s",
-        say="{:,.0f} samples/s".format))
+        say="{:,.0f} samples/s".format)
+
+
+def _throughput(page: Page, analysis: Analysis, folder: Path, is_first: bool) -> None:
+    """The rates of the cells, with their picture if it is not at the head of the page, and what processes gain."""
+    page.add(Heading(2, "Throughput"))
+    if not is_first:
+        page.add(_rates_picture(analysis, folder))
     cells = analysis.cells
+    best = max(cells.values(), key=lambda figures: figures.rate.value)
+    highest = f", {say(best.rate)} samples/s{at_level(best.rate)}."
+    page.add([Text(("Highest throughput: ", Code(str(best.cell)), highest)),
+              *(line for count in sorted({cell.processes for cell in cells}) for line in _pays(analysis, count))])
     page.add(Table(
         [*cell_head(cells), "batch per process", "samples/s", "ms per step", "repeats", "level",
          "more repeats needed"],

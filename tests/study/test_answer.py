@@ -44,7 +44,7 @@ def report(folder, rows, *words):
     write_table(folder, rows)
     assert run_here(["report", str(folder), *words]) == 0
     text = (folder / "report.md").read_text()
-    first = next(line for line in text.splitlines() if line.startswith("- Test NLL 0.3"))
+    first = next(line for line in text.splitlines() if line.startswith("Soonest with"))
     return first, text.split("## Time to a target\n")[1].split("\n## ")[0]
 
 
@@ -66,7 +66,7 @@ def test_the_soonest_the_cheapest_and_the_knee_are_told_apart(tmp_path):
     0.257, 1.03; batch 3,200, of 29.4 steps, on 8 0.219, 1.75.
     """
     first, section = report(tmp_path, rows_of(ring))
-    assert "soonest with `batch 3,200 on 8 processes`, 0.219 (" in first
+    assert "Soonest with `batch 3,200 on 8 processes`, 0.219 (" in first
     assert "Cheapest with `batch 200 on 1 process`, 0.510 (" in first
     assert "The knee is `batch 800 on 2 processes`, 0.3" in first
     assert "1 process takes 2.3" in first and "More than 8 processes were not run." in first

@@ -57,7 +57,7 @@ def test_runs_that_do_not_get_there_are_more_than_they_had(tmp_path):
 
 def test_a_target_that_none_reached_has_no_answer(tmp_path):
     section(tmp_path, rows_of([Cell(batch, 1) for batch in BATCHES], limit=1000))
-    assert "Test NLL 0.3: not known" in (tmp_path / "report.md").read_text().split("\n## ")[0]
+    assert "Test NLL 0.3 is not known: at no batch size" in (tmp_path / "report.md").read_text().split("\n## ")[0]
 
 
 def test_batch_sizes_of_several_processes_alone_are_among_the_others(tmp_path):

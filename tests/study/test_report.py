@@ -83,12 +83,15 @@ def test_the_figures_are_those_of_the_table(report):
 
 
 def test_the_first_lines_say_it_in_words(report):
-    head = report[1].split("\n## ")[0]
-    assert "throughput of 5 cells" in head and "40 runs in all, 8 repeats of each cell, on `abacus`." in head
-    assert "Highest throughput: `batch 200 on 2 processes`" in head
-    assert "2 processes against 1, the same global batch: faster at batch `200`; slower at batch `50`." in head
-    assert "1 run failed; 1 cell cannot run" in head and "Not measured: start-up" in head
-    assert "any number of processes but 1, 2" in head
+    head = report[1].split("\n## ")[0].split("\n\n")
+    assert re.match(r"\*\*Use\*\* `batch 200 on 2 processes`: 6,0\d\d \(5,8\d\d to 6,\d+, 95 %\) samples/s, the "
+                    r"highest throughput\. 4 other cells are slower\. 1 process takes 1\.\d+ to 1\.\d+ times as long "
+                    r"\(batch 200, the best there\)\. More than 2 processes were not run\.$", head[1]), head[1]
+    assert head[2].startswith("**How sure:** 1 run failed; 1 cell cannot run")
+    assert head[3].endswith("(pictures/throughput.png)")
+    assert "5 cells" in head[4] and "40 runs in all, 8 repeats of each cell, on `abacus`." in head[4]
+    assert "Not measured: start-up" in head[4] and "any number of processes but 1, 2" in head[4]
+    assert "2 processes against 1, the same global batch: faster at batch `200`; slower at batch `50`." in report[1]
 
 
 def test_failed_runs_and_how_it_was_measured_are_in_it(report):
