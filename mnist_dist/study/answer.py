@@ -18,7 +18,7 @@ from mnist_dist.study.pictures import Series
 from mnist_dist.study.statistics import Interval
 from mnist_dist.study.step_time import Model
 from mnist_dist.study.targets import Target, TimeTo, modelled
-from mnist_dist.study.words import cell_head, cell_words, level_of, name_of_line, say
+from mnist_dist.study.words import as_start, cell_head, cell_words, level_of, name_of_line, say
 from mnist_dist.tables import number
 from mnist_dist.text import counted
 
@@ -199,6 +199,7 @@ def _picture(nll: str, rows: Sequence[tuple[TimeTo, Interval | None]], folder: P
     groups: dict[tuple[int, Options], list[tuple[TimeTo, Interval | None]]] = {}
     for row in rows:
         groups.setdefault((row[0].cell.processes, row[0].cell.options), []).append(row)
+    soonest = min((one for one, _ in rows), key=lambda one: one.typical)
     series = []
     for (processes, options), own in groups.items():
         batches = [one.cell.global_batch_size for one, _ in own]
@@ -208,7 +209,8 @@ def _picture(nll: str, rows: Sequence[tuple[TimeTo, Interval | None]], folder: P
             [f"{one.cell}: {say(one.seconds)} s" for one, _ in own],
             batches if len(by_model) == len(own) else (), by_model if len(by_model) == len(own) else ()))
     return pictures.draw(
-        folder, f"time-{nll}", f"Seconds of training to test NLL {nll} against the global batch size: measured, with "
+        folder, f"time-{nll}", f"{as_start(soonest.cell)} is soonest to NLL {nll}",
+        f"Seconds of training to test NLL {nll} against the global batch size: measured, with "
         "intervals, and the model's line, if there is one. Both axes are logarithmic.", series,
         x_label="global batch size (samples)", y_label="seconds to the target")
 

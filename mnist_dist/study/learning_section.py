@@ -97,9 +97,19 @@ def _samples_picture(lines: Sequence[tuple[Target, Line]], folder: Path) -> Pict
             [f"{name}, batch {one.batch:,}: {_say(median, 0)} samples"
              for one, median in zip(line.reached, medians, strict=True)]))
     return pictures.draw(
-        folder, "samples", "Samples to reach a test NLL against the global batch size: medians, intervals, and each "
-        "run that reached it as a point. Both axes are logarithmic.", series,
+        folder, "samples", _growth(lines),
+        "Samples to reach a test NLL against the global batch size: medians, intervals, and each run "
+        "that reached it as a point. Both axes are logarithmic.", series,
         x_label="global batch size (samples)", y_label="samples to the target")
+
+
+def _growth(lines: Sequence[tuple[Target, Line]]) -> str:
+    """By how much the samples to the hardest target grow with the batch size."""
+    target, line = [(target, line) for target, line in lines if line.reached][-1]
+    first, last = line.reached[0], line.reached[-1]
+    times = last.samples.value / first.samples.value
+    return (f"To NLL {target.nll:g} batch {last.batch:,} takes {times:.2g} times the samples of batch {first.batch:,}"
+            f"{short(line.options)}")
 
 
 def _sizes_picture(sizes: Sequence[tuple[Target, Line, Critical]], folder: Path) -> Picture:
@@ -116,8 +126,9 @@ def _sizes_picture(sizes: Sequence[tuple[Target, Line, Critical]], folder: Path)
         nlls, intervals, words = zip(*points, strict=True)
         series.append(Series(name, nlls, intervals, [[] for _ in points], words))
     return pictures.draw(
-        folder, "critical", f"The batch size at which runs take {TWICE:g} and {MORE:g} times the least samples, and "
-        "the noise scale, against the target, with intervals. Both axes are logarithmic.", series,
+        folder, "critical", "Beyond the critical batch size a larger batch saves few steps",
+        f"The batch size at which runs take {TWICE:g} and {MORE:g} times the least samples, and the noise "
+        "scale, against the target, with intervals. Both axes are logarithmic.", series,
         x_label="test NLL of the target", y_label="batch size (samples)", apart=1.015)
 
 

@@ -61,7 +61,8 @@ def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric
         return
     series = [one for options, (judged, model) in fitted.items() for one in _series(judged, options, model)]
     page.add(pictures.draw(
-        folder, "model", "Milliseconds of a step against the number of processes, for each global batch: measured "
+        folder, "model", _title(fitted),
+        "Milliseconds of a step against the number of processes, for each global batch: measured "
         f"figures, the model's line, and dashed, with a band, its forecast; the smallest {MOST_LINES} batches at most. "
         "Both axes are logarithmic.", series,
         x_label="processes", y_label="ms per step", say="{:.3g} ms".format))
@@ -126,6 +127,16 @@ def _verdict(checked: Check) -> str:
 
 def _ms(interval: Interval) -> str:
     return say(interval.scaled(1000))
+
+
+def _title(fitted: Mapping[Options, tuple[Judged, Model]]) -> str:
+    """How well the model does."""
+    worst = [judged.worst for judged, _ in fitted.values() if judged.worst]
+    if not worst:
+        return "The model's line through the measured points"
+    most = max(worst, key=lambda one: abs(float(one.error)))
+    return (f"The model is at most {100 * abs(float(most.error)):.0f} % off what is left out of it "
+            f"({most.axis} {most.value:,})")
 
 
 def _series(judged: Judged, options: Options, model: Model) -> list[Series]:

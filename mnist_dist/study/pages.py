@@ -90,14 +90,13 @@ class Page:
     def html(self) -> str:
         """The page as one file that needs no other."""
         body = "\n".join(_html_block(block) for block in self.blocks)
-        style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+        style = (ASSETS / "page.css").read_text(encoding="utf-8")
         return (
             f"<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
             f"<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
             f"<meta name=\"color-scheme\" content=\"light dark\">\n<link rel=\"icon\" href=\"data:,\">\n"
             f"<title>{html.escape(self.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-            f"<h1>{html.escape(self.title)}</h1>\n{body}\n</main>\n<div id=\"tip\" role=\"status\"></div>\n"
-            f"<script>\n{script}</script>\n</body>\n</html>\n"
+            f"<h1>{html.escape(self.title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
         )
 
 

@@ -1,13 +1,15 @@
 """The pictures of a report: each once with matplotlib, as PNG, as SVG, and as an SVG element for the HTML page.
 
 The element takes its ink from the page, so that it is readable on dark and on light, and each point carries its value
-for the page's script. Colours are Okabe and Ito's, safe for the colour-blind; markers tell the lines apart as well.
+as its title, which a browser shows. Colours are Okabe and Ito's, safe for the colour-blind; markers tell the lines
+apart as well.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from mnist_dist.disk.files import replace_synced
 from mnist_dist.study.pages import Picture
 from mnist_dist.study.statistics import Interval
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP*X"
 INK, LINE = "#0a0b0c", "#c8c9ca"  # replaced by the page's colours
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -53,31 +55,38 @@ class Series:
     model: Sequence[Interval] = ()
 
 
-def draw(folder: Path, name: str, alt: str, series: Sequence[Series], *, x_label: str, y_label: str,
+def draw(folder: Path, name: str, title: str, alt: str, series: Sequence[Series], *, x_label: str, y_label: str,
          log_y: bool = True, ideal: Callable[[Any], Any] | None = None, say: Callable[[float], str] = "{:,.0f}".format,
          apart: float = 1.0) -> Picture:
-    """Write NAME.png and NAME.svg into the folder. Repeats are small points, intervals bars, `ideal` a dashed line;
+    """Write NAME.png and NAME.svg into the folder. The title says what to see, the legend which points are measured and
+    which lines are of a model. Repeats are small points, intervals bars, `ideal` a dashed line;
     `say` writes a repeat's value. Each line is drawn at `apart` times the x of the one before, so that bars at the same
     x do not cover each other.
     """
     with matplotlib.rc_context(STYLE):
         columns = 3 if max(len(one.name) for one in series) < 16 else 1
-        legend_lines = -(-(min(len(series), MOST_LINES) + (ideal is not None)) // columns)
+        kinds = [*(["measured", "model"] if any(one.model for one in series) else []), *(["ideal"] if ideal else [])]
+        legend_lines = -(-(min(len(series), MOST_LINES) + len(kinds)) // columns)
         figure = Figure(figsize=(5.2, 3.4 + 0.19 * legend_lines), layout="constrained")
         axes = figure.subplots()
         values: dict[str, list[str]] = {}
         xs = sorted({x for one in series for x in (*one.x, *(x for x in one.model_x if x > max(one.x)))})
         axes.set_xscale("log")
+        axes.margins(0.06)
         if log_y:
             axes.set_yscale("log")
         for number, one in enumerate(series[:MOST_LINES]):
             _draw_series(axes, replace(one, x=[x * apart**number for x in one.x]), number, values, say)
         if ideal is not None:
             axes.plot(xs, [ideal(x) for x in xs], linestyle="--", color=INK, linewidth=1, label="ideal")
+        if "model" in kinds:
+            axes.plot([], [], linestyle="none", color=INK, marker="o", markersize=5.5, label="measured")
+            axes.plot([], [], color=INK, linewidth=1.2, label="model")
         if not log_y:
             axes.set_ylim(bottom=0)
         _ticks(axes, xs, log_y)
         axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_title("\n".join(textwrap.wrap(title, 52)), loc="left", fontsize=9.5, fontweight="bold")
         axes.grid(True, linewidth=0.5)
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper left", ncols=columns, handlelength=2.2)
@@ -125,7 +134,7 @@ def _draw_model(axes: Any, one: Series, color: str) -> None:
 
 def _ticks(axes: Any, xs: Sequence[float], log_y: bool) -> None:
     """A tick at each x that was measured, if they are few; numbers without exponents."""
-    ys = [float(value) for line in axes.lines for value in line.get_ydata()]
+    ys = [float(value) for line in axes.lines for value in line.get_ydata() if len(line.get_ydata())]
     if max(ys) <= min(ys) * (1 + 1e-6):  # one value: matplotlib finds no scale for it
         axes.set_autoscaley_on(False)
         axes.set_ylim(0.5 * min(ys), 2 * max(ys))
@@ -150,7 +159,7 @@ def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def _element(svg: bytes, name: str, values: dict[str, list[str]]) -> str:
-    """The SVG as an element of a page: names unique to the picture, colours of the page, values at the points."""
+    """The SVG as an element of a page: names unique to the picture, colours of the page, values as titles of points."""
     for prefix, address in (("", SVG), ("xlink", XLINK)):
         ElementTree.register_namespace(prefix, address)
     root = ElementTree.fromstring(svg)
@@ -163,12 +172,7 @@ def _element(svg: bytes, name: str, values: dict[str, list[str]]) -> str:
         found = groups[group]
         points = list(found.iter(f"{{{SVG}}}use"))
         for point, word in zip(points, words, strict=True):
-            point.set("class", "value")
-            point.set("data-value", word)
-            if group.startswith("medians"):
-                point.set("tabindex", "0")
-                point.set("role", "img")
-                point.set("aria-label", word)
+            ElementTree.SubElement(point, f"{{{SVG}}}title").text = word
     for element in root.iter():
         for key, value in element.attrib.items():
             if key == "id":

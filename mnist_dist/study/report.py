@@ -24,7 +24,7 @@ from mnist_dist.study.statistics import LEAST_CONCLUSIVE, LEAST_REPEATS, LEVEL, 
 from mnist_dist.study.steadiness import LEAST_CHANGE, SIGNIFICANT
 from mnist_dist.study.table import CSV, JSONL, Row, write_csv
 from mnist_dist.study.targets import targets_of
-from mnist_dist.study.words import at_level, cell_head, cell_words, level_of, listed, name_of_line, say, short
+from mnist_dist.study.words import as_start, at_level, cell_head, cell_words, level_of, listed, name_of_line, say, short
 from mnist_dist.tables import number
 from mnist_dist.text import counted
 
@@ -191,6 +191,7 @@ def _lines_of(analysis: Analysis) -> list[tuple[str, list[CellFigures]]]:
 
 
 def _rates_picture(analysis: Analysis, folder: Path) -> Picture:
+    best = max(analysis.cells.values(), key=lambda figures: figures.rate.value)
     series = []
     for name, members in _lines_of(analysis):
         series.append(Series(
@@ -198,8 +199,9 @@ def _rates_picture(analysis: Analysis, folder: Path) -> Picture:
             [list(m.rates) for m in members],
             [f"{m.cell}: {say(m.rate)} samples/s, {counted(m.rate.n, 'repeat')}" for m in members]))
     return pictures.draw(
-        folder, "throughput", "Samples per second against the global batch size: median, interval, and each repeat as "
-        "a point. Both axes are logarithmic.", series, x_label="global batch size (samples)", y_label="samples/s",
+        folder, "throughput", f"{as_start(best.cell)} has the highest throughput",
+        "Samples per second against the global batch size: median, interval, and each repeat as a point. "
+        "Both axes are logarithmic.", series, x_label="global batch size (samples)", y_label="samples/s",
         say="{:,.0f} samples/s".format)
 
 
@@ -253,7 +255,8 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
                 [f"{base}: the base case",
                  *(f"{cell}: efficiency {say(efficiency)}" for cell, efficiency, _ in points)]))
         page.add(pictures.draw(
-            folder, f"efficiency-{file}", f"{title}: efficiency against the number of processes, {same}. The dashed "
+            folder, f"efficiency-{file}", f"{title}: efficiency {_span(scalings)}",
+            f"{title}: efficiency against the number of processes, {same}. The dashed "
             "line is ideal.", series, x_label="processes", y_label="efficiency (1 is ideal)", log_y=False,
             ideal=lambda x: 1.0, say="efficiency {:.3f}".format))
         cells = analysis.cells
@@ -268,8 +271,15 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
              "that the cells have in common; all of a table together hold their truths with the level.")
 
 
+def _span(scalings: Mapping[Cell, Scaling]) -> str:
+    """The least and the largest efficiency in percent."""
+    values = [100 * one.efficiency.value for one in scalings.values()]
+    return f"{min(values):.0f} to {max(values):.0f} %" if len(values) > 1 else f"{values[0]:.0f} %"
+
+
 def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
     page.add(Heading(2, "Step time"))
+    steps = [figures.step_ms.value for figures in analysis.cells.values()]
     series = []
     for name, members in _lines_of(analysis):
         series.append(Series(
@@ -277,7 +287,8 @@ def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
             [list(1000 * m.cell.global_batch_size / m.rates) for m in members],
             [f"{m.cell}: {say(m.step_ms)} ms per step" for m in members]))
     page.add(pictures.draw(
-        folder, "step-time", "Milliseconds of a step against the batch per process. Both axes are logarithmic.", series,
+        folder, "step-time", f"A step takes {number(min(steps))} to {number(max(steps))} ms",
+        "Milliseconds of a step against the batch per process. Both axes are logarithmic.", series,
         x_label="batch per process (samples)", y_label="ms per step", say="{:.3g} ms".format))
 
 

@@ -31,6 +31,12 @@ def at_level(interval: Interval) -> str:
     return f" ({level_of(interval)} interval)" if interval.n > 1 else " (one run, so no interval)"
 
 
+def as_start(cell: Cell) -> str:
+    """The cell at the start of a sentence: `Batch 800 on 1 process`."""
+    words = str(cell)
+    return words[:1].upper() + words[1:]
+
+
 def options_of(cells: Iterable[Cell]) -> list[str]:
     """The further axes of a study."""
     return list(dict.fromkeys(name for cell in cells for name, _ in cell.options))

@@ -104,15 +104,15 @@ def test_failed_runs_and_how_it_was_measured_are_in_it(report):
 
 def test_the_html_needs_no_other_file(report):
     page = Elements(report[2])
-    assert page.tags.count("script") == 1 and page.tags.count("svg") == 5 and not page.handlers
+    assert "script" not in page.tags and page.tags.count("svg") == 5 and not page.handlers
     assert all(link.startswith(("#", "data:,")) for link in page.links), page.links
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", report[2])
     ids = re.findall(r'\bid="([^"]+)"', report[2])
     assert len(ids) == len(set(ids)), "each name once"
     for place in re.findall(r"(?:url\(#|href=\"#)([^\")]+)", report[2]):
         assert place in ids
-    assert report[2].count("data-value=\"batch 200 on 2 processes: ") == 4, "of four pictures"
-    assert "1 process: one run, " in report[2]
+    assert report[2].count("title>batch 200 on 2 processes: ") == 4, "of four pictures"
+    assert "title>1 process: one run, " in report[2]
     for name in ("throughput", "efficiency-strong", "efficiency-weak", "step-time", "model"):
         assert (report[0] / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "samples/s" in (report[0] / "pictures" / "throughput.svg").read_text()
@@ -137,7 +137,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     assert {path.parent for path in tmp_path.rglob("*.html")} == {folder}
     for stem in ("report", "compared-with-study"):
         page = Elements((folder / f"{stem}.html").read_text())
-        assert page.tags.count("script") == 1 and "img" not in page.tags and not page.handlers
+        assert not {"script", "img"} & set(page.tags) and not page.handlers
         code = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
         markdown = (folder / f"{stem}.md").read_text()
         outside = re.sub(r"\\.", "", code.sub("", markdown))
