@@ -165,6 +165,10 @@ def build_parser() -> Parser:
     report.add_argument("folders", metavar="STUDY_DIR", nargs="+", help="folder of a study; with two, the second is "
                         "compared with the first")
     report.add_argument("--hold-out", **HOLD_OUT)
+    report.add_argument("--fail-if-slower", metavar="PERCENT", help="with two studies: exit status 1 if the second is "
+                        "shown to be slower by more than this, as in 5%%, in any cell")
+    report.add_argument("--junit", metavar="FILE", help="with --fail-if-slower: write a test for each cell in JUnit's "
+                        "format")
     return parser
 
 

@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mnist_dist.config import TrainConfig, checked, flag_of
-from mnist_dist.disk.files import real
-from mnist_dist.errors import UserError
+from mnist_dist.disk.files import real, replace_synced
+from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.record.config_file import from_environment
@@ -23,6 +23,9 @@ from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
 from mnist_dist.study.study import Request, print_scripts, run_study
 from mnist_dist.study.table import JSONL, hold_out_of, read_table
 from mnist_dist.text import cause, cut, whole, without_passwords
+
+if TYPE_CHECKING:  # the command line needs no numpy
+    from mnist_dist.study.analysis import Comparison
 
 T = TypeVar("T")
 TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too; another script does not get them
@@ -49,10 +52,15 @@ def study(given: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def report(given: argparse.Namespace) -> int:
-    """Draw the report of a study again, or compare two studies. Raises `UserError`."""
+    """Draw the report of a study again, or compare two studies; returns the exit status. Raises `UserError`."""
     folders = [real(Path(folder)) for folder in given.folders]
     if len(folders) > 2:
         raise UserError(f"report takes one study or two, got {len(folders)} folders: name one or two")
+    limit = None if given.fail_if_slower is None else _one("--fail-if-slower", given.fail_if_slower, _percent)
+    if limit is not None and len(folders) != 2:
+        raise UserError("--fail-if-slower compares two studies, got one folder: name the baseline and the study")
+    if given.junit is not None and limit is None:
+        raise UserError(f"--junit {given.junit} is for --fail-if-slower: add it, or drop this")
     need_statistics()
     tables = [read_table(folder) for folder in folders]
     from mnist_dist.study.report import write_comparison, write_report
@@ -62,7 +70,7 @@ def report(given: argparse.Namespace) -> int:
             named = hold_out(given.hold_out)
             written = write_report(folders[0], tables[0], hold_out_of(tables[0]) if named is None else named)
         else:
-            written = write_comparison((folders[0], tables[0]), (folders[1], tables[1]))
+            written, comparison = write_comparison((folders[0], tables[0]), (folders[1], tables[1]))
     except OSError as error:
         raise UserError(f"{folders[-1]} cannot be written ({error.strerror}): copy the study, and name the copy"
                         ) from None
@@ -71,7 +79,23 @@ def report(given: argparse.Namespace) -> int:
                         f"({cause(error)}): run the study again, which makes it from its runs"
                         ) from error
     say(f"written: {', '.join(map(str, written))}")
-    return 0
+    return 0 if limit is None else _gate(comparison, limit, [folder.resolve().name for folder in folders], given.junit)
+
+
+def _gate(comparison: Comparison, limit: float, names: Sequence[str], file: str | None) -> int:
+    """Say whether the second study is too slow; returns the exit status. Raises `UserError`."""
+    from mnist_dist.study import gate
+
+    if not comparison.differences:
+        raise UserError(f"{names[0]} and {names[1]} have no cell in common: nothing can be compared")
+    for line in gate.lines(comparison, limit):
+        say(line)
+    if file is not None:
+        try:
+            replace_synced(Path(file), gate.junit(comparison, limit, f"{names[1]} against {names[0]}").encode())
+        except OSError as error:
+            raise UserError(f"--junit {file} cannot be written ({error.strerror}): name another file") from None
+    return MnistDistError.exit_status if any(gate.is_slower(one, limit) for one in comparison.differences) else 0
 
 
 def hold_out(text: str | None) -> HoldOut | None:
@@ -215,6 +239,18 @@ def _seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise ValueError("a number of seconds above 0")
     return value
+
+
+def _percent(text: str) -> float:
+    """`5%` or `5 %` as 0.05."""
+    number = text.removesuffix("%").strip()
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not text.endswith("%") or not 0 < value < 100:
+        raise ValueError("a percentage above 0 and below 100, as in 5%")
+    return value / 100
 
 
 def _of_training(option: str, script: str | None) -> Callable[[str], str]:

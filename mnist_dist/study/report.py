@@ -30,7 +30,6 @@ from mnist_dist.text import counted
 
 REPORT, PICTURES, FORECASTS = "report", "pictures", "forecasts.csv"
 FORECAST_COLUMNS = ("options", "batch_size", "processes", "step_seconds", "low", "high", "trusted")
-MOST_NAMED = 200  # runs in the list of their order
 WINDOWS_WORDS = (f"A run whose step times jump or drift by {100 * LEAST_CHANGE:.0f} % or more is marked (rank tests "
                  f"over windows of consecutive steps, p below {SIGNIFICANT:g}).")
 
@@ -69,8 +68,11 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     return _write(folder, page, REPORT)
 
 
-def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequence[Row]]) -> list[Path]:
-    """Write the comparison of two studies (folder and rows) into the folder of the second; returns its two files."""
+def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequence[Row]]
+                     ) -> tuple[list[Path], Comparison]:
+    """Write the comparison of two studies (folder and rows) into the folder of the second; returns its two files, and
+    what they hold.
+    """
     first, second = Analysis(before[1]), Analysis(after[1])
     comparison = compare(first, second)
     names = [folder.resolve().name for folder, _ in (before, after)]
@@ -92,7 +94,7 @@ def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequ
         page.add(Heading(2, title))
         _origin(page, analysis)
     stem = "compared-with-" + re.sub(r"[^\w.+-]", "_", names[0], flags=re.ASCII)[:60]
-    return _write(after[0], page, stem)
+    return _write(after[0], page, stem), comparison
 
 
 def _write(folder: Path, page: Page, stem: str) -> list[Path]:
@@ -349,9 +351,6 @@ def _method(page: Page, analysis: Analysis) -> None:
         "Every run is a launch of its own, one at a time. Each repeat does every cell once, in random order. The order "
         "is the column ", Code("order"), " of ", Code(CSV), "; ", Code(JSONL), " has every figure, and this report is "
         "made from it alone.")))
-    order = [row["run"] for row in sorted(analysis.rows, key=lambda row: row.get("order") or 0) if row.get("order")]
-    more = f" and {len(order) - MOST_NAMED:,} more" if len(order) > MOST_NAMED else ""
-    page.add(Text(("Order of the runs: ", Code(", ".join(map(str, order[:MOST_NAMED]))), f"{more}.")))
 
 
 def _fabric_of(rows: Sequence[Row]) -> Fabric | None:

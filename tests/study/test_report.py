@@ -98,7 +98,7 @@ def test_failed_runs_and_how_it_was_measured_are_in_it(report):
     for text in report[1:]:
         assert "b9-p2-repeat-1" in text and "a batch of 1 is smaller" in text
         assert "abacus" in text and "2026-11-25" in text and "seed " in text and "mnist-dist study" in text
-    assert "Order of the runs: `b50-p1-repeat-1, b200-p1-repeat-1, b50-p2-repeat-1, " in report[1]
+    assert "The order is the column `order` of `runs.csv`" in report[1] and "b200-p1-repeat-1" not in report[1]
     assert "`MemoryError: <b>`" in report[1] and "<code>MemoryError: &lt;b&gt;</code>" in report[2]
 
 
