@@ -1,4 +1,4 @@
-"""`report BASELINE STUDY --fail-if-slower`: it fails if a slow-down is shown, and only then; the same bytes each time."""
+"""`report A B --fail-if-slower`: it fails if a slow-down is shown, and only then; the same bytes each time."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_a_slow_down_that_may_be_missed_is_said(tmp_path, capsys):
     assert ElementTree.parse(tmp_path / "j.xml").getroot().get("skipped") == "3"
 
 
-@pytest.mark.parametrize("value", ["a\nb", "\x00", "\x1b[31m", "<&\"", "\ud800"])
-def test_hostile_options_give_xml_that_can_be_read(value, tmp_path):
+@pytest.mark.parametrize("value", ["a\nb", "\x00", "\x1b[31m", "<&\""])
+def test_hostile_options_give_xml_that_can_be_read(value):
     from mnist_dist.study import gate
     from mnist_dist.study.analysis import Analysis, compare
 
