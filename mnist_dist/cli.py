@@ -146,6 +146,12 @@ def build_parser() -> Parser:
                        "studies/study)")
     study.add_argument("--script", metavar="FILE", help="study another training: it takes --batch-size and "
                        "--output-dir, and leaves a result.json (docs/studies.md); words after -- go to it")
+    study.add_argument("--command", metavar="WORDS", dest="command_line", help="study any program: its command, with "
+                       "{batch_size}, {processes}, {output_dir}, {options}, {seed} and the names of axes; words after "
+                       "-- are in {options}")
+    study.add_argument("--axis", metavar="NAME=A,B", action="append", help="a further axis: values of --NAME, of "
+                       "{NAME} in --command, or of the environment variable NAME as env:NAME=A,B; with commas in the "
+                       "values, as 'NAME=A;B'")
     study.add_argument("--cell-timeout", metavar="SECONDS", default="3600", help="end a run that takes longer (default "
                        "3600)")
     study.add_argument("--launcher", choices=(*LAUNCHERS,), default="torch", help="what starts a run: torch, on this "

@@ -131,7 +131,8 @@ def report(draw, folder):
     table(draw, folder)
 
     def write():
-        assert command.report(argparse.Namespace(folders=[folder], hold_out=None)) == 0
+        assert command.report(argparse.Namespace(folders=[folder], hold_out=None, fail_if_slower=None,
+                                                 junit=None)) == 0
         assert (folder / "report.md").stat().st_size and (folder / "report.html").stat().st_size
     return write
 

@@ -17,8 +17,9 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.record.config_file import from_environment
-from mnist_dist.study.grid import AXES, SCALINGS, Cell, Grid, HoldOut
+from mnist_dist.study.grid import AXES, ENVIRONMENT, SCALINGS, Cell, Grid, HoldOut
 from mnist_dist.study.launches import Machine, look_at_machine
+from mnist_dist.study.program import Program, check_command, read_axes
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
 from mnist_dist.study.study import Request, print_scripts, run_study
 from mnist_dist.study.table import JSONL, hold_out_of, read_table
@@ -32,6 +33,8 @@ TRACKING = ("wandb", "wandb_project", "wandb_group", "tags")  # of the study too
 # what a report raises of a table that somebody has changed: it checks the fields that it computes with, and no others
 NOT_OF_A_STUDY = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
+# what the study sets for each run, or what says where a run is
+NOT_AN_AXIS = ("batch_size", "per_device_batch_size", "output_dir", "resume", "run_name", "seed", *TRACKING)
 
 
 def need_statistics() -> None:
@@ -119,18 +122,28 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     training = {name: value for name, value in vars(given).items() if name in OPTIONS and name != "output_dir"}
     if given.quick:
         _take_quick(given, training)
-    script, rest = given.script, tuple(given.rest)
+    program, rest = Program(given.script, given.command_line), tuple(given.rest)
+    script = program.script
+    if script is not None and program.command is not None:
+        raise UserError(f"--script {script} and --command say two things: give one of them")
     if given.launcher != "torch" and (given.quick or script is not None):
-        raise UserError(f"--launcher {given.launcher} is for grids of mnist-dist's own training, got "
+        raise UserError(f"--launcher {given.launcher} is for mnist-dist's own training or a --command, got "
                         f"{'--quick' if given.quick else f'--script {script}'}: drop one of the two")
     if given.launcher != "slurm" and (given.sbatch or given.print):
         raise UserError(f"{'--sbatch' if given.sbatch else '--print'} is for --launcher slurm: add it, or drop this")
-    if script is None and rest:
-        raise UserError(f"words after -- are for a --script, got {shlex.join(rest)}: drop them, or name the script")
+    if program.is_ours and rest:
+        raise UserError(f"words after -- are for a --script or a --command, got {shlex.join(rest)}: drop them, or name "
+                        "one of the two")
     if script is not None and not Path(script).is_file():
         raise UserError(f"--script {script} is not a file: name the training to study")
-    axes = {option: _list(flag_of(axis), getattr(given, axis), _of_training(option, script))
+    axes = {option: _list(flag_of(axis), getattr(given, axis), _of_training(option, program))
             for axis, option in AXES.items() if getattr(given, axis) is not None}
+    for name, values in read_axes(given.axis or ()).items():
+        option = _axis(name, program)
+        if option in axes:
+            raise UserError(f"--axis {name} is an axis already: give its values once")
+        axes[option] = tuple(dict.fromkeys(values if name.startswith(ENVIRONMENT) or not program.is_ours else (
+            _one(f"--axis {name}", value, _of_training(option, program)) for value in values)))
     for option in axes:
         if option in training:
             raise UserError(f"{flag_of(option)} {training[option]} and an axis of it say two things: give one of them")
@@ -144,15 +157,17 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         scaling=_list("--scaling", of_grid("scaling", "strong"), _scaling),
         repeats=_one("--repeats", of_grid("repeats", "5"), _whole(1, 1_000)), axes=axes,
     )
+    if program.command is not None:
+        check_command(program.command, grid)
     folder = Path(given.output_dir)
     group = folder.resolve().name
-    tracking = {name: training.pop(name) for name in TRACKING if script is not None and name in training}
+    tracking = {name: training.pop(name) for name in TRACKING if not program.is_ours and name in training}
     fixed = {flag_of(name): without_passwords(value) if isinstance(value, str) else value
              for name, value in training.items() if name not in TRACKING}
     if given.launcher != "torch":
         fixed["--launcher"] = given.launcher
     words = [_word(name, value) for name, value in training.items()]
-    if script is None:
+    if program.is_ours:
         TrainConfig(**training)  # what is wrong for every cell is an error
         # on nodes without data and without a network "auto" would train on the embedded digits, unseen
         of_jobs = {"dataset": "mnist"} if given.launcher != "torch" else {}
@@ -162,28 +177,31 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         tracking = {name: training[name] for name in TRACKING if name in training}
     return Request(
         grid=grid, folder=folder, options=(*words, *rest), fixed={**fixed, **({"--": list(rest)} if rest else {})},
-        script=script, hold_out=hold_out(given.hold_out), command=without_passwords(shlex.join(["mnist-dist", *argv])),
+        program=program, hold_out=hold_out(given.hold_out),
+        command=without_passwords(shlex.join(["mnist-dist", *argv])),
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
         quick=given.quick, sbatch=_one("--sbatch", given.sbatch, _shell_words),
         tracking=TrainConfig(**{"wandb_group": group, **from_environment("wandb_project", "tags"), **tracking}),
-        check=_check(training) if script is None else lambda cell: None,
+        check=_check(training) if program.is_ours else lambda cell: None,
     )
 
 
 def _take_quick(given: argparse.Namespace, training: dict[str, Any]) -> None:
     """Add what `--quick` sets to the options of training. Raises `UserError` if the command line says it too."""
-    for name in ("batch_sizes", "processes", "scaling", "repeats", "script", *AXES):
+    for name in ("batch_sizes", "processes", "scaling", "repeats", "script", "axis", "command_line", *AXES):
         if getattr(given, name) is not None:
-            raise UserError(f"--quick chooses the grid by itself, got {flag_of(name)} {getattr(given, name)}: drop "
-                            "one of the two")
+            flag = "--command" if name == "command_line" else flag_of(name)
+            raise UserError(f"--quick chooses the grid by itself, got {flag} {getattr(given, name)}: drop one of the "
+                            "two")
     for name, value in OPTIONS_OF_QUICK.items():
         training.setdefault(name, value)
 
 
 def _check(training: Mapping[str, Any]) -> Callable[[Cell], None]:
     def check(cell: Cell) -> None:
-        config = TrainConfig(**{**training, **dict(cell.options), "batch_size": cell.global_batch_size})
+        options = {name: value for name, value in cell.options if not name.startswith(ENVIRONMENT)}
+        config = TrainConfig(**{**training, **options, "batch_size": cell.global_batch_size})
         config.global_batch_size(cell.processes)
 
     return check
@@ -253,11 +271,23 @@ def _percent(text: str) -> float:
     return value / 100
 
 
-def _of_training(option: str, script: str | None) -> Callable[[str], str]:
+def _axis(name: str, program: Program) -> str:
+    """The name under which an axis is kept: of our own training, that of its option. Raises `UserError`."""
+    option = name.replace("-", "_")
+    if not program.is_ours or name.startswith(ENVIRONMENT):
+        return name
+    if option not in OPTIONS or option in NOT_AN_AXIS:
+        raise UserError(f"--axis {cut(name)} is no option of training that a study can vary: "
+                        f"{', '.join(flag_of(known)[2:] for known in OPTIONS if known not in NOT_AN_AXIS)}, or "
+                        "env:NAME for an environment variable")
+    return option
+
+
+def _of_training(option: str, program: Program) -> Callable[[str], str]:
     """Values of an axis: for our training checked and in one spelling; another script checks its own."""
     def read(text: str) -> str:
         if not text:
             raise ValueError("values separated by commas")
-        return text if script is not None else str(checked(OPTIONS[option], text))
+        return str(checked(OPTIONS[option], text)) if program.is_ours else text
 
     return read

@@ -24,6 +24,8 @@ AXES = {"lrs": "lr", "lr_rules": "lr_rule", "mixed_precisions": "mixed_precision
 
 LAUNCHERS = {"torch": "this machine", "slurm": "SLURM's queue", "ray": "Ray's cluster"}  # what starts runs, and where
 
+ENVIRONMENT = "env:"  # before the name of an axis that is an environment variable
+
 Options = tuple[tuple[str, str], ...]  # option of training to its value, for the axes that are studied
 
 
@@ -42,7 +44,7 @@ class Cell:
         for key, value in self.options:
             safe = re.sub(r"[^\w.+-]", "_", value, flags=re.ASCII)[:40]
             mark = "" if safe == value else f"-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
-            name += f"-{key.replace('_', '-')}-{safe}{mark}"
+            name += f"-{key.replace('_', '-').replace(':', '-')}-{safe}{mark}"
         return name
 
     @property
@@ -65,6 +67,11 @@ def cell_of(row: Mapping[str, Any]) -> Cell:
     return Cell(row["global_batch_size"], row["processes"], options)
 
 
+def variables_of(cell: Cell) -> dict[str, str]:
+    """The environment variables that are axes, with the cell's values."""
+    return {name.removeprefix(ENVIRONMENT): value for name, value in cell.options if name.startswith(ENVIRONMENT)}
+
+
 def run_of(row: Mapping[str, Any]) -> PlannedRun:
     """The planned run of a row of `study.json`. Its name is that of a folder: raises `ValueError`, `TypeError` or
     `KeyError` if it could be another.
@@ -74,7 +81,7 @@ def run_of(row: Mapping[str, Any]) -> PlannedRun:
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**63:
             raise ValueError(f"{number!r:.100} is not a whole number from 1 on")
     keys = [key for key, _ in run.cell.options]
-    if run.role not in ROLES or not all(re.fullmatch(r"[\w-]+", key, re.ASCII) for key in keys):
+    if run.role not in ROLES or not all(re.fullmatch(r"(env:)?[\w-]+", key, re.ASCII) for key in keys):
         raise ValueError(f"role {run.role!r:.100}, options {keys}")
     return run
 

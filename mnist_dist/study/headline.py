@@ -140,8 +140,8 @@ def how_sure(analysis: Analysis, judged: Sequence[Judged]) -> list[Inline]:
         notes.append(f"{len(marked)} of {counted(len(analysis.runs), 'run')} {'is' if len(marked) == 1 else 'are'} "
                      "marked")
     if wide := sum(figures.more_repeats > 0 for figures in cells.values()):
-        notes.append(f"{wide} of {counted(len(cells), 'cell')} {'is' if wide == 1 else 'are'} not known to "
-                     f"{100 * PRECISION:.0f} %")
+        notes.append(f"{wide} of {counted(len(cells), 'cell')} {'needs' if wide == 1 else 'need'} more repeats to be "
+                     f"known to {100 * PRECISION:.0f} %")
     if len(analysis.environments) > 1:
         notes.append(f"the runs were done on {len(analysis.environments)} different environments")
     if analysis.drift and analysis.drift.is_one:

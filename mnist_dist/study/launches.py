@@ -1,7 +1,6 @@
 """Starts the runs of a study, one at a time, each with a time limit, and says how each ended.
 
-A run is `mnist-dist train`, or another script: alone, or on N processes of torchrun. What a run prints goes to
-`output.txt` in its folder.
+What a run starts is in program.py. What it prints goes to `output.txt` in its folder.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist import runner
-from mnist_dist.config import flag_of
 from mnist_dist.disk.files import make_folder, remove_tree, replace_json, write_synced
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
@@ -69,43 +67,8 @@ def look_at_machine(use_cpu: bool) -> Machine:
     return Machine(count, num_cores())
 
 
-def command_of(run: PlannedRun, folder: Path, options: Sequence[str], script: str | None, launcher: str = "torch"
-               ) -> list[str]:
-    """The command of a run; in a job of SLURM's, for `slurm`. Repeats of our own training have seeds that follow on the
-    study's.
-    """
-    cell = run.cell
-    words = [*options, *(f"{flag_of(name)}={value}" for name, value in cell.options),
-             f"--batch-size={cell.global_batch_size}", f"--output-dir={folder}"]
-    if script is None:
-        if run.role == "repeat":
-            seed = next((int(word.removeprefix("--seed=")) for word in options if word.startswith("--seed=")), 0)
-            words.append(f"--seed={seed + run.number - 1}")
-        if launcher == "ray" or (launcher == "torch" and cell.processes > 1):
-            words.append(f"--processes={cell.processes}")
-        if launcher == "ray":
-            words.append("--launcher=ray")
-        srun = ["srun", "--kill-on-bad-exit=1", f"--ntasks={cell.processes}"] if launcher == "slurm" else []
-        return [*srun, sys.executable, "-m", "mnist_dist", "train", *words]
-    if cell.processes == 1:
-        return [sys.executable, script, *words]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.processes}",
-            script, *words]
-
-
-def environment_of(run: PlannedRun, machine: Machine, mark: str, script: str | None) -> dict[str, str]:
-    """The environment of a run, whose processes all carry the study's `mark`.
-
-    torchrun gives each process one thread, and on the CPU it lets each think that it is alone. So it gets what
-    `mnist-dist train --processes` sets: each process's share of the cores, and the word that the CPU is meant.
-    """
-    environment = _environment(machine, mark)
-    if script is not None and run.cell.processes > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores // run.cell.processes)))
-    return environment
-
-
-def _environment(machine: Machine, mark: str) -> dict[str, str]:
+def environment_for(machine: Machine, mark: str) -> dict[str, str]:
+    """What the processes of a run get, which all carry the study's `mark`."""
     marks = [os.environ.get(runner.MARK), mark]  # the study may belong to a tree itself
     # each run has a name of its own in W&B
     environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks)), "WANDB_NAME": ""}
@@ -119,7 +82,7 @@ def examine(processes: int, folder: Path, machine: Machine, mark: str) -> list[d
     words = [sys.executable, "-m", "mnist_dist", "doctor", "--json", f"--processes={processes}", "--dataset=synthetic",
              "--wandb=disabled", f"--output-dir={folder}"]
     try:
-        done = runner.run(words, timeout=DOCTOR_SECONDS, environment=_environment(machine, mark))
+        done = runner.run(words, timeout=DOCTOR_SECONDS, environment=environment_for(machine, mark))
         return list(json.loads(done.stdout)["findings"])
     except subprocess.TimeoutExpired:
         raise UserError(f"no result after {DOCTOR_SECONDS:g} s") from None

@@ -24,7 +24,8 @@ from mnist_dist.disk.files import make_folder
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.study.grid import PlannedRun
-from mnist_dist.study.launches import OUTCOME, command_of, environment_of, look_at_machine, start, write_outcome
+from mnist_dist.study.launches import OUTCOME, environment_for, look_at_machine, start, write_outcome
+from mnist_dist.study.program import command_of, environment_of
 from mnist_dist.text import counted
 
 ANSWER_SECONDS = 60.0  # for a command of SLURM's
@@ -191,10 +192,11 @@ def main(argv: Sequence[str]) -> int:
                        "submitted by `mnist-dist study --launcher slurm`, or by hand after it has begun the study\n")
     folder = study.run_folder(run)
     machine = look_at_machine(read_launch().use_cpu)
-    command = command_of(run, folder, options, None, "slurm")
+    command = command_of(run, folder, options, study.program, "slurm")
     # SLURM sends SIGTERM to all processes of a job that it ends: srun ends of it, and this process says why
     signal.signal(signal.SIGTERM, lambda *_: None)
-    outcome = start(run, folder, command, environment_of(run, machine, study.mark, None), given.timeout)
+    environment = environment_of(run, study.program, environment_for(machine, study.mark), machine.cores)
+    outcome = start(run, folder, command, environment, given.timeout)
     if outcome["status"] == "failed":
         known = facts(given.job)
         is_preempted = known.get("PreemptTime", "None") != "None"  # SLURM forgets a preempted job that ends by itself

@@ -36,13 +36,13 @@ from mnist_dist.study.grid import MOST_PROCESSES, Cell, Grid, HoldOut, PlannedRu
 from mnist_dist.study.launches import (
     OUTCOME,
     Machine,
-    command_of,
-    environment_of,
+    environment_for,
     examine,
     start,
     whole_result,
     write_outcome,
 )
+from mnist_dist.study.program import OURS, Program, command_of, environment_of
 from mnist_dist.study.quick import SECONDS, Looks, choose, first_look
 from mnist_dist.study.table import Row, rate_of, write_table
 from mnist_dist.text import cause, counted
@@ -63,7 +63,7 @@ class Request:
     folder: Path
     options: tuple[str, ...]  # of training, the same for all cells
     fixed: Mapping[str, Any]  # what may not change in a study's folder: by name
-    script: str | None
+    program: Program
     command: str
     seed: int
     cell_timeout: float
@@ -82,7 +82,7 @@ class Study:
 
     folder: Path
     mark: str = field(default_factory=lambda: f"study-{secrets.token_hex(8)}")  # carried by all processes of its runs
-    script: str | None = None
+    program: Program = OURS
     fixed: Mapping[str, Any] = field(default_factory=dict)
     hold_out: HoldOut = MOST_PROCESSES
     fabric: dict[str, Any] | None = None  # see fabric.py; None if it was not measured
@@ -96,7 +96,8 @@ class Study:
     def save(self) -> None:
         """Write `study.json`."""
         values = {
-            "mark": self.mark, "script": self.script, "fixed": self.fixed, "grids": self.grids,
+            "mark": self.mark, "script": self.program.script, "program": self.program.command,
+            "fixed": self.fixed, "grids": self.grids,
             "hold_out": self.hold_out.values, "fabric": self.fabric,
             "runs": [{**run.cell.as_row(), "role": run.role, "number": run.number} for run in self.runs],
             "jobs": [{"number": job.number, "runs": job.runs} for job in self.jobs],
@@ -125,8 +126,8 @@ class Study:
         return {
             "run": run.name, "role": run.role, "repeat": run.number, "order": order, **run.cell.as_row(),
             **outcome, "status": "failed" if values is None else "completed",
-            "study": {"command": grid["command"], "seed": grid["seed"], "date": grid["date"], "script": self.script,
-                      "hold_out": self.hold_out.values, "fabric": self.fabric},
+            "study": {"command": grid["command"], "seed": grid["seed"], "date": grid["date"],
+                      "script": self.program.script, "hold_out": self.hold_out.values, "fabric": self.fabric},
             **{name: value for name, value in (values or {}).items() if name != "status"},
         }
 
@@ -154,7 +155,7 @@ def open_study(folder: Path) -> Study:
         if not re.fullmatch(r"study-[0-9a-f]{16}", values["mark"], re.ASCII):  # processes that have it are ended
             raise ValueError(f"its mark is {values['mark']!r:.100}")
         return Study(
-            folder, values["mark"], values["script"], values["fixed"],
+            folder, values["mark"], Program(values["script"], values.get("program")), values["fixed"],
             HoldOut(values.get("hold_out", {})), values.get("fabric"), values["grids"],
             [run_of(run) for run in values["runs"]],
             {cell_of(cell): cell["reason"] for cell in values["impossible"]},
@@ -170,8 +171,8 @@ def open_study(folder: Path) -> Study:
 def extend(study: Study, request: Request, machine: Machine) -> None:
     """Add the request's grid to the study. Raises `UserError` if the two do not fit, or nothing of it can run."""
     if study.grids:
-        asked = {"--script": request.script, **request.fixed}
-        before = {"--script": study.script, **study.fixed}
+        asked = {"--script": request.program.script, "--command": request.program.command, **request.fixed}
+        before = {"--script": study.program.script, "--command": study.program.command, **study.fixed}
         for name in dict.fromkeys([*before, *asked]):
             if before.get(name) != asked.get(name):
                 raise UserError(f"--output-dir {study.folder} holds a study with {name} {before.get(name)}, this "
@@ -182,7 +183,7 @@ def extend(study: Study, request: Request, machine: Machine) -> None:
     for cell in can:
         study.impossible.pop(cell, None)
     study.impossible |= cannot
-    study.script, study.fixed = request.script, dict(request.fixed)
+    study.program, study.fixed = request.program, dict(request.fixed)
     if request.hold_out is not None:
         study.hold_out = request.hold_out
         study.forget()
@@ -341,7 +342,7 @@ def _write_outcomes(study: Study, request: Request, machine: Machine) -> None:
         if (folder / RESULT).exists() and not (folder / OUTCOME).exists():
             with contextlib.suppress(UserError):
                 whole_result(run, folder)
-                command = command_of(run, folder, request.options, request.script, machine.launcher)
+                command = command_of(run, folder, request.options, request.program, machine.launcher)
                 write_outcome(folder, OF_A_KILLED_STUDY, command)
                 study.forget(run)
 
@@ -381,7 +382,7 @@ def _look_at_fabric(study: Study, processes: int, machine: Machine, say: Callabl
     own training only: the size of another one's gradient is not known.
     """
     known = fabric_of(study.fabric)
-    if study.script is not None or machine.launcher != "torch" or processes <= (known.processes if known else 1):
+    if not study.program.is_ours or machine.launcher != "torch" or processes <= (known.processes if known else 1):
         return
     try:
         findings = examine(processes, study.folder, machine, study.mark)
@@ -401,14 +402,14 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
         left: Sequence[PlannedRun]) -> None:
     """One run: its outcome is written, its row added, and a line printed."""
     folder = study.run_folder(run)
-    command = command_of(run, folder, request.options, request.script, machine.launcher)
+    command = command_of(run, folder, request.options, request.program, machine.launcher)
     outcome: dict[str, Any] = {"status": "failed", "reason": "stopped by a signal", "started": None,
                                "seconds": None}
     if sys.stdout.isatty():
         output.say(f"{place} {run.name} …", end="\r")
     try:
-        outcome = start(run, folder, command, environment_of(run, machine, study.mark, request.script),
-                        request.cell_timeout)
+        environment = environment_of(run, request.program, environment_for(machine, study.mark), machine.cores)
+        outcome = start(run, folder, command, environment, request.cell_timeout)
     finally:
         write_outcome(folder, outcome, command)
         study.forget(run)
@@ -468,7 +469,8 @@ def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, 
 
     def add(task: str, run: PlannedRun, reason: str) -> None:
         folder = study.run_folder(run)
-        slurm.see_to_outcome(task, folder, command_of(run, folder, request.options, None, machine.launcher), reason)
+        command = command_of(run, folder, request.options, request.program, machine.launcher)
+        slurm.see_to_outcome(task, folder, command, reason)
         study.forget(run)
         _add_row(study, run, say, f"[{next(places)}/{count}]")
 

@@ -16,7 +16,7 @@ from mnist_dist.record.schema import check_types
 from mnist_dist.study.table import read_contract
 
 EVALUATION = {"step": 5, "samples": 50, "train_seconds": 1.0, "test_nll": 0.5, "test_accuracy": 0.9}
-RESULT = run_result([epoch_record(evaluations=[EVALUATION], windows=[[1, 2, 0.5]])])
+RESULT = run_result([epoch_record(evaluations=[EVALUATION], windows=[[300, 60_000, 1.0]])])
 RECORDS = {EpochRecord: asdict(RESULT.epochs[0]), RunSummary: asdict(RESULT.summary),
            Environment: asdict(RESULT.environment)}
 WRONG = ["x", True, [], {}, [[]], float("nan"), float("inf"), 10**30, {"x": 1}]

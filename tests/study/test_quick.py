@@ -12,7 +12,8 @@ from support import run_here
 from tables import row
 
 from mnist_dist.errors import MnistDistError
-from mnist_dist.study import launches, study
+from mnist_dist.study import program as program_module
+from mnist_dist.study import study
 from mnist_dist.study.grid import Cell, HoldOut
 from mnist_dist.study.launches import Machine
 from mnist_dist.study.quick import LADDER, LARGE, SECONDS, SMALL, Looks, batch_sizes, choose, duration, first_look
@@ -95,9 +96,9 @@ FINDINGS = [  # of a doctor
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """`study --quick` in `tmp_path` with runs of the stand-in, on a machine with two cores."""
-    def command_of(run, folder, options, script, launcher):
+    def command_of(run, folder, options, program, launcher):
         alone = replace(run, cell=replace(run.cell, processes=1))  # a process says that it is several: much sooner
-        words = launches.command_of(alone, folder, [], str(STAND_IN))
+        words = program_module.command_of(alone, folder, [], program_module.Program(script=str(STAND_IN)))
         return [*words, f"--processes={run.cell.processes}", *(["--trouble", trouble[0]] if trouble else [])]
 
     trouble = []

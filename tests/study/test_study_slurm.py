@@ -35,8 +35,8 @@ def commands(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("more", "said"), [
-    (["--quick"], "--launcher slurm is for grids of mnist-dist's own training, got --quick"),
-    (["--script", "train.py"], "--launcher slurm is for grids of mnist-dist's own training, got --script train.py"),
+    (["--quick"], "--launcher slurm is for mnist-dist's own training or a --command, got --quick"),
+    (["--script", "train.py"], "--launcher slurm is for mnist-dist's own training or a --command, got --script"),
     (["--launcher", "torch", "--print"], "--print is for --launcher slurm"),
     (["--launcher", "ray", "--sbatch", "-p x"], "--sbatch is for --launcher slurm"),
     (["--sbatch", "-p 'x"], "--sbatch must be options of sbatch as a shell reads them"),
