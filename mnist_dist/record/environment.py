@@ -61,11 +61,13 @@ def processor_kind() -> str:
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
-def git_commit() -> str | None:
-    """The commit of the checkout that holds this code, with -dirty after local changes; None outside a checkout."""
+def git_commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the checkout that holds the folder, by default this code, with -dirty after local changes; None
+    outside a checkout.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -26,7 +26,7 @@ from mnist_dist.study.table import Row, rate_of
 OUTLIER = 1.5  # times faster or slower than the median of the cell's runs
 FAR_OFF, LEAST_SPREAD = 10, 0.01  # and so many times as far off it as the others, which are at least 1 % off
 STRAGGLER = 1.2  # a rank's own step time over the median of all ranks
-SHOWN_OF_ENVIRONMENT = ("device_name", "device", "torch", "accelerate", "mnist_dist", "git_commit", "step",
+SHOWN_OF_ENVIRONMENT = ("device_name", "device", "driver", "torch", "accelerate", "mnist_dist", "git_commit", "step",
                         "num_machines")
 
 

@@ -5,16 +5,20 @@ What a run starts is in program.py. What it prints goes to `output.txt` in its f
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from mnist_dist import runner
 from mnist_dist.disk.files import make_folder, remove_tree, replace_json, write_synced
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
+from mnist_dist.record.environment import git_commit, processor_name
 from mnist_dist.study.grid import LAUNCHERS, PlannedRun
 from mnist_dist.study.table import read_contract
 from mnist_dist.text import without_passwords
@@ -75,6 +80,23 @@ def environment_for(machine: Machine, mark: str) -> dict[str, str]:
     if not machine.gpus and machine.launcher == "torch":
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment
+
+
+@functools.cache
+def facts_of_machine() -> dict[str, str]:
+    """What a row says of the machine if the program does not: host, device, driver, torch, and the commit of the folder
+    in which it is started. What cannot be found out is left out.
+    """
+    facts: dict[str, str | None] = {"host": socket.gethostname(), "device": "cpu", "device_name": processor_name(),
+                                    "git_commit": git_commit(Path.cwd())}
+    with contextlib.suppress(PackageNotFoundError):
+        facts["torch"] = version("torch")
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = runner.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], timeout=20.0)
+        name, comma, driver = (done.stdout.splitlines() or [""])[0].rpartition(", ")
+        if comma and not done.returncode:
+            facts |= {"device": "cuda", "device_name": name, "driver": driver}
+    return {name: value for name, value in facts.items() if value}
 
 
 def examine(processes: int, folder: Path, machine: Machine, mark: str) -> list[dict[str, Any]]:

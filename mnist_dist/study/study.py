@@ -38,6 +38,7 @@ from mnist_dist.study.launches import (
     Machine,
     environment_for,
     examine,
+    facts_of_machine,
     start,
     whole_result,
     write_outcome,
@@ -123,6 +124,9 @@ class Study:
                 return None
             outcome = OF_A_KILLED_STUDY
         grid = max((g for g in self.grids if g["first_run"] <= order), key=lambda g: g["first_run"])
+        machine = outcome.pop("machine", {})
+        if values is not None:
+            values["environment"] = {**machine, **values["environment"]}
         return {
             "run": run.name, "role": run.role, "repeat": run.number, "order": order, **run.cell.as_row(),
             **outcome, "status": "failed" if values is None else "completed",
@@ -410,6 +414,8 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
     try:
         environment = environment_of(run, request.program, environment_for(machine, study.mark), machine.cores)
         outcome = start(run, folder, command, environment, request.cell_timeout)
+        if not request.program.is_ours:
+            outcome["machine"] = facts_of_machine()
     finally:
         write_outcome(folder, outcome, command)
         study.forget(run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,29 @@ def test_a_shell_script_with_axes_and_a_variable(script, tmp_path):
     seconds = {(row["global_batch_size"], row["options"]["factor"]): row["epochs"][0]["measured_seconds"]
                for row in rows}
     assert seconds == {(50, "1"): 0.15, (50, "2"): 0.25, (200, "1"): 0.12, (200, "2"): 0.22}
+    environment = rows[0]["environment"]
+    assert environment["host"] == socket.gethostname() and environment["device"] and environment["device_name"]
+    assert environment["torch"] == version("torch") and environment["num_processes"] == rows[0]["processes"]
+    assert f"device_name {environment['device_name']}" in (folder / "report.md").read_text()
     assert run_here(words) == 0 and len(read_table(folder)) == len(rows), "it is done already"
     words[2] += " more"
     assert run_here(words) == 2, "another command needs another folder"
+
+
+def test_a_gpu_and_its_driver_are_in_the_facts(tmp_path, monkeypatch):
+    from mnist_dist.study.launches import facts_of_machine
+
+    for printed, expected in (("NVIDIA H200, 575.57.08", ("cuda", "NVIDIA H200", "575.57.08")),
+                              ("no devices were found", ("cpu", None, None))):
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\necho '{printed}'\n")
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        facts_of_machine.cache_clear()
+        facts = facts_of_machine()
+        assert (facts["device"], facts.get("driver")) == (expected[0], expected[2])
+        assert expected[1] in (None, facts["device_name"])
+    facts_of_machine.cache_clear()
 
 
 CELL = Cell(200, 4, (("lr", "0.1"), ("env:NCCL_ALGO", "Ring"), ("name", "a b;$(x)")))
