@@ -213,7 +213,8 @@ def forecasts(case):
     return found
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", ["tree", "two levels", *(
+    pytest.param(law, marks=pytest.mark.long) for law in LAWS if law not in ("tree", "two levels"))])
 def test_what_is_trusted_holds(law):
     """One study of each law."""
     trusted = [one for one in forecasts((law, 3)) if one.is_trusted]
