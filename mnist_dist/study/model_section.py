@@ -14,6 +14,7 @@ from mnist_dist.study.pages import Code, Heading, Inline, Page, Strong, Table, T
 from mnist_dist.study.pictures import MOST_LINES, Series
 from mnist_dist.study.statistics import Interval
 from mnist_dist.study.step_time import (
+    FIXED,
     FLOOR,
     LATENCY,
     LATENCY_BETWEEN,
@@ -71,7 +72,8 @@ def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric
     _add_parameters(page, own, fabric)
     if fabric:
         _add_exchange(page, own, fabric)
-    page.add(METHOD)
+    levels = ", ".join(dict.fromkeys(level_of(model.parameter(FIXED)) for _, model in fitted.values()))
+    page.add(f"{METHOD} Level of the intervals and bands: {levels}.")
 
 
 def _add_laws(page: Page, options: Options, model: Model) -> None:

@@ -53,6 +53,7 @@ def test_a_true_model_is_checked_and_forecasts(tmp_path):
         assert float(line[2].split()[0]) == pytest.approx(time, rel=0.1)
         assert sum(int(share.removesuffix(" %")) for share in line[4:]) == pytest.approx(100, abs=1)
     assert "**Forecast**, for more processes than were run" in text
+    assert text.rstrip().endswith("Level of the intervals and bands: 95 %.")
     with open(tmp_path / "forecasts.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["batch_size"], row["processes"]) for row in rows[:3]] == [("256", "16"), ("256", "32"), ("256", "64")]
