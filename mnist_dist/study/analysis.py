@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +24,9 @@ from mnist_dist.study.statistics import (
 from mnist_dist.study.steadiness import LEAST_WINDOWS, Drift, drift_over_study, steadiness
 from mnist_dist.study.table import Row, rate_of
 
-OUTLIER = 1.5  # times faster or slower than the median of the cell's runs
-FAR_OFF, LEAST_SPREAD = 10, 0.01  # and so many times as far off it as the others, which are at least 1 % off
+# A run is an outlier if it is OUTLIER times faster or slower than its cell's median, and FAR_OFF times as far off the
+# median as the other runs are. These count as at least LEAST_SPREAD off.
+OUTLIER, FAR_OFF, LEAST_SPREAD = 1.5, 10, 0.01
 STRAGGLER = 1.2  # a rank's own step time over the median of all ranks
 SHOWN_OF_ENVIRONMENT = ("device_name", "device", "driver", "torch", "accelerate", "mnist_dist", "git_commit", "step",
                         "num_machines")
@@ -101,6 +103,18 @@ class CellFigures:
         """What the cell occupies: a GPU for each process, or on a CPU a core for each thread."""
         return self.cell.processes * self.threads
 
+    @cached_property
+    def ranks(self) -> list[Mapping[str, Any]]:
+        """Of each run that has them, the figures over ranks of its last epoch."""
+        return [epoch["ranks"] for run in self.repeats for epoch in run.row["epochs"][-1:]
+                if isinstance(epoch.get("ranks"), Mapping)]
+
+    @property
+    def exchange_ms(self) -> float | None:
+        """Milliseconds of a step that are the exchange of gradients, the median over runs; None if no run has that."""
+        each = [one["step_ms"]["median"] - one["own_ms"]["median"] for one in self.ranks if one.get("step_ms")]
+        return statistics.median(each) if each else None
+
     @property
     def more_repeats(self) -> int:
         """Repeats that are missing for a conclusion."""
@@ -113,8 +127,7 @@ def measured(row: Row) -> Measured | None:
     if rate is None:
         return None
     windows = [window for epoch in row["epochs"] for window in epoch.get("windows") or []]
-    whole = [window for window in windows if len(window) == 3 and min(window) > 0]
-    return Measured(row, rate, np.array(whole, dtype=float).reshape(-1, 3))
+    return Measured(row, rate, np.array(windows, dtype=float).reshape(-1, 3))
 
 
 class Analysis:
@@ -222,13 +235,13 @@ def _outliers(figures: CellFigures) -> list[tuple[Row, str]]:
     if len(figures.repeats) < LEAST_CONCLUSIVE:
         return []
     off = np.log(figures.rates) - np.log(figures.rate.value)
-    found = []
+    outliers = []
     for place, run in enumerate(figures.repeats):
         usual = max(LEAST_SPREAD, float(np.median(np.abs(np.delete(off, place)))))
         if abs(off[place]) > max(math.log(OUTLIER), FAR_OFF * usual):
             times = f"{math.exp(abs(off[place])):.2g} times {'faster' if off[place] > 0 else 'slower'}"
-            found.append((run.row, f"the run is {times} than the median of its cell"))
-    return found
+            outliers.append((run.row, f"the run is {times} than the median of its cell"))
+    return outliers
 
 
 def straggler(row: Row) -> str:
@@ -285,12 +298,12 @@ class Comparison:
     @property
     def slower(self) -> list[Difference]:
         """Cells whose throughput is shown to be lower in the second study."""
-        return [one for one in self.differences if one.throughput.excludes(1.0) and one.throughput.value < 1]
+        return [one for one in self.differences if one.throughput.is_below(1.0)]
 
     @property
     def faster(self) -> list[Difference]:
         """The same, higher."""
-        return [one for one in self.differences if one.throughput.excludes(1.0) and one.throughput.value > 1]
+        return [one for one in self.differences if one.throughput.is_above(1.0)]
 
 
 def compare(before: Analysis, after: Analysis) -> Comparison:

@@ -67,7 +67,7 @@ def _words(found: Answer, analysis: Analysis) -> Text:
     parts: list[str] = ["Soonest with ", Code(str(soonest.cell)),
                         f", {say(soonest.seconds)} s of training"]
     if len(times) > 1:
-        equal = sum(one is not soonest and not _is_slower(found.target, one, soonest) for one in times)
+        equal = sum(one is not soonest and not found.target.ratio(one, soonest).is_above(1) for one in times)
         parts.append(f"; {equal} of {len(times) - 1} others are not shown to be slower")
     if cheapest is soonest:
         parts.append(f". It is also the cheapest, {say(soonest.cost)} device-seconds")
@@ -86,12 +86,6 @@ def _words(found: Answer, analysis: Analysis) -> Text:
     return Text(parts)
 
 
-def _is_slower(target: Target, one: TimeTo, than: TimeTo) -> bool:
-    """Whether that is shown."""
-    times = target.ratio(one, than)
-    return times.excludes(1) and times.value > 1
-
-
 def _more_processes(found: Answer, analysis: Analysis) -> list[str]:
     """Whether they help: what the soonest cell gains over the fewest processes, and if more than it has do not help,
     why.
@@ -104,15 +98,15 @@ def _more_processes(found: Answer, analysis: Analysis) -> list[str]:
     if own > counts[0]:
         gain = found.target.ratio(best[counts[0]], found.soonest)
         parts.append(f"{counted(counts[0], 'process takes', 'processes take')} {say(gain)} times as long"
-                     f"{'' if _is_slower(found.target, best[counts[0]], found.soonest) else ', which shows no gain'}. ")
+                     f"{'' if gain.is_above(1) else ', which shows no gain'}. ")
     more = [count for count in counts if count > own]
     if not more:
         return [*parts, f"More than {counted(own, 'process was', 'processes were')} not run."]
     worse = best[more[0]]
-    words = "do not help" if _is_slower(found.target, worse, found.soonest) else "are not shown to help"
-    times = say(found.target.ratio(worse, found.soonest))
-    return [*parts, f"{more[0]} processes {words}: they take {times} times as long, with ", Code(str(worse.cell)), ". ",
-            *_why(worse.cell, analysis)]
+    times = found.target.ratio(worse, found.soonest)
+    words = "do not help" if times.is_above(1) else "are not shown to help"
+    parts += [f"{more[0]} processes {words}: they take {say(times)} times as long, with ", Code(str(worse.cell)), ". "]
+    return [*parts, *_why(worse.cell, analysis)]
 
 
 def _why(cell: Cell, analysis: Analysis) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 
 from mnist_dist.study.analysis import CellFigures, usual_own_ms
 from mnist_dist.tables import number
@@ -44,9 +43,10 @@ def cause(figures: CellFigures, base: CellFigures) -> str:
 def _parts(figures: CellFigures) -> dict[str, float] | None:
     """Milliseconds of a step by what they are for: medians over the runs, of their last epoch."""
     found: dict[str, list[float]] = {name: [] for name in CAUSES}
-    for run in figures.repeats:
-        ranks = run.row["epochs"][-1].get("ranks")
-        if not isinstance(ranks, Mapping) or not all(ranks.get(name) for name in ("step_ms", "data_wait_ms")):
+    if len(figures.ranks) < len(figures.repeats):
+        return None
+    for ranks in figures.ranks:
+        if not all(ranks.get(name) for name in ("step_ms", "data_wait_ms")):
             return None
         usual, slowest, wait = usual_own_ms(ranks), ranks["own_ms"]["max"], ranks["data_wait_ms"]["median"]
         parts = (usual - wait, wait, slowest - usual, ranks["step_ms"]["median"] - slowest)

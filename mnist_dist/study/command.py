@@ -17,7 +17,7 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.record.config_file import from_environment
-from mnist_dist.study.grid import AXES, ENVIRONMENT, SCALINGS, Cell, Grid, HoldOut
+from mnist_dist.study.grid import AXES, ENVIRONMENT, SCALINGS, Cell, Grid, HoldOut, arguments_of
 from mnist_dist.study.launches import Machine, look_at_machine
 from mnist_dist.study.program import Program, check_command, read_axes
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
@@ -142,8 +142,10 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         option = _axis(name, program)
         if option in axes:
             raise UserError(f"--axis {name} is an axis already: give its values once")
-        axes[option] = tuple(dict.fromkeys(values if name.startswith(ENVIRONMENT) or not program.is_ours else (
-            _one(f"--axis {name}", value, _of_training(option, program)) for value in values)))
+        if program.is_ours and not name.startswith(ENVIRONMENT):
+            values = tuple(dict.fromkeys(_one(f"--axis {name}", value, _of_training(option, program))
+                                         for value in values))
+        axes[option] = values
     for option in axes:
         if option in training:
             raise UserError(f"{flag_of(option)} {training[option]} and an axis of it say two things: give one of them")
@@ -200,8 +202,7 @@ def _take_quick(given: argparse.Namespace, training: dict[str, Any]) -> None:
 
 def _check(training: Mapping[str, Any]) -> Callable[[Cell], None]:
     def check(cell: Cell) -> None:
-        options = {name: value for name, value in cell.options if not name.startswith(ENVIRONMENT)}
-        config = TrainConfig(**{**training, **options, "batch_size": cell.global_batch_size})
+        config = TrainConfig(**{**training, **arguments_of(cell), "batch_size": cell.global_batch_size})
         config.global_batch_size(cell.processes)
 
     return check

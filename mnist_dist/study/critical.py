@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mnist_dist.study.statistics import Estimate, Interval, draw, estimates, interval_of_draws, level_of_repeats
+from mnist_dist.study.statistics import Estimate, Interval, draw, estimates, interval_of_draws
 
 DRAWS = 2000
 LEAST_BATCHES = 4  # of different sizes, in which runs reached the target
@@ -28,8 +28,8 @@ class Critical:
     times as many. An end is inf if it is above the batch sizes that were run. `least` is what a batch of 0 takes, on a
     straight line through the two smallest batch sizes.
 
-    `noise` is the gradient noise scale, which is to be the critical batch size (McCandlish et al. 2018), and
-    `noise_ratio` is it over `twice`. None is what is not known.
+    `noise` is the gradient noise scale, an estimate of the critical batch size (McCandlish et al. 2018). `noise_ratio`
+    is `noise` over `twice`. What is not known is None.
     """
 
     twice: Interval
@@ -59,22 +59,20 @@ def critical(samples: Mapping[int, tuple[Estimate, float]], noise_scales: Mappin
         return f"runs take more than twice the least samples at batch {batches[0]:,.0f} already: run smaller ones"
     leasts = np.maximum(leasts, 0.01 * rows[:, 0])
     runs = min(one.n for one in known)
-    level = level_of_repeats(runs, runs)
 
-    def interval(values: np.ndarray, runs: int = runs, level: float = level) -> Interval:
-        return interval_of_draws(values[0], values[1:], runs, level)
+    def interval(values: np.ndarray, runs: int = runs) -> Interval:
+        return interval_of_draws(values[0], values[1:], runs)
 
     twice, more = (_where(batches, rows, leasts, times * leasts) for times in (TWICE, MORE))
-    found: dict[str, Interval] = {}
+    noises: dict[str, Interval] = {}
     if scales := [values for values in (noise_scales or {}).values() if len(values)]:
         measured = estimates(scales)
         noise = np.exp(np.vstack([[one.mean for one in measured], draw(measured, DRAWS, random)]).mean(axis=1))
         fewest = min(one.n for one in measured)
-        found["noise"] = interval(noise, fewest, level_of_repeats(fewest, fewest))
+        noises["noise"] = interval(noise, fewest)
         if math.isfinite(twice[0]):
-            both = min(fewest, runs)
-            found["noise_ratio"] = interval(noise / twice, both, level_of_repeats(both, both))
-    return Critical(interval(twice), interval(more), interval(leasts), **found)
+            noises["noise_ratio"] = interval(noise / twice, min(fewest, runs))
+    return Critical(interval(twice), interval(more), interval(leasts), **noises)
 
 
 def _where(batches: np.ndarray, samples: np.ndarray, leasts: np.ndarray, limits: np.ndarray) -> np.ndarray:

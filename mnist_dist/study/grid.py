@@ -67,6 +67,11 @@ def cell_of(row: Mapping[str, Any]) -> Cell:
     return Cell(row["global_batch_size"], row["processes"], options)
 
 
+def arguments_of(cell: Cell) -> dict[str, str]:
+    """The axes that are no environment variables, with the cell's values."""
+    return {name: value for name, value in cell.options if not name.startswith(ENVIRONMENT)}
+
+
 def variables_of(cell: Cell) -> dict[str, str]:
     """The environment variables that are axes, with the cell's values."""
     return {name.removeprefix(ENVIRONMENT): value for name, value in cell.options if name.startswith(ENVIRONMENT)}
@@ -81,7 +86,7 @@ def run_of(row: Mapping[str, Any]) -> PlannedRun:
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**63:
             raise ValueError(f"{number!r:.100} is not a whole number from 1 on")
     keys = [key for key, _ in run.cell.options]
-    if run.role not in ROLES or not all(re.fullmatch(r"(env:)?[\w-]+", key, re.ASCII) for key in keys):
+    if run.role not in ROLES or not all(re.fullmatch(rf"({ENVIRONMENT})?[\w-]+", key, re.ASCII) for key in keys):
         raise ValueError(f"role {run.role!r:.100}, options {keys}")
     return run
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.answer import Answer
 from mnist_dist.study.grid import Cell, Options
-from mnist_dist.study.models import Judged
+from mnist_dist.study.models import Judged, worst_of
 from mnist_dist.study.pages import Code, Inline, Strong, Text
 from mnist_dist.study.statistics import LEAST_CONCLUSIVE, PRECISION, Interval, ratio
 from mnist_dist.study.words import level_of, options_alone, say
@@ -37,8 +37,7 @@ class Contest:
 
     def is_worse(self, cell: Cell) -> bool:
         """Whether that is shown."""
-        times = self.worse(cell)
-        return times.excludes(1.0) and times.value > 1
+        return self.worse(cell).is_above(1)
 
 
 def by_time(answer: Answer) -> Contest:
@@ -87,10 +86,10 @@ def _as_good(contest: Contest) -> list[str]:
     parts: list[str] = []
     for (processes, options), members in list(groups.items())[:MOST_NAMED]:
         batches = ", ".join(f"{cell.global_batch_size:,}" for cell in sorted(members, key=lambda one: one.place))
-        alone = ("" if options == contest.best.options else " with ", options_alone(options)) if options else ()
         parts += ["; " if parts else "Not shown to be slower: batch ", batches,
-                  f" on {counted(processes, 'process', 'processes')}",
-                  *(alone if options != contest.best.options else ())]
+                  f" on {counted(processes, 'process', 'processes')}"]
+        if options != contest.best.options:
+            parts += [" with ", options_alone(options)]
     more = len(groups) - MOST_NAMED
     return [*parts, f"; and cells of {more} other kinds. " if more > 0 else ". "]
 
@@ -101,31 +100,29 @@ def _more_processes(contest: Contest, analysis: Analysis) -> list[str]:
     more = next((cell for cell in contest.cells if cell.processes > best.processes), None)
     if more is not None:
         times = contest.worse(more)
-        words = (f"{counted(more.processes, 'process', 'processes')} make it {number(times.low)} to "
-                 f"{number(times.high)} times slower" if contest.is_worse(more) else
-                 f"{counted(more.processes, 'process', 'processes')} are not shown to be faster: they take "
-                 f"{number(times.low)} to {number(times.high)} times as long") if times.n > 1 else (
-                     f"{counted(more.processes, 'process', 'processes')} take {number(times.value)} times as long")
-        return [f"{words} (batch {more.global_batch_size:,}){_exchange(more, analysis)}."]
+        words = ("make it {} times slower" if contest.is_worse(more) else "take {} times as long" if times.n < 2 else
+                 "are not shown to be faster: they take {} times as long").format(_span(times))
+        return [f"{more.processes} processes {words} (batch {more.global_batch_size:,}){_exchange(more, analysis)}."]
     fewest = min(cell.processes for cell in contest.cells)
     if fewest == best.processes:
         return [f"More than {counted(fewest, 'process was', 'processes were')} not run."]
     fewer = next(cell for cell in contest.cells if cell.processes == fewest)
-    times = contest.worse(fewer)
-    span = f"{number(times.low)} to {number(times.high)}" if times.n > 1 else number(times.value)
-    return [f"{counted(fewest, 'process takes', 'processes take')} {span} times as long "
+    return [f"{counted(fewest, 'process takes', 'processes take')} {_span(contest.worse(fewer))} times as long "
             f"(batch {fewer.global_batch_size:,}, the best there). More than {best.processes} processes were not run."]
+
+
+def _span(interval: Interval) -> str:
+    """`1.2 to 2.0`; of one run, the value."""
+    return f"{number(interval.low)} to {number(interval.high)}" if interval.n > 1 else number(interval.value)
 
 
 def _exchange(cell: Cell, analysis: Analysis) -> str:
     """How much of a step is the exchange of gradients, if the runs say it."""
-    ranks = [run.row["epochs"][-1].get("ranks") for run in analysis.cells[cell].repeats]
-    pairs = [(one["step_ms"]["median"], one["own_ms"]["median"]) for one in ranks if one and one.get("step_ms")]
-    if not pairs:
+    figures = analysis.cells[cell]
+    if figures.exchange_ms is None:
         return ""
-    step = statistics.median(step for step, _ in pairs)
-    exchange = statistics.median(step - own for step, own in pairs)
-    return f": the exchange takes {number(exchange)} of {number(step)} ms"
+    step = statistics.median(one["step_ms"]["median"] for one in figures.ranks if one.get("step_ms"))
+    return f": the exchange takes {number(figures.exchange_ms)} of {number(step)} ms"
 
 
 def how_sure(analysis: Analysis, judged: Sequence[Judged]) -> list[Inline]:
@@ -146,9 +143,7 @@ def how_sure(analysis: Analysis, judged: Sequence[Judged]) -> list[Inline]:
         notes.append(f"the runs were done on {len(analysis.environments)} different environments")
     if analysis.drift and analysis.drift.is_one:
         notes.append(f"the machine drifted by {100 * analysis.drift.change.value:+.1f} % during the study")
-    worst = [one.worst for one in judged if one.worst is not None]
-    if worst:
-        most = max(worst, key=lambda one: abs(float(one.error)))
-        notes.append(f"the model of the step time is {100 * float(most.error):+.0f} % off at {most.axis} "
-                     f"{most.value:,}, if it is fitted without that")
+    if worst := worst_of([left_out for one in judged for left_out in one.left_one_out]):
+        notes.append(f"the model of the step time is {100 * worst.error:+.0f} % off at {worst.axis} {worst.value:,}, "
+                     "if it is fitted without that")
     return notes

@@ -28,6 +28,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
 from mnist_dist.record.environment import git_commit, processor_name
 from mnist_dist.study.grid import LAUNCHERS, PlannedRun
+from mnist_dist.study.program import Program
 from mnist_dist.study.table import read_contract
 from mnist_dist.text import without_passwords
 
@@ -113,8 +114,10 @@ def examine(processes: int, folder: Path, machine: Machine, mark: str) -> list[d
 
 
 def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: dict[str, str],
-          timeout: float) -> dict[str, Any]:
-    """Do the run in its folder, from nothing; returns its status, the reason of a failure, its begin and seconds."""
+          timeout: float, program: Program) -> dict[str, Any]:
+    """Do the run in its folder, from nothing; returns its status, the reason of a failure, its begin and seconds, and
+    of another program than ours the machine.
+    """
     remove_tree(folder)
     make_folder(folder)
     begun, clock = datetime.now(timezone.utc), time.monotonic()
@@ -137,7 +140,8 @@ def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: di
         except UserError as error:
             reason = str(error)
     return {"status": "failed" if reason else "completed", "reason": " ".join(reason.split())[:500],
-            "started": begun.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}
+            "started": begun.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3),
+            **({} if program.is_ours else {"machine": facts_of_machine()})}
 
 
 def write_outcome(folder: Path, outcome: dict[str, Any], command: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from mnist_dist.study import pictures
 from mnist_dist.study.analysis import CellFigures
 from mnist_dist.study.fabric import Fabric
 from mnist_dist.study.grid import Cell, Options
-from mnist_dist.study.models import Judged
+from mnist_dist.study.models import Judged, worst_of
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Strong, Table, Text
 from mnist_dist.study.pictures import MOST_LINES, Series
 from mnist_dist.study.statistics import Interval
@@ -40,9 +40,10 @@ UNIT = {"per_sample": 1e6, "floor": 1.0}  # the others are in milliseconds
 METHOD = (
     "A step takes: fixed + computing x batch of a process (at least the floor) + the exchange of n processes, less "
     "what the computing hides of it. A ring takes 2 (n - 1) latencies + 2 (n - 1) / n times sending the gradient, a "
-    "tree log2(n) latencies. Each is fitted with 0, 25, 50, 75 and 100 % of the computing hiding it, to the logarithms "
-    f"of the cells in standard errors (and {100 * MODEL_ERROR:g} % that no law explains), no parameter negative. Those "
-    f"that are less than {WORSE:g} squared standard errors worse than the closest are left, and the band spans them. "
+    "tree log2(n) latencies. Each is fitted with 0, 25, 50, 75 and 100 % of the computing hiding it. No parameter is "
+    "negative. Distances are those of the logarithms, in standard errors of the cells, to which "
+    f"{100 * MODEL_ERROR:g} % that no law explains are added. Laws less than {WORSE:g} squared standard errors worse "
+    "than the closest are left, and the band spans them. "
     "Beyond the most processes that were run it also spans a ring with half the bandwidth.")
 
 
@@ -90,13 +91,13 @@ def _add_laws(page: Page, options: Options, model: Model) -> None:
 
 def _add_left_one_out(page: Page, options: Options, judged: Judged) -> None:
     """How far off the model is for each batch size and each number of processes, if it is fitted without them."""
-    if (worst := judged.worst) is None:
+    if (worst := worst_of(judged.left_one_out)) is None:
         return
     page.add(Text(("Each batch size and each number of processes left out in turn", *for_options(options),
-                   f": the largest error is {100 * float(worst.error):+.1f} %, without {worst.axis} {worst.value:,}.")),
+                   f": the largest error is {100 * worst.error:+.1f} %, without {worst.axis} {worst.value:,}.")),
              Table(["left out", "largest error without it"],
-                   [[f"{one.axis} {one.value:,}", Code(one.error) if isinstance(one.error, str) else
-                     f"{100 * one.error:+.1f} %"] for one in judged.left_one_out]))
+                   [[f"{one.axis} {one.value:,}", Code(one.reason) if one.reason else f"{100 * one.error:+.1f} %"]
+                    for one in judged.left_one_out]))
 
 
 def _add_check(page: Page, left_out: Sequence[Cell], options: Options, checked: Check | str) -> None:
@@ -133,12 +134,11 @@ def _ms(interval: Interval) -> str:
 
 def _title(fitted: Mapping[Options, tuple[Judged, Model]]) -> str:
     """How well the model does."""
-    worst = [judged.worst for judged, _ in fitted.values() if judged.worst]
-    if not worst:
+    worst = worst_of([left_out for judged, _ in fitted.values() for left_out in judged.left_one_out])
+    if worst is None:
         return "The model's line through the measured points"
-    most = max(worst, key=lambda one: abs(float(one.error)))
-    return (f"The model is at most {100 * abs(float(most.error)):.0f} % off what is left out of it "
-            f"({most.axis} {most.value:,})")
+    return (f"The model is at most {100 * abs(worst.error):.0f} % off what is left out of it "
+            f"({worst.axis} {worst.value:,})")
 
 
 def _series(judged: Judged, options: Options, model: Model) -> list[Series]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,12 +23,18 @@ AXES = {"processes": lambda cell: cell.processes, "batch size": lambda cell: cel
 @dataclass(frozen=True)
 class LeftOut:
     """What the model says of the cells with one batch size, or one number of processes, without them: predicted over
-    measured, less 1, of the cell where that is most; or the reason why it says nothing.
+    measured, less 1, of the cell where that is most (NaN if it says nothing, with the reason).
     """
 
     axis: str
     value: int
-    error: float | str
+    error: float
+    reason: str = ""
+
+
+def worst_of(left_out: Sequence[LeftOut]) -> LeftOut | None:
+    """What is predicted worst; None if nothing is."""
+    return max((one for one in left_out if not one.reason), key=lambda one: abs(one.error), default=None)
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,6 @@ class Judged:
         """Whether the model describes the cells, was checked, and passed."""
         return (isinstance(self.model, Model) and self.model.describes and isinstance(self.checked, Check)
                 and self.checked.passes)
-
-    @property
-    def worst(self) -> LeftOut | None:
-        """The batch size or number of processes that the model predicts worst."""
-        known = [one for one in self.left_one_out if not isinstance(one.error, str)]
-        return max(known, key=lambda one: abs(float(one.error)), default=None)
 
     @cached_property
     def places(self) -> dict[Cell, Place]:
@@ -106,8 +107,8 @@ def _leave_one_out(members: Sequence[Cell], timed: Cells, model: Model, ring: tu
     for axis, value_of in AXES.items():
         for value in sorted({value_of(cell) for cell in members}):
             errors = errors_without(timed, [value_of(cell) == value for cell in members], model, ring)
-            left_out.append(LeftOut(axis, value, errors if isinstance(errors, str) else
-                                    float(max(errors, key=abs))))
+            left_out.append(LeftOut(axis, value, math.nan, errors) if isinstance(errors, str) else
+                            LeftOut(axis, value, float(max(errors, key=abs))))
     return left_out
 
 

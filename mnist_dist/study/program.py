@@ -14,7 +14,7 @@ from typing import Any
 
 from mnist_dist.config import flag_of
 from mnist_dist.errors import UserError
-from mnist_dist.study.grid import ENVIRONMENT, Grid, PlannedRun, variables_of
+from mnist_dist.study.grid import ENVIRONMENT, Grid, PlannedRun, arguments_of, variables_of
 from mnist_dist.text import cut
 
 PLACEHOLDERS = ("batch_size", "per_process_batch_size", "processes", "seed", "output_dir", "options")
@@ -88,8 +88,7 @@ def command_of(run: PlannedRun, folder: Path, options: Sequence[str], program: P
     cell = run.cell
     if program.command is not None:
         return _filled(program.command, run, folder, options)
-    axes = {name: value for name, value in cell.options if not name.startswith(ENVIRONMENT)}
-    words = [*options, *(f"{flag_of(name)}={value}" for name, value in axes.items()),
+    words = [*options, *(f"{flag_of(name)}={value}" for name, value in arguments_of(cell).items()),
              f"--batch-size={cell.global_batch_size}", f"--output-dir={folder}"]
     if program.script is None:
         if run.role == "repeat":
@@ -110,7 +109,7 @@ def command_of(run: PlannedRun, folder: Path, options: Sequence[str], program: P
 def _filled(command: str, run: PlannedRun, folder: Path, options: Sequence[str]) -> list[str]:
     """The words of the command with the values of the run. No shell reads them, so that each value stays one word."""
     words, cell = words_of(command), run.cell
-    axes = {name: value for name, value in cell.options if not name.startswith(ENVIRONMENT)}
+    axes = arguments_of(cell)
     used = {name for word in words for name in _names(word)}
     others = [part for name, value in axes.items() if name not in used for part in (f"--{name}", value)]
     values: dict[str, Any] = {

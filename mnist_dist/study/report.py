@@ -169,7 +169,7 @@ def _pays(analysis: Analysis, processes: int) -> list[Inline]:
         speed_ups = {cell: scaling.speed_up for cell, scaling in compared.items() if scaling.base.processes == base}
         groups: dict[str, list[Cell]] = {"faster": [], "slower": [], "not shown to differ": []}
         for cell, speed_up in speed_ups.items():
-            word = "not shown to differ" if not speed_up.excludes(1.0) else "faster" if speed_up.value > 1 else "slower"
+            word = "faster" if speed_up.is_above(1) else "slower" if speed_up.is_below(1) else "not shown to differ"
             groups[word].append(cell)
         parts: list[str] = []
         for word, members in groups.items():
@@ -298,8 +298,7 @@ def _ranks(page: Page, analysis: Analysis) -> None:
     """Step time, data wait and memory over ranks: the median over runs of what each run says."""
     lines: list[list[Inline]] = []
     for cell, figures in analysis.cells.items():
-        ranks = [epoch["ranks"] for run in figures.repeats for epoch in run.row["epochs"][-1:]
-                 if isinstance(epoch.get("ranks"), Mapping)]
+        ranks = figures.ranks
         if not ranks or cell.processes == 1:
             continue
 
@@ -309,10 +308,10 @@ def _ranks(page: Page, analysis: Analysis) -> None:
             return " / ".join(number(statistics.median(one[name][which] for one in ranks) * scale)
                               for which in ("min", "median", "max"))
 
-        steps = [one["step_ms"]["median"] - one["own_ms"]["median"] for one in ranks if one.get("step_ms")]
+        exchange = figures.exchange_ms
         hosts = {str(one["slowest_host"]) for one in ranks}
         lines.append([*cell_words(cell, analysis.cells), over("own_ms"),
-                      number(statistics.median(steps)) if steps else "-", over("data_wait_ms"),
+                      "-" if exchange is None else number(exchange), over("data_wait_ms"),
                       over("peak_memory_bytes", 1 / 2**20), Code(", ".join(sorted(hosts)[:3]))])
     if lines:
         page.add(Heading(2, "Ranks"),

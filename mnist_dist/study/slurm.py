@@ -24,14 +24,7 @@ from mnist_dist.disk.files import make_folder
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.study.grid import PlannedRun
-from mnist_dist.study.launches import (
-    OUTCOME,
-    environment_for,
-    facts_of_machine,
-    look_at_machine,
-    start,
-    write_outcome,
-)
+from mnist_dist.study.launches import OUTCOME, environment_for, look_at_machine, start, write_outcome
 from mnist_dist.study.program import command_of, environment_of
 from mnist_dist.text import counted
 
@@ -203,9 +196,7 @@ def main(argv: Sequence[str]) -> int:
     # SLURM sends SIGTERM to all processes of a job that it ends: srun ends of it, and this process says why
     signal.signal(signal.SIGTERM, lambda *_: None)
     environment = environment_of(run, study.program, environment_for(machine, study.mark), machine.cores)
-    outcome = start(run, folder, command, environment, given.timeout)
-    if not study.program.is_ours:
-        outcome["machine"] = facts_of_machine()
+    outcome = start(run, folder, command, environment, given.timeout, study.program)
     if outcome["status"] == "failed":
         known = facts(given.job)
         is_preempted = known.get("PreemptTime", "None") != "None"  # SLURM forgets a preempted job that ends by itself

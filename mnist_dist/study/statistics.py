@@ -49,6 +49,14 @@ class Interval:
         """Whether the interval does not hold the value; never, if fewer than LEAST_CONCLUSIVE repeats are behind it."""
         return self.n >= LEAST_CONCLUSIVE and not self.low <= value <= self.high
 
+    def is_above(self, value: float) -> bool:
+        """Whether it is shown that the truth is above the value."""
+        return self.excludes(value) and self.value > value
+
+    def is_below(self, value: float) -> bool:
+        """The same, below."""
+        return self.excludes(value) and self.value < value
+
     @property
     def half_width(self) -> float:
         """Half the interval's width as a part of the value."""
@@ -67,24 +75,10 @@ def median_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) 
                     level if places else 1 - 2 * 0.5**n, n)
 
 
-def resampled_medians(runs: Sequence[np.ndarray], draws: int, random: np.random.Generator) -> np.ndarray:
-    """[draws, cells] medians of runs that are drawn with replacement, one array of runs for each cell."""
-    found = []
-    for values in runs:
-        drawn = np.median(values[random.integers(len(values), size=(draws, len(values)))], axis=1)
-        if len(values) == 2:  # their median is their mean, whose bootstrap is too narrow by this factor
-            middle = np.median(values)
-            drawn = middle + math.sqrt(2) * (drawn - middle)
-        found.append(drawn)
-    return np.stack(found, axis=1)
-
-
-def interval_of_draws(value: float, draws: np.ndarray, n: int, level: float = LEVEL) -> Interval:
-    """The percentile interval of an estimate from its draws, which may be inf; it holds the estimate. `level` is what
-    so few repeats make it worth.
-    """
+def interval_of_draws(value: float, draws: np.ndarray, n: int) -> Interval:
+    """The percentile interval of an estimate from its draws, which may be inf; it holds the estimate."""
     low, high = np.quantile(draws, [(1 - CAUTIOUS) / 2, (1 + CAUTIOUS) / 2], method="nearest")
-    return Interval(float(value), float(min(low, value)), float(max(high, value)), level, n)
+    return Interval(float(value), float(min(low, value)), float(max(high, value)), level_of_repeats(n), n)
 
 
 @functools.cache
@@ -174,14 +168,14 @@ def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int 
         return Interval(value, value, value, 0.0, 1)
     freedom = error**2 / max(TINY, sum(part**2 / freedoms[pool] for pool, part in errors.items()))
     half = max(ROUNDING, math.sqrt(error) * _quantile(freedom, comparisons, among))
-    return Interval(value, value * math.exp(-half), value * math.exp(half), level_of_repeats(n, n), n)
+    return Interval(value, value * math.exp(-half), value * math.exp(half), level_of_repeats(n), n)
 
 
-def level_of_repeats(first: int, second: int) -> float:
+def level_of_repeats(n: int) -> float:
     """The most that an interval of a ratio is worth without an assumption on the noise: the probability that the ranges
-    of two samples of so few repeats do not separate by chance.
+    of two samples of n repeats do not separate by chance.
     """
-    return min(LEVEL, 1 - 2 / math.comb(first + second, first))
+    return min(LEVEL, 1 - 2 / math.comb(2 * n, n))
 
 
 def draw(quantities: Sequence[Estimate], count: int, random: np.random.Generator) -> np.ndarray:

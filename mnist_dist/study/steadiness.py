@@ -72,7 +72,7 @@ def steadiness(windows: np.ndarray) -> Steadiness:
 
 
 def _evenly(count: int) -> np.ndarray:
-    """The places of at most MOST_WINDOWS of so many, the first among them."""
+    """At most MOST_WINDOWS places from 0 to `count`, evenly apart, with 0 among them."""
     return np.unique(np.linspace(0, count, min(count, MOST_WINDOWS), endpoint=False).astype(int))
 
 

@@ -128,8 +128,7 @@ class Model:
 
     def parameter(self, index: int) -> Interval:
         """A parameter of the closest hypothesis with its interval."""
-        return interval_of_draws(self.best.values[index], self.best.draws[:, index], self.runs,
-                                 level_of_repeats(self.runs, self.runs))
+        return interval_of_draws(self.best.values[index], self.best.draws[:, index], self.runs)
 
     def draws(self, places: Sequence[Place]) -> np.ndarray:
         """[n, places] seconds of a step, from all hypotheses."""
@@ -143,7 +142,7 @@ class Model:
         ends = [np.quantile(drawn, [(1 - CAUTIOUS) / 2, (1 + CAUTIOUS) / 2], axis=0)
                 for fit in self.fits for drawn in self._scenarios(fit, places)]
         lows, highs = np.min([low for low, _ in ends], axis=0), np.max([high for _, high in ends], axis=0)
-        level = level_of_repeats(self.runs, self.runs)
+        level = level_of_repeats(self.runs)
         return [Interval(float(value), float(min(low, value)), float(max(high, value)), level, self.runs)
                 for value, low, high in zip(values, lows, highs, strict=True)]
 
@@ -433,7 +432,7 @@ def check(cells: Cells, left_out: Sequence[bool], ring: tuple[float, float] | No
         highs.append(predicted + width)
     values = seconds(model.best.values, held.places, model.best.hypothesis)
     runs = min(model.runs, *map(len, held.runs))
-    level = level_of_repeats(runs, runs)
+    level = level_of_repeats(runs)
     bands = [Interval(float(value), float(np.exp(low)), float(np.exp(high)), level, runs)
              for value, low, high in zip(values, np.min(lows, axis=0), np.max(highs, axis=0), strict=True)]
     return Check(held.places, bands, list(np.exp(held.means)))

@@ -38,7 +38,6 @@ from mnist_dist.study.launches import (
     Machine,
     environment_for,
     examine,
-    facts_of_machine,
     start,
     whole_result,
     write_outcome,
@@ -413,9 +412,7 @@ def _do(study: Study, run: PlannedRun, request: Request, machine: Machine, say: 
         output.say(f"{place} {run.name} …", end="\r")
     try:
         environment = environment_of(run, request.program, environment_for(machine, study.mark), machine.cores)
-        outcome = start(run, folder, command, environment, request.cell_timeout)
-        if not request.program.is_ours:
-            outcome["machine"] = facts_of_machine()
+        outcome = start(run, folder, command, environment, request.cell_timeout, request.program)
     finally:
         write_outcome(folder, outcome, command)
         study.forget(run)

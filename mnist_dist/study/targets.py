@@ -186,14 +186,14 @@ def _between(before: tuple[float, float, float] | None, after: tuple[float, floa
 
 def _evaluations(row: Mapping[str, Any]) -> list[tuple[float, float, float]]:
     """(steps, samples, NLL) of the run's evaluations in their order, within the epochs and at their ends."""
-    found = []
+    evaluations = []
     batch, train = row["global_batch_size"], (row.get("dataset") or {}).get("train")
     for epoch in row["epochs"]:
-        found += [(one["step"], one["samples"], one["test_nll"]) for one in epoch.get("evaluations") or []]
+        evaluations += [(one["step"], one["samples"], one["test_nll"]) for one in epoch.get("evaluations") or []]
         if epoch.get("test_nll") is not None and epoch.get("step"):
             samples = samples_at(int(epoch["step"]), train, batch) if train else epoch["step"] * batch
-            found.append((epoch["step"], samples, epoch["test_nll"]))
-    return found
+            evaluations.append((epoch["step"], samples, epoch["test_nll"]))
+    return evaluations
 
 
 def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None:
@@ -212,7 +212,7 @@ def _times(analysis: Analysis, nll: float, cells: Sequence[Learnt]) -> list[Time
     """Of each cell whose runs reached the target: of each run the samples that it took over its own rate."""
     learnt = {(one.options, one.batch): (one, one.estimate) for one in cells if one.estimate is not None}
     doubts = {key: Estimate(0.0, one.doubt**2 / 3, sys.maxsize, math.inf, object()) for key, (one, _) in learnt.items()}
-    found = []
+    times = []
     for cell, figures in analysis.cells.items():
         key = cell.options, cell.global_batch_size
         if key not in learnt:
@@ -225,9 +225,9 @@ def _times(analysis: Analysis, nll: float, cells: Sequence[Learnt]) -> list[Time
                      if target["target_nll"] == nll]
         if not each:  # its runs have other targets
             continue
-        found.append(TimeTo(cell, median_interval(each).widened(one.doubt), figures.devices,
+        times.append(TimeTo(cell, median_interval(each).widened(one.doubt), figures.devices,
                             (estimate, doubts[key]), (analysis.estimates[cell],)))
-    return found
+    return times
 
 
 def modelled(one: Learnt, model: Model, place: Place, cell: Cell, devices: int) -> TimeTo:
