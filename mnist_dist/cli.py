@@ -138,6 +138,10 @@ def build_parser() -> Parser:
     study.add_argument("--scaling", metavar="{strong,weak}", help="strong = a batch size is global; "
                        "weak = per process; or both: strong,weak (default strong)")
     study.add_argument("--repeats", metavar="N", help="runs of each cell (default 5)")
+    study.add_argument("--precision", metavar="PERCENT", help="instead of --repeats: 6 runs of each cell, then more of "
+                       "those whose throughput is not known to this yet, as in 3%%")
+    study.add_argument("--budget", metavar="TIME", help="start no run that would end later, as 30min; counts the "
+                       "seconds of all runs in the study's folder")
     study.add_argument("--quick", action="store_true", help="choose the grid, from a first look at this machine, and "
                        "end within ten minutes: throughput, samples to a target, and the batch size that serves best")
     for axis, option in AXES.items():

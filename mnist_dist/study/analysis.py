@@ -14,6 +14,7 @@ import numpy as np
 from mnist_dist.study.grid import Cell, cell_of
 from mnist_dist.study.statistics import (
     LEAST_CONCLUSIVE,
+    PRECISION,
     Estimate,
     Interval,
     estimates,
@@ -55,6 +56,7 @@ class CellFigures:
     """A cell, its repeats, and what they give."""
 
     cell: Cell
+    precision: float = PRECISION  # half an interval that is wider than this part of its value is too wide
     repeats: list[Measured] = field(default_factory=list)
 
     @cached_property
@@ -118,7 +120,7 @@ class CellFigures:
     @property
     def more_repeats(self) -> int:
         """Repeats that are missing for a conclusion."""
-        return more_repeats(self.rate)
+        return more_repeats(self.rate, self.precision)
 
 
 def measured(row: Row) -> Measured | None:
@@ -140,8 +142,14 @@ class Analysis:
         for run in self.runs:
             if run.row["role"] == "repeat":
                 cell = cell_of(run.row)
-                found.setdefault(cell, CellFigures(cell)).repeats.append(run)
+                found.setdefault(cell, CellFigures(cell, self.precision)).repeats.append(run)
         self.cells = {cell: found[cell] for cell in sorted(found, key=lambda cell: cell.place)}
+
+    @cached_property
+    def precision(self) -> float:
+        """What the study's `--precision` asked for, the last time that it was run; else 5 %."""
+        asked = [(row.get("study") or {}).get("precision") for row in self.rows]
+        return next((value for value in asked if isinstance(value, float) and 0 < value < 1), PRECISION)
 
     @cached_property
     def estimates(self) -> dict[Cell, Estimate]:

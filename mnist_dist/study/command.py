@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,7 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.record.config_file import from_environment
-from mnist_dist.study.grid import AXES, ENVIRONMENT, SCALINGS, Cell, Grid, HoldOut, arguments_of
+from mnist_dist.study.grid import AXES, ENVIRONMENT, FIRST_REPEATS, SCALINGS, Cell, Grid, HoldOut, arguments_of
 from mnist_dist.study.launches import Machine, look_at_machine
 from mnist_dist.study.program import Program, check_command, read_axes
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
@@ -131,6 +132,12 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
                         f"{'--quick' if given.quick else f'--script {script}'}: drop one of the two")
     if given.launcher != "slurm" and (given.sbatch or given.print):
         raise UserError(f"{'--sbatch' if given.sbatch else '--print'} is for --launcher slurm: add it, or drop this")
+    if given.precision is not None and given.repeats is not None:
+        raise UserError(f"--precision {given.precision} chooses the repeats, got --repeats {given.repeats}: drop one "
+                        "of the two")
+    if given.budget is not None and given.launcher == "slurm":
+        raise UserError(f"--budget {given.budget} is for runs one at a time, and --launcher slurm starts many: limit "
+                        "each with --sbatch='--time=00:20:00'")
     if program.is_ours and rest:
         raise UserError(f"words after -- are for a --script or a --command, got {shlex.join(rest)}: drop them, or name "
                         "one of the two")
@@ -159,6 +166,9 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         scaling=_list("--scaling", of_grid("scaling", "strong"), _scaling),
         repeats=_one("--repeats", of_grid("repeats", "5"), _whole(1, 1_000)), axes=axes,
     )
+    precision = None if given.precision is None else _one("--precision", given.precision, _percent)
+    if precision is not None:
+        grid = replace(grid, repeats=FIRST_REPEATS)
     if program.command is not None:
         check_command(program.command, grid)
     folder = Path(given.output_dir)
@@ -183,7 +193,9 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         command=without_passwords(shlex.join(["mnist-dist", *argv])),
         seed=_one("--order-seed", given.order_seed, _whole(0)),
         cell_timeout=_one("--cell-timeout", given.cell_timeout, _seconds), oversubscribe=given.oversubscribe,
-        quick=given.quick, sbatch=_one("--sbatch", given.sbatch, _shell_words),
+        quick=given.quick, precision=precision,
+        seconds=math.inf if given.budget is None else _one("--budget", given.budget, _duration),
+        sbatch=_one("--sbatch", given.sbatch, _shell_words),
         tracking=TrainConfig(**{"wandb_group": group, **from_environment("wandb_project", "tags"), **tracking}),
         check=_check(training) if program.is_ours else lambda cell: None,
     )
@@ -191,7 +203,8 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
 
 def _take_quick(given: argparse.Namespace, training: dict[str, Any]) -> None:
     """Add what `--quick` sets to the options of training. Raises `UserError` if the command line says it too."""
-    for name in ("batch_sizes", "processes", "scaling", "repeats", "script", "axis", "command_line", *AXES):
+    for name in ("batch_sizes", "processes", "scaling", "repeats", "precision", "budget", "script", "axis",
+                 "command_line", *AXES):
         if getattr(given, name) is not None:
             flag = "--command" if name == "command_line" else flag_of(name)
             raise UserError(f"--quick chooses the grid by itself, got {flag} {getattr(given, name)}: drop one of the "
@@ -260,6 +273,14 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _duration(text: str) -> float:
+    """`90s`, `30min` or `2h` in seconds."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(s|min|h)", text, re.ASCII)
+    if match is None or not float(match[1]):
+        raise ValueError("a time above 0 with its unit, as in 90s, 30min or 2h")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+
+
 def _percent(text: str) -> float:
     """`5%` or `5 %` as 0.05."""
     number = text.removesuffix("%").strip()
@@ -268,7 +289,7 @@ def _percent(text: str) -> float:
     except ValueError:
         value = math.nan
     if not text.endswith("%") or not 0 < value < 100:
-        raise ValueError("a percentage above 0 and below 100, as in 5%")
+        raise ValueError("a percentage above 0 and below 100, as in 3%")
     return value / 100
 
 

@@ -11,7 +11,7 @@ from mnist_dist.study.answer import Answer
 from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.models import Judged, worst_of
 from mnist_dist.study.pages import Code, Inline, Strong, Text
-from mnist_dist.study.statistics import LEAST_CONCLUSIVE, PRECISION, Interval, ratio
+from mnist_dist.study.statistics import LEAST_CONCLUSIVE, Interval, ratio
 from mnist_dist.study.words import level_of, options_alone, say
 from mnist_dist.tables import number
 from mnist_dist.text import counted
@@ -138,7 +138,7 @@ def how_sure(analysis: Analysis, judged: Sequence[Judged]) -> list[Inline]:
                      "marked")
     if wide := sum(figures.more_repeats > 0 for figures in cells.values()):
         notes.append(f"{wide} of {counted(len(cells), 'cell')} {'needs' if wide == 1 else 'need'} more repeats to be "
-                     f"known to {100 * PRECISION:.0f} %")
+                     f"known to {100 * analysis.precision:g} %")
     if len(analysis.environments) > 1:
         notes.append(f"the runs were done on {len(analysis.environments)} different environments")
     if analysis.drift and analysis.drift.is_one:

@@ -20,7 +20,7 @@ from mnist_dist.study.model_section import add_model
 from mnist_dist.study.models import Judged, forecasts_of, judge
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Strong, Table, Text
 from mnist_dist.study.pictures import Series
-from mnist_dist.study.statistics import LEAST_CONCLUSIVE, LEAST_REPEATS, LEVEL, PRECISION, Interval
+from mnist_dist.study.statistics import LEAST_CONCLUSIVE, LEAST_REPEATS, LEVEL, Interval
 from mnist_dist.study.steadiness import LEAST_CHANGE, SIGNIFICANT
 from mnist_dist.study.table import CSV, JSONL, Row, write_csv
 from mnist_dist.study.targets import targets_of
@@ -224,8 +224,8 @@ def _throughput(page: Page, analysis: Analysis, folder: Path, is_first: bool) ->
           level_of(f.rate), f"{f.more_repeats or '-'}"] for cell, f in cells.items()],
     ))
     page.add("Medians, with the interval between two order statistics; level: the probability that it holds the "
-             f"median. More repeats are needed if half the interval is more than {100 * PRECISION:.0f} % of the median "
-             f"(for 95 % at least 6), or if there are fewer than {LEAST_REPEATS}.")
+             f"median. More repeats are needed if half the interval is more than {100 * analysis.precision:g} % of the "
+             f"median (for 95 % at least 6), or if there are fewer than {LEAST_REPEATS}.")
 
 
 def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:

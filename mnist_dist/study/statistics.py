@@ -207,11 +207,11 @@ def _of_range(among: int, freedom: float) -> float:
     return float(stats.studentized_range.isf(1 - CAUTIOUS, among, freedom)) / math.sqrt(2)
 
 
-def more_repeats(interval: Interval) -> int:
-    """How many more repeats make the interval narrow enough to conclude from; 0 if it is. The width falls with the
-    square root of their number; fewer than 6 give no 95 % interval at all, and fewer than 5 are too few.
+def more_repeats(interval: Interval, precision: float = PRECISION) -> int:
+    """How many more repeats make half the interval narrower than this part of the value; 0 if it is. The width falls
+    with the square root of their number; fewer than 6 give no 95 % interval at all, and fewer than 5 are too few.
     """
     wanted = LEAST_REPEATS
-    if interval.half_width > PRECISION:
-        wanted = max(6, math.ceil(interval.n * (interval.half_width / PRECISION) ** 2))
+    if interval.half_width > precision:
+        wanted = max(6, math.ceil(interval.n * (interval.half_width / precision) ** 2))
     return max(0, wanted - interval.n)

@@ -70,6 +70,7 @@ class Request:
     oversubscribe: bool
     hold_out: HoldOut | None  # None: not said
     quick: bool
+    precision: float | None = None  # repeat each cell until half its interval is at most this part; None: `grid` says
     seconds: float = math.inf  # no run is started that would end later, in seconds of runs
     tracking: TrainConfig  # its options of W&B are for the run there that holds the study's table and report
     check: Callable[[Cell], None]  # raises `UserError` for a cell that the training refuses
@@ -85,6 +86,7 @@ class Study:
     program: Program = OURS
     fixed: Mapping[str, Any] = field(default_factory=dict)
     hold_out: HoldOut = MOST_PROCESSES
+    precision: float | None = None
     fabric: dict[str, Any] | None = None  # see fabric.py; None if it was not measured
     grids: list[dict[str, Any]] = field(default_factory=list)  # each command, with its seed and date
     runs: list[PlannedRun] = field(default_factory=list)  # all of them, in their order
@@ -98,7 +100,7 @@ class Study:
         values = {
             "mark": self.mark, "script": self.program.script, "program": self.program.command,
             "fixed": self.fixed, "grids": self.grids,
-            "hold_out": self.hold_out.values, "fabric": self.fabric,
+            "hold_out": self.hold_out.values, "precision": self.precision, "fabric": self.fabric,
             "runs": [{**run.cell.as_row(), "role": run.role, "number": run.number} for run in self.runs],
             "jobs": [{"number": job.number, "runs": job.runs} for job in self.jobs],
             "impossible": [{**cell.as_row(), "reason": reason} for cell, reason in self.impossible.items()],
@@ -130,7 +132,8 @@ class Study:
             "run": run.name, "role": run.role, "repeat": run.number, "order": order, **run.cell.as_row(),
             **outcome, "status": "failed" if values is None else "completed",
             "study": {"command": grid["command"], "seed": grid["seed"], "date": grid["date"],
-                      "script": self.program.script, "hold_out": self.hold_out.values, "fabric": self.fabric},
+                      "script": self.program.script, "hold_out": self.hold_out.values,
+                      "precision": self.precision, "fabric": self.fabric},
             **{name: value for name, value in (values or {}).items() if name != "status"},
         }
 
@@ -159,7 +162,7 @@ def open_study(folder: Path) -> Study:
             raise ValueError(f"its mark is {values['mark']!r:.100}")
         return Study(
             folder, values["mark"], Program(values["script"], values.get("program")), values["fixed"],
-            HoldOut(values.get("hold_out", {})), values.get("fabric"), values["grids"],
+            HoldOut(values.get("hold_out", {})), values.get("precision"), values.get("fabric"), values["grids"],
             [run_of(run) for run in values["runs"]],
             {cell_of(cell): cell["reason"] for cell in values["impossible"]},
             [slurm.job_of(job) for job in values.get("jobs", [])],
@@ -189,7 +192,9 @@ def extend(study: Study, request: Request, machine: Machine) -> None:
     study.program, study.fixed = request.program, dict(request.fixed)
     if request.hold_out is not None:
         study.hold_out = request.hold_out
-        study.forget()
+    if request.precision is not None:
+        study.precision = request.precision
+    study.forget()  # each row says both
     new = plan(can, request.grid, request.seed, len(study.grids) + 1, (run.name for run in study.runs))
     if new:
         study.grids.append({"command": request.command, "seed": request.seed, "first_run": len(study.runs) + 1,
@@ -361,23 +366,55 @@ class Interrupted(MnistDistError):
 
 
 def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[[str], None]) -> None:
-    """The runs that are planned and not done, as long as there is time for them."""
+    """The runs that are planned and not done, and with `--precision` those that follow from them."""
     pending = show_plan(study, machine, say)
+    if request.precision is None:
+        _do_runs(study, pending, request, machine, say)
+        return
+    last = [run for run in pending if run.role == "last"]
+    if not _do_runs(study, [run for run in pending if run.role != "last"], request, machine, say):
+        return
+    from mnist_dist.study import rounds  # scipy takes a second to import
+
+    cells, open_cells = set(request.grid.cells()), 0
+    while True:
+        rows = study.rows()
+        new = rounds.next_round([run for run in study.runs if run.cell in cells], rows, request.precision, request.seed)
+        if not new:
+            break
+        if len(new) != open_cells:
+            open_cells = len(new)
+            about = rounds.about_missing(new, rounds.rates_by_cell(rows), request.precision)
+            say(f"{counted(open_cells, 'cell is', 'cells are')} not known to {100 * request.precision:g} % yet: about "
+                f"{counted(len(about), 'further run')}, {say_duration(estimate(about, rows, study.fixed))}")
+        study.runs = [*(run for run in study.runs if run not in last), *new, *last]
+        study.save()
+        if not _do_runs(study, new, request, machine, say):
+            return
+    _do_runs(study, last, request, machine, say)
+
+
+def _do_runs(study: Study, pending: Sequence[PlannedRun], request: Request, machine: Machine,
+             say: Callable[[str], None]) -> bool:
+    """These runs, as long as there is time for them; returns whether it was enough."""
     if machine.launcher == "slurm":
         _do_in_queue(study, pending, request, machine, say)
-        return
+        return True
     _look_at_fabric(study, max((run.cell.processes for run in pending), default=1), machine, say)
     for done, run in enumerate(pending, 1):
         left = request.seconds
         if math.isfinite(left):
             rows = study.rows()
             left -= sum(row.get("seconds") or 0.0 for row in rows)
-            if estimate([run], rows, study.fixed, study.predicted) > left:
+            # without any run there is nothing to estimate from, and the limit of this one is what is left
+            if left <= 0 or (rows and estimate([run], rows, study.fixed, study.predicted) > left):
                 many = counted(len(pending) - done + 1, "run")
-                say(f"the {request.seconds:.0f} s of --quick are over: {many} left out")
-                return
+                say(f"the {say_duration(request.seconds)} of {'--quick' if request.quick else '--budget'} are over: "
+                    f"{many} left out")
+                return False
         _do(study, run, replace(request, cell_timeout=min(left, request.cell_timeout)), machine, say,
             f"[{done}/{len(pending)}]", pending[done:])
+    return True
 
 
 def _look_at_fabric(study: Study, processes: int, machine: Machine, say: Callable[[str], None]) -> None:
