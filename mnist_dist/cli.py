@@ -30,7 +30,7 @@ from mnist_dist.processes.signals import block_ignored, ending, interrupting, nu
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
 from mnist_dist.record.config_file import from_environment, merged, read_config, read_run_config
 from mnist_dist.record.folder import CONFIG, check_place
-from mnist_dist.study.grid import AXES, LAUNCHERS
+from mnist_dist.study.grid import AXES, LAUNCHERS, RATE_AT, RATE_OF
 from mnist_dist.text import cut, is_text, whole, without_passwords
 from mnist_dist.worker import any_left
 
@@ -149,10 +149,18 @@ def build_parser() -> Parser:
     study.add_argument("--output-dir", metavar="DIR", default="studies/study", help="folder of the study (default "
                        "studies/study)")
     study.add_argument("--script", metavar="FILE", help="study another training: it takes --batch-size and "
-                       "--output-dir, and leaves a result.json (docs/studies.md); words after -- go to it")
+                       "--output-dir, and leaves a result.json (docs/your-training.md); words after -- go to it")
     study.add_argument("--command", metavar="WORDS", dest="command_line", help="study any program: its command, with "
                        "{batch_size}, {processes}, {output_dir}, {options}, {seed} and the names of axes; words after "
                        "-- are in {options}")
+    study.add_argument("--rate-from", metavar="REGEX", help="take the rate from what the program prints; the group is "
+                       r"the number, as in 'tok/sec: ([\d,.]+)'")
+    study.add_argument("--rate-at", choices=RATE_AT, help="which matches: all, without those of the warm-up; or the "
+                       "one at the end (default all)")
+    study.add_argument("--rate-of", choices=RATE_OF, help="whether the rate is that of all processes, or of each "
+                       "process (default all)")
+    study.add_argument("--unit", metavar="UNIT[=N]", help="what the rate counts, and how many a sample has, as "
+                       "tokens=2048 (default samples)")
     study.add_argument("--axis", metavar="NAME=A,B", action="append", help="a further axis: values of --NAME, of "
                        "{NAME} in --command, or of the environment variable NAME as env:NAME=A,B; with commas in the "
                        "values, as 'NAME=A;B'")

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 from data_mirror import mirror, no_other_mirror  # noqa: F401
+from hypothesis import settings
 from slurm_cluster import Slurm, missing
 from support import ROOT, mnist_dist, write_idx_folder
 
 from mnist_dist.processes.launch import TORCH
 
+settings.register_profile("no deadline", deadline=None)  # a time is no reason to fail
+settings.load_profile("no deadline")
 # before torch is imported anywhere; the command lines under test inherit it
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mnist-dist-tests-")  # holds no Accelerate config

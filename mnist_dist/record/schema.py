@@ -25,7 +25,7 @@ def _model(kind: type, is_partial: bool) -> Any:
     hints = get_type_hints(kind)
     types: dict[str, Any] = {}
     for option in fields(kind):
-        wanted = _nested().get(option.name) or _strict(hints[option.name])
+        wanted = _nested(is_partial).get(option.name) or _strict(hints[option.name])
         if is_partial:
             wanted = _strict(float) if hints[option.name] is int else wanted
             types[option.name] = (wanted | None, None)
@@ -57,18 +57,19 @@ def _strict(hint: Any) -> Any:
 
 
 @functools.cache
-def _nested() -> dict[str, Any]:
-    """The fields that hold other records, by their names."""
+def _nested(is_partial: bool) -> dict[str, Any]:
+    """The fields that hold other records, by their names. Another training may evaluate other figures."""
     from typing import Annotated
 
     from pydantic import Field
 
     whole, number = _strict(int), _strict(float)
     spread = _record("Spread", {"min": number, "median": number, "max": number})
-    evaluation = _record("Evaluation", {"step": number, "samples": number, "train_seconds": number, "test_nll": number,
-                                        "test_accuracy": number})
-    target = _record("Target", {"target_nll": number}, {"step": number, "samples": number, "train_seconds": number,
-                                                        "test_nll": number})
+    ours = {"train_seconds": number, "test_nll": number, "test_accuracy": number}
+    place = {"step": number, "samples": number}
+    evaluation = _record("Evaluation", place, ours) if is_partial else _record("Evaluation", {**place, **ours})
+    needed, others = {"target_nll": number}, {**place, "train_seconds": number, "test_nll": number}
+    target = _record("Target", {}, {**needed, **others}) if is_partial else _record("Target", needed, others)
     ranks = _record("Ranks", {"count": whole, "slowest_rank": whole, "slowest_host": str, "own_ms": spread},
                     {"step_ms": spread, "data_wait_ms": spread, "peak_memory_bytes": spread})
     window = Annotated[list[number], Field(min_length=3, max_length=3)]  # type: ignore[valid-type]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mnist_dist.errors import UserError
 from mnist_dist.study.grid import Cell, cell_of
 from mnist_dist.study.statistics import (
     LEAST_CONCLUSIVE,
@@ -23,7 +24,8 @@ from mnist_dist.study.statistics import (
     ratio,
 )
 from mnist_dist.study.steadiness import LEAST_WINDOWS, Drift, drift_over_study, steadiness
-from mnist_dist.study.table import Row, rate_of
+from mnist_dist.study.table import SAMPLES, Row, rate_of, unit_of, units_per_sample
+from mnist_dist.text import counted
 
 # A run is an outlier if it is OUTLIER times faster or slower than its cell's median, and FAR_OFF times as far off the
 # median as the other runs are. These count as at least LEAST_SPREAD off.
@@ -35,7 +37,7 @@ SHOWN_OF_ENVIRONMENT = ("device_name", "device", "driver", "torch", "accelerate"
 
 @dataclass(frozen=True)
 class Measured:
-    """A completed run: its rate in samples/s, and its windows [w, 3] of steps, samples and seconds."""
+    """A completed run: its rate in units/s, and its windows [w, 3] of steps, samples and seconds."""
 
     row: Row
     rate: float
@@ -61,7 +63,7 @@ class CellFigures:
 
     @cached_property
     def rates(self) -> np.ndarray:
-        """Of each run the throughput in samples/s."""
+        """Of each run the throughput, in units/s."""
         return np.array([run.rate for run in self.repeats])
 
     @cached_property
@@ -77,13 +79,37 @@ class CellFigures:
 
     @cached_property
     def rate(self) -> Interval:
-        """Samples per second over all processes."""
+        """Units per second over all processes."""
         return median_interval(self.rates)
 
     @cached_property
     def step_ms(self) -> Interval:
         """Milliseconds for a step on a whole global batch."""
-        return median_interval(1000 * self.cell.global_batch_size / self.rates)
+        return median_interval(self.steps_ms)
+
+    @cached_property
+    def steps_ms(self) -> np.ndarray:
+        """The same of each run."""
+        return 1000 * self.cell.global_batch_size * self.units_per_sample / self.rates
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """The most memory that a process used in any run; None if no run says it."""
+        peaks = [epoch["peak_memory_bytes"] for run in self.repeats for epoch in run.row["epochs"]
+                 if epoch.get("peak_memory_bytes")]
+        return max(peaks, default=None)
+
+    @property
+    def tflops_per_process(self) -> float | None:
+        """TFLOP per second of a process in the median; None if the runs do not say how many FLOP a sample takes."""
+        flop = self.repeats[0].row["summary"].get("flop_per_sample")
+        samples = self.rate.value / self.units_per_sample
+        return samples * flop / self.cell.processes / 1e12 if flop else None
+
+    @property
+    def units_per_sample(self) -> float:
+        """How many of the unit a sample has: 1, or for tokens the length of a sequence."""
+        return units_per_sample(self.repeats[0].row)
 
     @property
     def per_device_batch_size(self) -> float:
@@ -152,6 +178,14 @@ class Analysis:
         return next((value for value in asked if isinstance(value, float) and 0 < value < 1), PRECISION)
 
     @cached_property
+    def unit(self) -> str:
+        """What the rates count. Raises `UserError` if the runs do not agree on it."""
+        units = sorted({unit_of(run.row) for run in self.runs})
+        if len(units) > 1:
+            raise UserError(f"the runs count {' and '.join(units)}: a study has one unit, so let all runs say the same")
+        return units[0] if units else SAMPLES
+
+    @cached_property
     def estimates(self) -> dict[Cell, Estimate]:
         """Of each cell the throughput."""
         return dict(zip(self.cells, estimates([figures.rates for figures in self.cells.values()]), strict=True))
@@ -214,6 +248,9 @@ class Analysis:
                                        "measured steps"))
             elif steady.kind == "drift":
                 found.append((run.row, f"the step time drifts by {100 * steady.change:+.0f} % over the run"))
+            if 0 < (run.row["summary"].get("printed_rates") or 0) < LEAST_WINDOWS:
+                found.append((run.row, f"it printed {counted(run.row['summary']['printed_rates'], 'rate')}, too few to "
+                                       f"tell which belong to the warm-up: let it print {LEAST_WINDOWS} or more"))
             if slow := straggler(run.row):
                 found.append((run.row, slow))
         return found + [outlier for figures in self.cells.values() for outlier in _outliers(figures)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.causes import cause
+from mnist_dist.study.goals import Goal
 from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.models import Judged, as_timed
 from mnist_dist.study.pages import Code, Heading, Inline, Page, Picture, Table, Text
@@ -152,7 +153,7 @@ def _judged(options: Options, models: Mapping[Options, Judged]) -> tuple[Judged,
 def time_picture(found: Answer, models: Mapping[Options, Judged], folder: Path) -> Picture:
     """The seconds to the target against the batch size."""
     rows = [(one, _by_model(one, found.target, models)) for one in found.target.times]
-    return _picture(f"{found.target.nll:g}", rows, folder)
+    return _picture(found.target.goal, rows, folder)
 
 
 def add_answers(page: Page, answers: Iterable[Answer | None], analysis: Analysis, models: Mapping[Options, Judged],
@@ -165,11 +166,11 @@ def add_answers(page: Page, answers: Iterable[Answer | None], analysis: Analysis
         return
     page.add(Heading(2, "Time to a target"))
     for found in known:
-        nll = f"{found.target.nll:g}"
+        goal = found.target.goal
         rows = [(one, _by_model(one, found.target, models)) for one in found.target.times]
-        page.add(Heading(3, f"Test NLL {nll}"), _words(found, analysis))
+        page.add(Heading(3, goal.title), _words(found, analysis))
         if found is not known[-1]:
-            page.add(_picture(nll, rows, folder))
+            page.add(_picture(goal, rows, folder))
         page.add(_table(found, rows))
     page.add("Seconds: the steps to the target times the time of a step on so many processes; by the model: times the "
              "time that the model has for it. Device-seconds: times the GPUs, or on a CPU the cores, that the cell "
@@ -189,7 +190,7 @@ def _by_model(one: TimeTo, target: Target, models: Mapping[Options, Judged]) -> 
     return modelled(learnt, model, judged.places[as_timed(one.cell)], one.cell, one.devices).seconds
 
 
-def _picture(nll: str, rows: Sequence[tuple[TimeTo, Interval | None]], folder: Path) -> Picture:
+def _picture(goal: Goal, rows: Sequence[tuple[TimeTo, Interval | None]], folder: Path) -> Picture:
     groups: dict[tuple[int, Options], list[tuple[TimeTo, Interval | None]]] = {}
     for row in rows:
         groups.setdefault((row[0].cell.processes, row[0].cell.options), []).append(row)
@@ -203,8 +204,8 @@ def _picture(nll: str, rows: Sequence[tuple[TimeTo, Interval | None]], folder: P
             [f"{one.cell}: {say(one.seconds)} s" for one, _ in own],
             batches if len(by_model) == len(own) else (), by_model if len(by_model) == len(own) else ()))
     return pictures.draw(
-        folder, f"time-{nll}", f"{as_start(soonest.cell)} is soonest to NLL {nll}",
-        f"Seconds of training to test NLL {nll} against the global batch size: measured, with "
+        folder, f"time-{goal.file}", f"{as_start(soonest.cell)} is soonest to {goal}",
+        f"Seconds of training to {goal} against the global batch size: measured, with "
         "intervals, and the model's line, if there is one. Both axes are logarithmic.", series,
         x_label="global batch size (samples)", y_label="seconds to the target")
 

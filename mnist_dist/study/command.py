@@ -18,12 +18,24 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch import read_launch
 from mnist_dist.record.config_file import from_environment
-from mnist_dist.study.grid import AXES, ENVIRONMENT, FIRST_REPEATS, SCALINGS, Cell, Grid, HoldOut, arguments_of
+from mnist_dist.study.grid import (
+    AXES,
+    ENVIRONMENT,
+    FIRST_REPEATS,
+    RATE_AT,
+    RATE_OF,
+    SCALINGS,
+    Cell,
+    Grid,
+    HoldOut,
+    arguments_of,
+)
 from mnist_dist.study.launches import Machine, look_at_machine
+from mnist_dist.study.printed import Printed, pattern_of, unit_of
 from mnist_dist.study.program import Program, check_command, read_axes
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
 from mnist_dist.study.study import Request, print_scripts, run_study
-from mnist_dist.study.table import JSONL, hold_out_of, read_table
+from mnist_dist.study.table import JSONL, SAMPLES, hold_out_of, read_table
 from mnist_dist.text import cause, cut, whole, without_passwords
 
 if TYPE_CHECKING:  # the command line needs no numpy
@@ -123,7 +135,7 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     training = {name: value for name, value in vars(given).items() if name in OPTIONS and name != "output_dir"}
     if given.quick:
         _take_quick(given, training)
-    program, rest = Program(given.script, given.command_line), tuple(given.rest)
+    program, rest = Program(given.script, given.command_line, _printed(given)), tuple(given.rest)
     script = program.script
     if script is not None and program.command is not None:
         raise UserError(f"--script {script} and --command say two things: give one of them")
@@ -170,7 +182,7 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
     if precision is not None:
         grid = replace(grid, repeats=FIRST_REPEATS)
     if program.command is not None:
-        check_command(program.command, grid)
+        check_command(program.command, grid, needs_folder=program.printed is None)
     folder = Path(given.output_dir)
     group = folder.resolve().name
     tracking = {name: training.pop(name) for name in TRACKING if not program.is_ours and name in training}
@@ -199,6 +211,20 @@ def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
         tracking=TrainConfig(**{"wandb_group": group, **from_environment("wandb_project", "tags"), **tracking}),
         check=_check(training) if program.is_ours else lambda cell: None,
     )
+
+
+def _printed(given: argparse.Namespace) -> Printed | None:
+    """What `--rate-from` and its companions say. Raises `UserError`."""
+    if given.rate_from is None:
+        for name in ("rate_at", "rate_of", "unit"):
+            if getattr(given, name) is not None:
+                raise UserError(f"{flag_of(name)} {getattr(given, name)} is for --rate-from: add it, or drop this")
+        return None
+    if given.script is None and given.command_line is None:
+        raise UserError(f"--rate-from {cut(given.rate_from)!r} is for a --command or a --script: name one of them")
+    _one("--rate-from", given.rate_from, pattern_of)
+    unit, units_per_sample = _one("--unit", given.unit or SAMPLES, unit_of)
+    return Printed(given.rate_from, given.rate_at or RATE_AT[0], given.rate_of or RATE_OF[0], unit, units_per_sample)
 
 
 def _take_quick(given: argparse.Namespace, training: dict[str, Any]) -> None:

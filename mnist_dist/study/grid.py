@@ -25,6 +25,7 @@ AXES = {"lrs": "lr", "lr_rules": "lr_rule", "mixed_precisions": "mixed_precision
 LAUNCHERS = {"torch": "this machine", "slurm": "SLURM's queue", "ray": "Ray's cluster"}  # what starts runs, and where
 
 FIRST_REPEATS = 6  # of a cell under --precision: the fewest that give an interval of 95 %
+RATE_AT, RATE_OF = ("all", "end"), ("all", "process")  # which printed rates count, and of what they are
 
 ENVIRONMENT = "env:"  # before the name of an axis that is an environment variable
 

@@ -44,7 +44,7 @@ def by_time(answer: Answer) -> Contest:
     """By the time to a target."""
     target, soonest = answer.target, answer.soonest
     times = {one.cell: one for one in sorted(target.times, key=lambda one: one.typical)}
-    words = f"{_with_level(soonest.seconds)} s of training to NLL {target.nll:g}"
+    words = f"{_with_level(soonest.seconds)} s of training to {target.goal}"
     return Contest(list(times), words, lambda cell: target.ratio(times[cell], soonest),
                    min(one.seconds.n for one in target.times))
 
@@ -53,7 +53,7 @@ def by_rate(analysis: Analysis) -> Contest:
     """By the throughput."""
     rates = analysis.estimates
     cells = sorted(rates, key=lambda cell: -rates[cell].mean)
-    words = f"{_with_level(analysis.cells[cells[0]].rate)} samples/s, the highest throughput"
+    words = f"{_with_level(analysis.cells[cells[0]].rate)} {analysis.unit}/s, the highest throughput"
     return Contest(cells, words, lambda cell: ratio([rates[cells[0]]], [rates[cell]], among=len(cells)),
                    min(one.n for one in rates.values()))
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -27,12 +28,18 @@ from mnist_dist.disk.files import make_folder, remove_tree, replace_json, write_
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import child_environment, num_cores
 from mnist_dist.record.environment import git_commit, processor_name
+from mnist_dist.record.folder import RESULT
 from mnist_dist.study.grid import LAUNCHERS, PlannedRun
+from mnist_dist.study.printed import result_from
 from mnist_dist.study.program import Program
 from mnist_dist.study.table import read_contract
 from mnist_dist.text import without_passwords
 
 OUTPUT, OUTCOME = "output.txt", "outcome.json"
+# what PyTorch, NumPy, JAX, C++ and the system say when memory runs out, on a GPU and on the CPU
+OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|no GPU memory left|(?:can't|cannot) allocate memory|MemoryError|"
+                           r"std::bad_alloc|RESOURCE_EXHAUSTED", re.IGNORECASE)
+WAS_KILLED, KILLED = re.compile(r"SIGKILL|[Ss]ignal 9|Killed"), (-signal.SIGKILL, 128 + signal.SIGKILL)
 DOCTOR_SECONDS = 180.0  # it takes less than 60
 
 
@@ -116,32 +123,47 @@ def examine(processes: int, folder: Path, machine: Machine, mark: str) -> list[d
 def start(run: PlannedRun, folder: Path, command: Sequence[str], environment: dict[str, str],
           timeout: float, program: Program) -> dict[str, Any]:
     """Do the run in its folder, from nothing; returns its status, the reason of a failure, its begin and seconds, and
-    of another program than ours the machine.
+    of another program than ours the machine; `out_of_memory` if that was the reason.
     """
     remove_tree(folder)
     make_folder(folder)
     begun, clock = datetime.now(timezone.utc), time.monotonic()
-    reason = ""
+    reason, kills, is_out_of_memory = "", _kills_for_memory(), False
     try:
         done = runner.run(command, timeout=timeout, environment=environment)
         printed, status = done.stdout + done.stderr, done.returncode
         if status:
             reason = runner.last_error(done.stderr) or f"exit status {status}"
+            is_out_of_memory = OUT_OF_MEMORY.search(printed) is not None or (
+                _kills_for_memory() > kills and (status in KILLED or WAS_KILLED.search(printed) is not None))
             if status < 0:
                 reason = f"ended by {signal.Signals(-status).name}" + (
-                    ", perhaps because memory ran out" if status == -signal.SIGKILL else "")
+                    ", perhaps because memory ran out" if status == -signal.SIGKILL and not is_out_of_memory else "")
+            reason = f"out of memory: {reason}" if is_out_of_memory else reason
     except subprocess.TimeoutExpired:
         printed, reason = "", f"no result after {timeout:g} s (--cell-timeout): ended"
     if folder.is_dir():
         write_synced(folder / OUTPUT, printed.encode(errors="replace"))
     if not reason:
         try:
+            if program.printed is not None:
+                replace_json(folder / RESULT, result_from(printed, program.printed, run.cell))
             whole_result(run, folder)
         except UserError as error:
             reason = str(error)
     return {"status": "failed" if reason else "completed", "reason": " ".join(reason.split())[:500],
             "started": begun.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3),
+            **({"out_of_memory": True} if is_out_of_memory else {}),
             **({} if program.is_ours else {"machine": facts_of_machine()})}
+
+
+def _kills_for_memory() -> int:
+    """How many processes the kernel has killed since it started because memory ran out; 0 if it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def write_outcome(folder: Path, outcome: dict[str, Any], command: Sequence[str]) -> None:

@@ -21,7 +21,8 @@ RATE, RULE = "lr", "lr_rule"
 METHOD = (
     "Medians over repeats, which have seeds that follow on, with the interval between two order statistics. The number "
     "of processes changes nothing of them, so runs of one seed count once. A run that did not reach the target counts "
-    "as more than it had (>). A target lies between two evaluations, and is placed there by the logarithm of the NLL. "
+    "as more than it had (>). A target lies between two evaluations, and is placed there by the logarithm of the NLL "
+    "(of an accuracy: of the error rate). "
     "The critical batch size is where runs take twice the least samples (McCandlish et al. 2018); Zhang et al. (2024) "
     "take 1.2 times. Both are on straight lines between batch sizes. The least samples are those of a batch of 0, on "
     "the line through the two smallest. Noise scale: its mean over the epochs up to the one that reached the target, "
@@ -43,7 +44,7 @@ def add_learning(page: Page, targets: Sequence[Target], folder: Path) -> None:
     if sizes:
         page.add(_sizes_picture(sizes, folder))
     for target in targets:
-        page.add(Heading(3, f"Test NLL {target.nll:g}"), _table(target.learnt), _resolution(target.learnt))
+        page.add(Heading(3, target.goal.title), _table(target.learnt), _resolution(target.learnt))
         page.add(*(_critical(line) for one, line in lines if one is target))
     page.add(METHOD)
 
@@ -89,7 +90,7 @@ def _samples_picture(lines: Sequence[tuple[Target, Line]], folder: Path) -> Pict
     for target, line in lines:
         if not line.reached:
             continue
-        name = f"NLL {target.nll:g}{short(line.options)}"
+        name = f"{target.goal}{short(line.options)}"
         medians = [_finite(one.samples) for one in line.reached]
         series.append(Series(
             name, [one.batch for one in line.reached], medians,
@@ -98,7 +99,7 @@ def _samples_picture(lines: Sequence[tuple[Target, Line]], folder: Path) -> Pict
              for one, median in zip(line.reached, medians, strict=True)]))
     return pictures.draw(
         folder, "samples", _growth(lines),
-        "Samples to reach a test NLL against the global batch size: medians, intervals, and each run "
+        "Samples to reach a target against the global batch size: medians, intervals, and each run "
         "that reached it as a point. Both axes are logarithmic.", series,
         x_label="global batch size (samples)", y_label="samples to the target")
 
@@ -108,7 +109,7 @@ def _growth(lines: Sequence[tuple[Target, Line]]) -> str:
     target, line = [(target, line) for target, line in lines if line.reached][-1]
     first, last = line.reached[0], line.reached[-1]
     times = last.samples.value / first.samples.value
-    return (f"To NLL {target.nll:g} batch {last.batch:,} takes {times:.2g} times the samples of batch {first.batch:,}"
+    return (f"To {target.goal} batch {last.batch:,} takes {times:.2g} times the samples of batch {first.batch:,}"
             f"{short(line.options)}")
 
 
@@ -119,8 +120,8 @@ def _sizes_picture(sizes: Sequence[tuple[Target, Line, Critical]], folder: Path)
                               (f"{MORE:g} times the least samples", size.more), ("noise scale", size.noise)):
             if interval is not None and math.isfinite(interval.value):
                 groups.setdefault(f"{way}{short(line.options)}", []).append(
-                    (target.nll, _finite(interval),
-                     f"NLL {target.nll:g}, {way}{short(line.options)}: {_say(interval, 0)} samples"))
+                    (target.goal.value, _finite(interval),
+                     f"{target.goal}, {way}{short(line.options)}: {_say(interval, 0)} samples"))
     series = []
     for name, points in groups.items():
         nlls, intervals, words = zip(*points, strict=True)
@@ -129,7 +130,7 @@ def _sizes_picture(sizes: Sequence[tuple[Target, Line, Critical]], folder: Path)
         folder, "critical", "Beyond the critical batch size a larger batch saves few steps",
         f"The batch size at which runs take {TWICE:g} and {MORE:g} times the least samples, and the noise "
         "scale, against the target, with intervals. Both axes are logarithmic.", series,
-        x_label="test NLL of the target", y_label="batch size (samples)", apart=1.015)
+        x_label=f"{sizes[-1][0].goal.figure} of the target", y_label="batch size (samples)", apart=1.015)
 
 
 def _finite(interval: Interval) -> Interval:

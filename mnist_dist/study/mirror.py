@@ -12,10 +12,10 @@ from mnist_dist.record.mirror import Mirror
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.grid import cell_of
 from mnist_dist.study.report import FORECASTS, PICTURES, REPORT
-from mnist_dist.study.table import CSV, JSONL, Row, rate_of
+from mnist_dist.study.table import CSV, JSONL, Row, rate_of, units_per_sample
 from mnist_dist.study.words import name_of_line
 
-COLUMNS = ("run", "batch size", "processes", "options", "samples/s", "ms per step", "status", "reason")
+COLUMNS = ("run", "batch size", "processes", "options", "rate", "ms per step", "status", "reason")
 
 
 def mirror_study(folder: Path, rows: Sequence[Row], config: TrainConfig, study_id: str, command: str,
@@ -39,11 +39,12 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
         sizes, rates = lines.setdefault(name_of_line(cell.processes, cell.options), ([], []))
         sizes.append(cell.global_batch_size)
         rates.append(figures.rate.value)
-    values: dict[str, Any] = {"runs": wandb.Table(columns=list(COLUMNS), data=[_line(row) for row in rows])}
+    columns: list[str | int] = [analysis.unit + "/s" if name == "rate" else name for name in COLUMNS]
+    values: dict[str, Any] = {"runs": wandb.Table(columns=columns, data=[_line(row) for row in rows])}
     if lines:
         values["throughput"] = wandb.plot.line_series(
             xs=[sizes for sizes, _ in lines.values()], ys=[rates for _, rates in lines.values()], keys=list(lines),
-            title="samples/s per batch size (medians)", xname="global batch size")
+            title=f"{analysis.unit}/s per batch size (medians)", xname="global batch size")
     pictures = [folder / PICTURES / name for name in sorted(names_in(folder / PICTURES)) if name.endswith(".png")]
     values |= {f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures}
     run.log(values)
@@ -64,4 +65,5 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
 def _line(row: Row) -> list[Any]:
     cell, rate = cell_of(row), rate_of(row)
     return [row["run"], cell.global_batch_size, cell.processes, ", ".join(f"{k} {v}" for k, v in cell.options), rate,
-            rate and 1000 * cell.global_batch_size / rate, row["status"], row.get("reason") or ""]
+            rate and 1000 * cell.global_batch_size * units_per_sample(row) / rate, row["status"],
+            row.get("reason") or ""]

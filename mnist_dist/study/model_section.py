@@ -47,9 +47,9 @@ METHOD = (
     "Beyond the most processes that were run it also spans a ring with half the bandwidth.")
 
 
-def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric: Fabric | None) -> None:
-    """The section: for each value of the study's options a model, how it was checked, and its forecast; and what the
-    doctor has measured of the fabric beside what the model says of it.
+def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric: Fabric | None, unit: str) -> None:
+    """The section: for each value of the study's options a model, how it was checked, and its forecast, also in `unit`
+    per second; and what the doctor has measured of the fabric beside what the model says of it.
     """
     page.add(Heading(2, TITLE))
     fitted = {options: (judged, judged.model) for options, judged in models.items() if isinstance(judged.model, Model)}
@@ -68,7 +68,7 @@ def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric
         f"figures, the model's line, and dashed, with a band, its forecast; the smallest {MOST_LINES} batches at most. "
         "Both axes are logarithmic.", series,
         x_label="processes", y_label="ms per step", say="{:.3g} ms".format))
-    _add_forecast(page, fitted)
+    _add_forecast(page, fitted, unit)
     own = {options: model for options, (_, model) in fitted.items()}
     _add_parameters(page, own, fabric)
     if fabric:
@@ -153,13 +153,13 @@ def _series(judged: Judged, options: Options, model: Model) -> list[Series]:
         places = [*(place for _, place in groups[batch]), *ahead]
         found.append(Series(
             f"batch {batch:,}{short(options)}", [one.cell.processes for one in own], [one.step_ms for one in own],
-            [list(1000 * batch / one.rates) for one in own],
+            [list(one.steps_ms) for one in own],
             [f"{one.cell}: {say(one.step_ms)} ms per step" for one in own],
             [place.processes for place in places], [one.scaled(1000) for one in model.predict(places)]))
     return found
 
 
-def _add_forecast(page: Page, fitted: dict[Options, tuple[Judged, Model]]) -> None:
+def _add_forecast(page: Page, fitted: dict[Options, tuple[Judged, Model]], unit: str) -> None:
     """The forecasts, and what a step is made of there."""
     lines: list[list[Inline]] = []
     every = [one.cell for judged, _ in fitted.values() for one in judged.members]
@@ -169,10 +169,11 @@ def _add_forecast(page: Page, fitted: dict[Options, tuple[Judged, Model]]) -> No
             for place, step in zip(places, model.predict(places), strict=True):
                 shares = model.shares(place)
                 lines.append([*cell_words(Cell(batch, place.processes, options), every), _ms(step),
-                              number(batch / step.value), *(f"{100 * shares[name]:.0f} %" for name in SHARES)])
+                              number(batch * judged.members[0].units_per_sample / step.value),
+                              *(f"{100 * shares[name]:.0f} %" for name in SHARES)])
     if lines:
         page.add(Text((Strong("Forecast"), ", for more processes than were run, and what a step is made of there:")),
-                 Table([*cell_head(every), "ms per step (band)", "samples/s", *SHARES], lines))
+                 Table([*cell_head(every), "ms per step (band)", f"{unit}/s", *SHARES], lines))
 
 
 SHARES = ("fixed", "computing", "communication")

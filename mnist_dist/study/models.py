@@ -138,7 +138,7 @@ def _merged(cells: Mapping[Cell, CellFigures]) -> list[CellFigures]:
 
 
 def _cells(members: Sequence[CellFigures]) -> Cells:
-    return Cells(_places(members), [one.cell.global_batch_size / one.rates for one in members])
+    return Cells(_places(members), [one.steps_ms / 1000 for one in members])
 
 
 def _places(members: Sequence[CellFigures]) -> list[Place]:

@@ -15,6 +15,7 @@ from typing import Any
 from mnist_dist.config import flag_of
 from mnist_dist.errors import UserError
 from mnist_dist.study.grid import ENVIRONMENT, Grid, PlannedRun, arguments_of, variables_of
+from mnist_dist.study.printed import Printed, printed_of
 from mnist_dist.text import cut
 
 PLACEHOLDERS = ("batch_size", "per_process_batch_size", "processes", "seed", "output_dir", "options")
@@ -22,15 +23,28 @@ PLACEHOLDERS = ("batch_size", "per_process_batch_size", "processes", "seed", "ou
 
 @dataclass(frozen=True)
 class Program:
-    """Another training than ours: a Python `script`, or a `command` with placeholders. Our own has neither."""
+    """Another training than ours: a Python `script`, or a `command` with placeholders. Our own has neither. It leaves a
+    `result.json`, or has its rate in what it prints (`printed`).
+    """
 
     script: str | None = None
     command: str | None = None
+    printed: Printed | None = None
 
     @property
     def is_ours(self) -> bool:
         """Whether the runs are of our own training."""
         return self.script is None and self.command is None
+
+    def as_row(self) -> dict[str, Any]:
+        """As `study.json` holds it; `program_of` reads it."""
+        return {"script": self.script, "program": self.command,
+                "printed": None if self.printed is None else self.printed.as_row()}
+
+
+def program_of(values: Mapping[str, Any]) -> Program:
+    """What `study.json` holds. Raises `ValueError`, `TypeError` or `KeyError` if it is damaged."""
+    return Program(values["script"], values.get("program"), printed_of(values.get("printed")))
 
 
 OURS = Program()
@@ -47,7 +61,7 @@ def words_of(command: str) -> list[str]:
     return words
 
 
-def check_command(command: str, grid: Grid) -> None:
+def check_command(command: str, grid: Grid, needs_folder: bool = True) -> None:
     """Raises `UserError` if the command cannot be started, or would not do what the grid says."""
     def problem(what: str) -> UserError:
         return UserError(f"--command {cut(command)!r} {what}")
@@ -61,8 +75,8 @@ def check_command(command: str, grid: Grid) -> None:
     if unknown := sorted(used - set(allowed)):
         names = ", ".join(f"{{{name}}}" for name in allowed)
         raise problem(f"has the placeholder {{{unknown[0]}}}: there are {names}; write {{{{ for a brace")
-    if "output_dir" not in used:
-        raise problem("has no {output_dir}: there a run leaves its result.json")
+    if needs_folder and "output_dir" not in used:
+        raise problem("has no {output_dir}: there a run leaves its result.json (or add --rate-from)")
     for name, values, others in (("batch_size", grid.batch_sizes, {"per_process_batch_size"}),
                                  ("processes", grid.processes, set())):
         if len(values) > 1 and not used & {name, *others}:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.disk.files import make_folder, replace_synced
+from mnist_dist.errors import UserError
 from mnist_dist.study import pictures
 from mnist_dist.study.analysis import Analysis, CellFigures, Comparison, Scaling, compare
 from mnist_dist.study.answer import Answer, add_answers, answer, time_picture
 from mnist_dist.study.fabric import Fabric, fabric_of
-from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut, Options
+from mnist_dist.study.goals import Goal
+from mnist_dist.study.grid import MOST_PROCESSES, Cell, HoldOut, Options, cell_of
 from mnist_dist.study.headline import by_rate, by_time, headline, how_sure
 from mnist_dist.study.learning_section import add_learning
 from mnist_dist.study.model_section import add_model
@@ -51,7 +53,7 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     page = Page(f"Scaling study {folder.resolve().name}")
     fabric = _fabric_of(rows)
     targets, models = targets_of(analysis), judge(analysis.cells, hold_out, fabric)
-    answers = {target.nll: answer(target, models) for target in targets}
+    answers = {target.goal: answer(target, models) for target in targets}
     _head(page, analysis, answers, models, folder / PICTURES)
     add_answers(page, answers.values(), analysis, models, folder / PICTURES)
     if analysis.cells:
@@ -59,7 +61,9 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
         _scaling(page, analysis, folder / PICTURES)
         _step_time(page, analysis, folder / PICTURES)
         _ranks(page, analysis)
-        add_model(page, models, folder / PICTURES, fabric)
+    _memory(page, analysis)
+    if analysis.cells:
+        add_model(page, models, folder / PICTURES, fabric, analysis.unit)
     add_learning(page, targets, folder / PICTURES)
     _problems(page, analysis)
     _method(page, analysis)
@@ -74,13 +78,15 @@ def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequ
     what they hold.
     """
     first, second = Analysis(before[1]), Analysis(after[1])
-    comparison = compare(first, second)
+    comparison, unit = compare(first, second), first.unit
+    if second.unit != unit:
+        raise UserError(f"{before[0]} counts {unit} and {after[0]} counts {second.unit}: they cannot be compared")
     names = [folder.resolve().name for folder, _ in (before, after)]
     page = Page(f"{names[1]} compared with {names[0]}")
     page.add(_verdict(comparison))
     if comparison.differences:
         page.add(Table(
-            [*cell_head(second.cells), "first, samples/s", "second, samples/s", "throughput, second / first", "level",
+            [*cell_head(second.cells), f"first, {unit}/s", f"second, {unit}/s", "throughput, second / first", "level",
              "shown", "undisturbed, second / first", "shown"],
             [[*cell_words(one.cell, second.cells), say(one.before), say(one.after),
               say(one.throughput), level_of(one.throughput), _shown(one.throughput),
@@ -134,7 +140,7 @@ def _shown(factor: Interval) -> str:
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def _head(page: Page, analysis: Analysis, answers: Mapping[float, Answer | None], models: Mapping[Options, Judged],
+def _head(page: Page, analysis: Analysis, answers: Mapping[Goal, Answer | None], models: Mapping[Options, Judged],
           folder: Path) -> None:
     """The answer with the picture that decides, how sure it is, and what was measured."""
     cells = analysis.cells
@@ -147,8 +153,8 @@ def _head(page: Page, analysis: Analysis, answers: Mapping[float, Answer | None]
     if notes := how_sure(analysis, list(models.values())):
         page.add(Text((Strong("How sure:"), f" {'; '.join(map(str, notes))} (below).")))
     page.add(time_picture(reached[-1], models, folder) if reached else _rates_picture(analysis, folder))
-    page.add(*(f"Test NLL {nll:g} is not known: at no batch size all runs reached it."
-               for nll, one in answers.items() if one is None))
+    page.add(*(f"{goal.title} is not known: at no batch size all runs reached it."
+               for goal, one in answers.items() if one is None))
     repeats = sorted({len(figures.repeats) for figures in cells.values()})
     many = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
     places = "; ".join(dict.fromkeys(dict(key).get("device_name", "unknown hardware") for key in analysis.environments))
@@ -199,12 +205,12 @@ def _rates_picture(analysis: Analysis, folder: Path) -> Picture:
         series.append(Series(
             name, [m.cell.global_batch_size for m in members], [m.rate for m in members],
             [list(m.rates) for m in members],
-            [f"{m.cell}: {say(m.rate)} samples/s, {counted(m.rate.n, 'repeat')}" for m in members]))
+            [f"{m.cell}: {say(m.rate)} {analysis.unit}/s, {counted(m.rate.n, 'repeat')}" for m in members]))
     return pictures.draw(
         folder, "throughput", f"{as_start(best.cell)} has the highest throughput",
-        "Samples per second against the global batch size: median, interval, and each repeat as a point. "
-        "Both axes are logarithmic.", series, x_label="global batch size (samples)", y_label="samples/s",
-        say="{:,.0f} samples/s".format)
+        f"{analysis.unit.capitalize()} per second against the global batch size: median, interval, and each repeat as "
+        "a point. Both axes are logarithmic.", series, x_label="global batch size (samples)",
+        y_label=f"{analysis.unit}/s", say=f"{{:,.0f}} {analysis.unit}/s".format)
 
 
 def _throughput(page: Page, analysis: Analysis, folder: Path, is_first: bool) -> None:
@@ -214,13 +220,15 @@ def _throughput(page: Page, analysis: Analysis, folder: Path, is_first: bool) ->
         page.add(_rates_picture(analysis, folder))
     cells = analysis.cells
     best = max(cells.values(), key=lambda figures: figures.rate.value)
-    highest = f", {say(best.rate)} samples/s{at_level(best.rate)}."
+    highest = f", {say(best.rate)} {analysis.unit}/s{at_level(best.rate)}."
     page.add([Text(("Highest throughput: ", Code(str(best.cell)), highest)),
               *(line for count in sorted({cell.processes for cell in cells}) for line in _pays(analysis, count))])
+    has_flop = any(f.tflops_per_process for f in cells.values())
     page.add(Table(
-        [*cell_head(cells), "batch per process", "samples/s", "ms per step", "repeats", "level",
-         "more repeats needed"],
-        [[*cell_words(cell, cells), number(f.per_device_batch_size), say(f.rate), say(f.step_ms), f"{f.rate.n}",
+        [*cell_head(cells), "batch per process", f"{analysis.unit}/s", "ms per step",
+         *(["TFLOP/s per process"] if has_flop else []), "repeats", "level", "more repeats needed"],
+        [[*cell_words(cell, cells), number(f.per_device_batch_size), say(f.rate), say(f.step_ms),
+          *([number(f.tflops_per_process) if f.tflops_per_process else "-"] if has_flop else []), f"{f.rate.n}",
           level_of(f.rate), f"{f.more_repeats or '-'}"] for cell, f in cells.items()],
     ))
     page.add("Medians, with the interval between two order statistics; level: the probability that it holds the "
@@ -263,8 +271,8 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
             ideal=lambda x: 1.0, say="efficiency {:.3f}".format))
         cells = analysis.cells
         page.add(Table(
-            [*cell_head(scalings), "samples/s", "base case, processes", "base case, samples/s", "speed-up",
-             "efficiency", "level"],
+            [*cell_head(scalings), f"{analysis.unit}/s", "base case, processes", f"base case, {analysis.unit}/s",
+             "speed-up", "efficiency", "level"],
             [[*cell_words(cell, scalings), say(cells[cell].rate), f"{one.base.processes}", say(cells[one.base].rate),
               say(one.speed_up), say(one.efficiency), level_of(one.speed_up)] for cell, one in scalings.items()],
         ))
@@ -286,12 +294,40 @@ def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
     for name, members in _lines_of(analysis):
         series.append(Series(
             name, [m.per_device_batch_size for m in members], [m.step_ms for m in members],
-            [list(1000 * m.cell.global_batch_size / m.rates) for m in members],
+            [list(m.steps_ms) for m in members],
             [f"{m.cell}: {say(m.step_ms)} ms per step" for m in members]))
     page.add(pictures.draw(
         folder, "step-time", f"A step takes {number(min(steps))} to {number(max(steps))} ms",
         "Milliseconds of a step against the batch per process. Both axes are logarithmic.", series,
         x_label="batch per process (samples)", y_label="ms per step", say="{:.3g} ms".format))
+
+
+def _memory(page: Page, analysis: Analysis) -> None:
+    """For each number of processes the largest batch size that fits, with its peak memory, and what does not fit."""
+    too_large = {cell_of(row): row for row in analysis.failed if row.get("out_of_memory")}
+    fits: dict[tuple[Options, int], CellFigures] = {}
+    for cell, figures in analysis.cells.items():
+        kind = cell.options, cell.processes
+        if kind not in fits or cell.global_batch_size > fits[kind].cell.global_batch_size:
+            fits[kind] = figures
+    if not too_large and not any(figures.peak_memory_bytes for figures in fits.values()):
+        return
+    lines: list[list[Inline]] = []
+    every = [*analysis.cells, *too_large]
+    for options, processes in sorted({*fits, *((cell.options, cell.processes) for cell in too_large)}):
+        largest = fits.get((options, processes))
+        beyond = min((cell.global_batch_size for cell in too_large if (cell.options, cell.processes)
+                      == (options, processes)), default=None)
+        peak = largest.peak_memory_bytes if largest else None
+        words = cell_words(Cell(largest.cell.global_batch_size if largest else 0, processes, options), every)
+        lines.append([words[0] if largest else "none", *words[1:],
+                      number(largest.per_device_batch_size) if largest else "-",
+                      number(peak / 2**20) if peak else "-", f"{beyond:,}" if beyond else "-"])
+    page.add(Heading(2, "Memory"),
+             Table(["largest batch size that fits", *cell_head(every)[1:], "batch per process", "peak memory, MiB",
+                    "smallest that does not fit"], lines),
+             "Of the batch sizes that were run. Peak memory: of the process that used most, in any run, on its GPU if "
+             "it has one. A cell that is out of memory is run once.")
 
 
 def _ranks(page: Page, analysis: Analysis) -> None:
@@ -335,7 +371,7 @@ def _problems(page: Page, analysis: Analysis) -> None:
     page.add(WINDOWS_WORDS)
     if base := analysis.base_runs:
         page.add(Text(("Check of drift: the base case ", Code(base[0].row["run"].rsplit("-", 2)[0]), " was also run "
-                       f"first and last: {', '.join(number(run.rate) for run in base)} samples/s.")))
+                       f"first and last: {', '.join(number(run.rate) for run in base)} {analysis.unit}/s.")))
     if analysis.drift:
         change = analysis.drift.change.scaled(100)
         page.add(f"From the first run of the study to the last the rates changed by {change.value:+.1f} % "

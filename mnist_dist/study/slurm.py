@@ -156,6 +156,11 @@ def ended_by_the_queue(known: Mapping[str, str]) -> str:
     return f"SLURM: {state}" if state not in ("", "RUNNING", "COMPLETING", "COMPLETED", "FAILED") else ""
 
 
+def _of_memory(reason: str) -> dict[str, Any]:
+    """What the outcome says besides, if SLURM ended the task because memory ran out."""
+    return {"out_of_memory": True} if reason == "SLURM: OUT_OF_MEMORY" else {}
+
+
 def take_out(task: str) -> None:
     """Cancel a task that SLURM never starts; a controller that does not answer keeps it."""
     with contextlib.suppress(UserError):
@@ -171,7 +176,8 @@ def see_to_outcome(task: str, folder: Path, command: Sequence[str], reason: str 
             f"it left the queue without a result: see `sacct -j {task}`" if folder.exists() else
             "it left the queue before it started, as after scancel")
         make_folder(folder)
-        write_outcome(folder, {"status": "failed", "reason": reason, "started": None, "seconds": None}, command)
+        outcome = {"status": "failed", "reason": reason, "started": None, "seconds": None}
+        write_outcome(folder, {**outcome, **_of_memory(reason)}, command)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -208,6 +214,7 @@ def main(argv: Sequence[str]) -> int:
         if known.get("JobState") == "PENDING":  # it is put back into the queue
             return 1
         outcome["reason"] = ended_by_the_queue(known) or outcome["reason"]
+        outcome |= _of_memory(outcome["reason"])
     write_outcome(folder, outcome, command)
     return 0 if outcome["status"] == "completed" else 1
 

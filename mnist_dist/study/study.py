@@ -42,9 +42,9 @@ from mnist_dist.study.launches import (
     whole_result,
     write_outcome,
 )
-from mnist_dist.study.program import OURS, Program, command_of, environment_of
+from mnist_dist.study.program import OURS, Program, command_of, environment_of, program_of
 from mnist_dist.study.quick import SECONDS, Looks, choose, first_look
-from mnist_dist.study.table import Row, rate_of, write_table
+from mnist_dist.study.table import Row, rate_of, unit_of, write_table
 from mnist_dist.text import cause, counted
 
 # of a run that has ended when the study was killed: its result is what counts
@@ -98,8 +98,7 @@ class Study:
     def save(self) -> None:
         """Write `study.json`."""
         values = {
-            "mark": self.mark, "script": self.program.script, "program": self.program.command,
-            "fixed": self.fixed, "grids": self.grids,
+            "mark": self.mark, **self.program.as_row(), "fixed": self.fixed, "grids": self.grids,
             "hold_out": self.hold_out.values, "precision": self.precision, "fabric": self.fabric,
             "runs": [{**run.cell.as_row(), "role": run.role, "number": run.number} for run in self.runs],
             "jobs": [{"number": job.number, "runs": job.runs} for job in self.jobs],
@@ -146,6 +145,13 @@ class Study:
         return rows + [{"run": cell.name, "role": "none", "repeat": None, "order": None, **cell.as_row(),
                         "status": "impossible", "reason": reason} for cell, reason in self.impossible.items()]
 
+    def drop_if_out_of_memory(self, run: PlannedRun) -> None:
+        """If memory ran out in this run, this command does no other run of its cell."""
+        row = self._rows.get(run.name)
+        if row is not None and row.get("out_of_memory"):
+            self.impossible[run.cell] = f"out of memory in {run.name}"
+            self.save()
+
     def forget(self, run: PlannedRun | None = None) -> None:
         """The run is done anew, so its row is read again; without one, all are."""
         if run is None:
@@ -161,7 +167,7 @@ def open_study(folder: Path) -> Study:
         if not re.fullmatch(r"study-[0-9a-f]{16}", values["mark"], re.ASCII):  # processes that have it are ended
             raise ValueError(f"its mark is {values['mark']!r:.100}")
         return Study(
-            folder, values["mark"], Program(values["script"], values.get("program")), values["fixed"],
+            folder, values["mark"], program_of(values), values["fixed"],
             HoldOut(values.get("hold_out", {})), values.get("precision"), values.get("fabric"), values["grids"],
             [run_of(run) for run in values["runs"]],
             {cell_of(cell): cell["reason"] for cell in values["impossible"]},
@@ -177,8 +183,8 @@ def open_study(folder: Path) -> Study:
 def extend(study: Study, request: Request, machine: Machine) -> None:
     """Add the request's grid to the study. Raises `UserError` if the two do not fit, or nothing of it can run."""
     if study.grids:
-        asked = {"--script": request.program.script, "--command": request.program.command, **request.fixed}
-        before = {"--script": study.program.script, "--command": study.program.command, **study.fixed}
+        asked, before = ({"--script": of.program.script, "--command": of.program.command,
+                          "--rate-from": of.program.printed, **of.fixed} for of in (request, study))
         for name in dict.fromkeys([*before, *asked]):
             if before.get(name) != asked.get(name):
                 raise UserError(f"--output-dir {study.folder} holds a study with {name} {before.get(name)}, this "
@@ -238,10 +244,10 @@ def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> lis
     """Print what will be run, and what cannot be; returns the runs that are pending."""
     rows = study.rows()
     done = {row["run"] for row in rows if row["status"] == "completed"}
-    pending = [run for run in study.runs if run.name not in done]
+    pending = [run for run in study.runs if run.name not in done and run.cell not in study.impossible]
     cells = sorted({run.cell for run in study.runs}, key=lambda cell: cell.place)
     say(f"{counted(len(cells), 'cell')}, {counted(len(study.runs), 'run')} on {machine}, of which "
-        f"{len(study.runs) - len(pending)} are done; the others take about "
+        f"{len(done)} are done; the others take about "
         f"{say_duration(estimate(pending, rows, study.fixed, study.predicted))}")
     for cell in cells:
         own = [run for run in study.runs if run.cell == cell]
@@ -402,18 +408,21 @@ def _do_runs(study: Study, pending: Sequence[PlannedRun], request: Request, mach
         return True
     _look_at_fabric(study, max((run.cell.processes for run in pending), default=1), machine, say)
     for done, run in enumerate(pending, 1):
+        if run.cell in study.impossible:  # memory ran out in another run of it
+            continue
         left = request.seconds
         if math.isfinite(left):
             rows = study.rows()
             left -= sum(row.get("seconds") or 0.0 for row in rows)
             # without any run there is nothing to estimate from, and the limit of this one is what is left
             if left <= 0 or (rows and estimate([run], rows, study.fixed, study.predicted) > left):
-                many = counted(len(pending) - done + 1, "run")
+                many = counted(sum(run.cell not in study.impossible for run in pending[done - 1:]), "run")
                 say(f"the {say_duration(request.seconds)} of {'--quick' if request.quick else '--budget'} are over: "
                     f"{many} left out")
                 return False
         _do(study, run, replace(request, cell_timeout=min(left, request.cell_timeout)), machine, say,
-            f"[{done}/{len(pending)}]", pending[done:])
+            f"[{done}/{len(pending)}]", [other for other in pending[done:] if other.cell not in study.impossible])
+        study.drop_if_out_of_memory(run)
     return True
 
 
@@ -464,7 +473,7 @@ def _add_row(study: Study, run: PlannedRun, say: Callable[[str], None], place: s
     row = next(row for row in rows if row["run"] == run.name)
     if row["status"] == "completed":
         rate = rate_of(row)
-        what = "nothing measured" if rate is None else f"{rate:,.0f} samples/s"
+        what = "nothing measured" if rate is None else f"{rate:,.0f} {unit_of(row)}/s"
     else:
         what = f"failed: {row['reason']}"
     took = "" if row["seconds"] is None else f", {row['seconds']:.1f} s"
@@ -513,6 +522,10 @@ def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, 
         slurm.see_to_outcome(task, folder, command, reason)
         study.forget(run)
         _add_row(study, run, say, f"[{next(places)}/{count}]")
+        study.drop_if_out_of_memory(run)
+        for other in [other for other, run in left.items() if run.cell in study.impossible]:
+            slurm.take_out(other)
+            del left[other]
 
     for name, reason in refused.items():
         add("", by_name[name], reason)
@@ -530,6 +543,8 @@ def _do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, 
         for task in never:
             slurm.take_out(task)
         for task in [task for task in left if task not in reasons or task in never]:
+            if task not in left:  # its cell is out of memory
+                continue
             add(task, left.pop(task), f"SLURM never starts it ({never[task]}): {slurm.REMEDY}" if task in never else "")
         there = [job for job in study.jobs if any(job.task(name) in left for name in job.runs)]
         if there != study.jobs:

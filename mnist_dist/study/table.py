@@ -1,7 +1,7 @@
 """The table of a study: one row per run, with its config, environment and every figure, as JSONL and as CSV.
 
-`result.json` is the contract with a training (docs/studies.md): the fields of `NEEDED` must be there, all others are
-copied as they are. The report is made from `runs.jsonl` alone.
+`result.json` is the contract with a training (docs/your-training.md): the fields of `NEEDED` must be there, all others
+are copied as they are. The report is made from `runs.jsonl` alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import gc
 import io
 import json
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary
 from mnist_dist.record.folder import RESULT, WINDOWS
 from mnist_dist.record.schema import MOST, check_types
+from mnist_dist.study.goals import goal_of, is_goal, is_number
 from mnist_dist.study.grid import MOST_PROCESSES, HoldOut
 from mnist_dist.text import cause, cut
 
@@ -29,6 +30,7 @@ Row = dict[str, Any]
 # Of an epoch: a training must say at least this. An epoch without measured steps has 0 samples.
 # By which part the sums of windows may differ from their epoch's: seconds are those of the slowest process.
 PARTS_OF_WINDOWS = {"measured_samples": (1, "samples", 0.001), "measured_seconds": (2, "seconds", 0.2)}
+SAMPLES = "samples"  # the unit of a rate, if the result names no other
 NEEDED_OF_EPOCH = ("measured_samples", "measured_seconds")
 
 
@@ -77,7 +79,7 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
                 problems.append(f"epochs[].{name}")
     targets = _part(values, "summary").get("targets") or []
     if not isinstance(targets, list) or not all(map(_is_target, targets)):
-        problems.append("summary.targets[] with target_nll, step and samples")
+        problems.append("summary.targets[] with target_nll (or name, value and direction), step and samples")
     return list(dict.fromkeys(problems)) or _wrong(values)
 
 
@@ -96,6 +98,18 @@ def _wrong(values: Mapping[str, Any]) -> list[str]:
         number = (values.get(name) or {}).get(inner)
         if number is not None and (not isinstance(number, int) or number < least):
             return [f"right {name}.{inner} (a whole number of at least {least})"]
+    for key in {goal_of(target).key for target in values["summary"].get("targets") or []}:
+        for number, epoch in enumerate(values["epochs"]):
+            evaluations = (epoch, *(epoch.get("evaluations") or []))
+            if not all(one.get(key) is None or is_number(one[key]) for one in evaluations):
+                return [f"right epochs[{number}] ({cut(key)} is no number)"]
+    unit = values["summary"].get("unit")
+    if unit is not None and not (isinstance(unit, str) and re.fullmatch(r"[A-Za-z][A-Za-z ]{0,29}", unit)):
+        return [f"right summary.unit (at most 30 letters, as tokens; got {unit!r:.50})"]
+    for name in ("units_per_sample", "flop_per_sample", "printed_rates"):
+        figure = values["summary"].get(name)
+        if figure is not None and not (_is_figure(figure) and figure > 0):
+            return [f"right summary.{name} (a number above 0, got {figure!r:.50})"]
     for number, epoch in enumerate(values["epochs"]):
         if problem := _wrong_windows(epoch):
             return [f"right epochs[{number}].windows ({problem})"]
@@ -121,23 +135,34 @@ def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _is_target(one: Any) -> bool:
     """A target that was reached says where; one that was not has null there."""
-    return isinstance(one, dict) and _is_figure(one.get("target_nll")) and (
+    return isinstance(one, dict) and is_goal(one) and (
         all(name in one and (one[name] is None or _is_figure(one[name])) for name in ("step", "samples"))
         and (one["step"] is None) == (one["samples"] is None))
 
 
 def _is_figure(value: Any) -> bool:
     """A number from 0 to MOST; what is less than 1e-9 is no time, and no number of samples."""
-    return (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            and (value == 0 or 1e-9 <= value <= MOST))
+    return is_number(value) and (value == 0 or 1e-9 <= value <= MOST)
 
 
 def rate_of(row: Row) -> float | None:
-    """Samples per second of a run, over all its epochs; None if it did not complete or measured no step."""
+    """The throughput of a run in its unit per second, over all its epochs; None if it did not complete or measured no
+    step.
+    """
     if row["status"] != "completed":
         return None
     samples, seconds = (sum(epoch[name] for epoch in row["epochs"]) for name in NEEDED_OF_EPOCH)
-    return samples / seconds if samples and seconds else None
+    return samples * units_per_sample(row) / seconds if samples and seconds else None
+
+
+def unit_of(row: Row) -> str:
+    """What the run's rate counts: samples, tokens, images."""
+    return str(row["summary"].get("unit") or SAMPLES)
+
+
+def units_per_sample(row: Row) -> float:
+    """How many of the unit a sample has: for tokens, the length of a sequence."""
+    return float(row["summary"].get("units_per_sample") or 1.0)
 
 
 def write_table(folder: Path, rows: Iterable[Row]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mnist_dist.record.figures import samples_at
 from mnist_dist.study.analysis import Analysis
+from mnist_dist.study.goals import Goal, goal_of
 from mnist_dist.study.grid import Cell, Options
 from mnist_dist.study.statistics import Estimate, Interval, estimates, median_interval, ratio
 from mnist_dist.study.step_time import Model, Place
@@ -100,9 +101,9 @@ class TimeTo:
 
 @dataclass(frozen=True)
 class Target:
-    """What it took to reach a test NLL, in the order of the cells."""
+    """What it took to reach a goal, in the order of the cells."""
 
-    nll: float
+    goal: Goal
     learnt: list[Learnt]
     times: list[TimeTo]
 
@@ -114,24 +115,24 @@ class Target:
 
 
 def targets_of(analysis: Analysis) -> list[Target]:
-    """The targets of the study's runs, the highest first."""
-    by_nll: dict[float, dict[object, Learnt]] = {}
+    """The targets of the study's runs, the easiest first."""
+    by_goal: dict[Goal, dict[object, Learnt]] = {}
     for figures in analysis.cells.values():
         cell = figures.cell
         for run in figures.repeats:
             for target in (run.row.get("summary") or {}).get("targets") or []:
-                cells = by_nll.setdefault(target["target_nll"], {})
+                cells = by_goal.setdefault(goal_of(target), {})
                 learnt = cells.setdefault((cell.options, cell.global_batch_size),
                                           Learnt(cell.global_batch_size, cell.options))
                 _add(learnt, run.row, target)
     targets = []
-    for nll, cells in sorted(by_nll.items(), reverse=True):
+    for goal, cells in sorted(by_goal.items(), key=lambda item: item[0].place):
         # a batch size that was run on several processes only is among the others
         ordered = sorted(cells.values(), key=lambda one: (one.options, one.batch))
         known = [one for one in ordered if one.is_reached]
         for one, estimate in zip(known, estimates([[run.samples for run in one.runs] for one in known]), strict=True):
             one.estimate = estimate
-        targets.append(Target(nll, ordered, _times(analysis, nll, ordered)))
+        targets.append(Target(goal, ordered, _times(analysis, goal, ordered)))
     return targets
 
 
@@ -157,42 +158,40 @@ def reached_at(row: Mapping[str, Any], target: Mapping[str, Any]) -> Reached:
     """Where the run reached the target, between two evaluations if the row has them."""
     if target["step"] is None:
         return Reached(math.inf, math.inf)
-    before: tuple[float, float, float] | None = None  # steps, samples, NLL
-    limit = target["target_nll"]
-    for steps, samples, nll in _evaluations(row):
-        if nll <= limit:
+    before: tuple[float, float, float] | None = None  # steps, samples, the figure
+    goal = goal_of(target)
+    for steps, samples, value in _evaluations(row, goal.key):
+        if goal.is_reached(value):
             if steps != target["step"]:  # the row has not all evaluations
                 break
-            return _between(before, (steps, samples, nll), limit)
-        before = steps, samples, nll
+            return _between(before, (steps, samples, value), goal)
+        before = steps, samples, value
     return Reached(target["step"], target["samples"])
 
 
-def _between(before: tuple[float, float, float] | None, after: tuple[float, float, float], limit: float) -> Reached:
-    """Where the NLL passes the limit between two evaluations."""
-    steps, samples, nll = after
+def _between(before: tuple[float, float, float] | None, after: tuple[float, float, float], goal: Goal) -> Reached:
+    """Where the figure passes the goal between two evaluations."""
+    steps, samples, value = after
     if before is None or not 0 < before[1] < samples:
         return Reached(steps, samples, FIRST, samples)
-    first_steps, first, first_nll = before
-    if nll > 0:
-        part = math.log(first_nll / limit) / math.log(first_nll / nll)
-    else:
-        part = (first_nll - limit) / (first_nll - nll)
+    first_steps, first, first_value = before
+    part = goal.part(first_value, value)
     straight, curved = first + part * (samples - first), first * (samples / first) ** part
     middle = math.sqrt(straight * curved)
     return Reached(first_steps + (middle - first) / (samples - first) * (steps - first_steps), middle,
                    abs(math.log(straight / curved)) / 2, samples - first)
 
 
-def _evaluations(row: Mapping[str, Any]) -> list[tuple[float, float, float]]:
-    """(steps, samples, NLL) of the run's evaluations in their order, within the epochs and at their ends."""
+def _evaluations(row: Mapping[str, Any], key: str) -> list[tuple[float, float, float]]:
+    """(steps, samples, the figure `key`) of the run's evaluations in their order, within epochs and at their ends."""
     evaluations = []
     batch, train = row["global_batch_size"], (row.get("dataset") or {}).get("train")
     for epoch in row["epochs"]:
-        evaluations += [(one["step"], one["samples"], one["test_nll"]) for one in epoch.get("evaluations") or []]
-        if epoch.get("test_nll") is not None and epoch.get("step"):
+        evaluations += [(one["step"], one["samples"], one[key]) for one in epoch.get("evaluations") or []
+                        if one.get(key) is not None]
+        if epoch.get(key) is not None and epoch.get("step"):
             samples = samples_at(int(epoch["step"]), train, batch) if train else epoch["step"] * batch
-            evaluations.append((epoch["step"], samples, epoch["test_nll"]))
+            evaluations.append((epoch["step"], samples, epoch[key]))
     return evaluations
 
 
@@ -208,10 +207,10 @@ def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None
     return total / before if before else None
 
 
-def _times(analysis: Analysis, nll: float, cells: Sequence[Learnt]) -> list[TimeTo]:
+def _times(analysis: Analysis, goal: Goal, cells: Sequence[Learnt]) -> list[TimeTo]:
     """Of each cell whose runs reached the target: of each run the samples that it took over its own rate."""
     learnt = {(one.options, one.batch): (one, one.estimate) for one in cells if one.estimate is not None}
-    doubts = {key: Estimate(0.0, one.doubt**2 / 3, sys.maxsize, math.inf, object()) for key, (one, _) in learnt.items()}
+    doubts = {key: _exact(1.0, one.doubt**2 / 3) for key, (one, _) in learnt.items()}
     times = []
     for cell, figures in analysis.cells.items():
         key = cell.options, cell.global_batch_size
@@ -221,13 +220,19 @@ def _times(analysis: Analysis, nll: float, cells: Sequence[Learnt]) -> list[Time
         each = []
         for run in figures.repeats:
             targets = (run.row.get("summary") or {}).get("targets") or []
-            each += [reached_at(run.row, target).samples / run.rate for target in targets
-                     if target["target_nll"] == nll]
+            each += [reached_at(run.row, target).samples * figures.units_per_sample / run.rate for target in targets
+                     if goal_of(target) == goal]
         if not each:  # its runs have other targets
             continue
-        times.append(TimeTo(cell, median_interval(each).widened(one.doubt), figures.devices,
-                            (estimate, doubts[key]), (analysis.estimates[cell],)))
+        above = estimate, doubts[key], _exact(figures.units_per_sample)
+        times.append(TimeTo(cell, median_interval(each).widened(one.doubt), figures.devices, above,
+                            (analysis.estimates[cell],)))
     return times
+
+
+def _exact(value: float, error: float = 0.0) -> Estimate:
+    """Of a value that no repeats are behind, with the variance of its logarithm."""
+    return Estimate(math.log(value), error, sys.maxsize, math.inf, object())
 
 
 def modelled(one: Learnt, model: Model, place: Place, cell: Cell, devices: int) -> TimeTo:

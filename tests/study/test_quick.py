@@ -174,8 +174,8 @@ def test_it_ends_in_time(quick, tmp_path, monkeypatch, capsys):
 def test_a_run_of_the_first_look_that_fails_ends_it(quick, tmp_path, capsys):
     quick.trouble.append("12800:memory")
     assert quick() == 1
-    assert "the first look failed: batch 12,800 on 1 process: MemoryError: no room for the batch" in last(
-        capsys.readouterr().err)
+    reason = "out of memory: MemoryError: no room for the batch"
+    assert f"the first look failed: batch 12,800 on 1 process: {reason}" in last(capsys.readouterr().err)
     assert (tmp_path / "report.md").exists() and len(started(tmp_path)) == 4
 
 

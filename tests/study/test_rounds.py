@@ -71,7 +71,7 @@ def test_fewer_launches_and_intervals_that_hold_the_truth(noise):
 def row(run, rate):
     epochs = [{"measured_samples": 1000, "measured_seconds": 1000 / rate}] if rate else []
     return {"run": run.name, "role": run.role, "status": "completed" if rate else "failed", **run.cell.as_row(),
-            "epochs": epochs}
+            "summary": {}, "epochs": epochs}
 
 
 def test_a_round_has_the_cells_that_are_not_known():

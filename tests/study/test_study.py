@@ -85,11 +85,12 @@ def test_a_refused_command_changes_no_outcome(tmp_path):
 
 TROUBLES = {
     20: ("kill", "ended by SIGKILL, perhaps because memory ran out"),
-    30: ("memory", "MemoryError: no room for the batch"),
+    30: ("memory", "out of memory: MemoryError: no room for the batch"),
     40: ("hang", "no result after 2 s (--cell-timeout): ended"),
     50: ("silent", "it left no result.json in its --output-dir"),
     60: ("breach", "its result.json has no summary, summary.global_batch_size, epochs[].measured_seconds"),
-    80: ("target", "its result.json has no epochs[].step, summary.targets[] with target_nll, step and samples"),
+    80: ("target", "its result.json has no epochs[].step, summary.targets[] with target_nll (or name, value "
+                   "and direction), step and samples"),
 }
 
 

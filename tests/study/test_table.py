@@ -13,7 +13,7 @@ from mnist_dist.record.measured import over_ranks
 from mnist_dist.study import critical, pictures, report
 from mnist_dist.study.grid import Cell
 from mnist_dist.study.pages import Picture
-from mnist_dist.study.table import read_contract, read_table, write_table
+from mnist_dist.study.table import read_contract, read_table, unit_of, write_table
 
 WRONG = (None, "x", -1, 0, True, 1e308, 10**30, float("nan"), [], {}, [[1]], {"a": 1})
 RANK = {"step_ms": 9.0, "own_ms": 3.0, "data_wait_ms": 0.1, "peak_memory_bytes": 10**9, "host": "abacus"}
@@ -28,14 +28,21 @@ def whole():
                          "ranks": over_ranks([RANK, RANK]), "peak_memory_bytes": 10**9, "train_seconds": 2.5}
     one["summary"]["targets"] = [{"target_nll": 0.3, "step": 20, "samples": 1000, "train_seconds": 1.0,
                                   "test_nll": 0.2}]
+    one["epochs"][0]["evaluations"] = [evaluation | {"accuracy": 1 - evaluation["test_nll"]}
+                                       for evaluation in evaluations]
+    one["summary"]["targets"].append({"name": "accuracy", "value": 0.7, "direction": "higher", "step": 20,
+                                      "samples": 1000})
+    one["summary"] |= {"unit": "tokens", "units_per_sample": 16, "flop_per_sample": 1.2e6, "printed_rates": 9}
     one["environment"] |= {"device": "cpu", "num_machines": 1, "num_threads": 1, "torch": "2.6", "step": "plain"}
     return one | {"config": {"seed": 0, "batch_size": 50}, "dataset": {"name": "mnist", "train": 60_000}}
 
 
 def places(value, path=()):
-    """Every place in nested mappings and lists; of a list the first."""
+    """Every place in nested mappings and lists; of most lists the first."""
     yield path
-    inside = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    inside = value.items() if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else ()
+    if path and path[-1] != "targets":
+        inside = list(inside)[:1] if isinstance(value, list) else inside  # targets are of two kinds
     for name, inner in inside:
         yield from places(inner, (*path, name))
 
@@ -58,6 +65,8 @@ def test_a_wrong_value_is_refused_or_reported(place, tmp_path, quick_report):
     """Each field of a result, with values of every wrong type, and without it."""
     others = [whole() | {"run": f"other-{number}", "repeat": number, "config": {"seed": number}} for number in (2, 3)]
     others += study({Cell(50, 1): 900.0}, 3, 0.01, seed=1)
+    for other in others:
+        other["summary"]["unit"] = "tokens"
     for wrong in (*WRONG, "left out"):
         result = copy.deepcopy(RESULT)
         parent = result
@@ -73,7 +82,12 @@ def test_a_wrong_value_is_refused_or_reported(place, tmp_path, quick_report):
         except UserError as error:
             assert "its result.json" in str(error) and len(str(error)) < 400
             continue
-        quick_report(tmp_path, [{**whole(), **accepted, "status": "completed"}, *others])
+        row_of_it = {**whole(), **accepted, "status": "completed"}
+        if unit_of(row_of_it) != "tokens":
+            with pytest.raises(UserError, match="a study has one unit"):
+                quick_report(tmp_path, [row_of_it, *others])
+        else:
+            quick_report(tmp_path, [row_of_it, *others])
 
 
 def test_windows_must_add_up(tmp_path):

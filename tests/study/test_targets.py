@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 from tables import row, study
 
 from mnist_dist.study.analysis import Analysis
+from mnist_dist.study.goals import goal_of
 from mnist_dist.study.grid import Cell
+from mnist_dist.study.report import write_report
+from mnist_dist.study.table import read_table, write_table
 from mnist_dist.study.targets import reached_at, targets_of
 
 
-def run(*nlls, batch=10, target=0.3, every=100):
-    """(row, target) of a run with these NLLs at evaluations each `every` steps."""
-    evaluations = [{"step": every * number, "samples": every * number * batch, "test_nll": nll}
-                   for number, nll in enumerate(nlls, 1)]
-    there = next((one for one in evaluations if one["test_nll"] <= target), {"step": None, "samples": None})
-    return ({"global_batch_size": batch, "epochs": [{"step": every * len(nlls), "evaluations": evaluations}]},
-            {"target_nll": target, "step": there["step"], "samples": there["samples"]})
+def run(*values, batch=10, target=0.3, every=100, key="test_nll", direction="lower"):
+    """(row, target) of a run with these NLLs, or other figures, at evaluations each `every` steps."""
+    evaluations = [{"step": every * number, "samples": every * number * batch, key: value}
+                   for number, value in enumerate(values, 1)]
+    goal = {"target_nll": target} if key == "test_nll" else {"name": key, "value": target, "direction": direction}
+    there = next((one for one in evaluations if goal_of(goal).is_reached(one[key])), {"step": None, "samples": None})
+    return ({"global_batch_size": batch, "epochs": [{"step": every * len(values), "evaluations": evaluations}]},
+            {**goal, "step": there["step"], "samples": there["samples"]})
 
 
 @given(st.floats(0.05, 2), st.floats(2_000, 90_000))
@@ -35,6 +39,52 @@ def test_a_power_law_is_within_the_doubt(exponent, samples):
 def test_so_is_an_exponential(rate, samples):
     reached = reached_at(*run(*(0.3 * math.exp(rate * (samples - 1000 * k)) for k in range(1, 100))))
     assert abs(math.log(reached.samples / samples)) <= reached.doubt + 1e-9
+
+
+@given(st.floats(0.05, 2), st.floats(2_000, 90_000))
+def test_so_is_an_accuracy_that_rises(exponent, samples):
+    values = (1 - 0.1 * (1000 * k / samples) ** -exponent for k in range(1, 100))
+    reached = reached_at(*run(*values, target=0.9, key="accuracy", direction="higher"))
+    assert abs(math.log(reached.samples / samples)) <= reached.doubt + 1e-9
+
+
+@pytest.mark.parametrize("values, target, direction, samples", [
+    ((10, 20, 30), 25, "higher", 2500), ((0.5, 1.0, 1.5), 1.25, "higher", 2500), ((-1, -2, -3), -2.5, "lower", 2500),
+    ((1, 0.5, 0), 0.25, "lower", 2500), ((0.2, 0.9, 1.0), 0.95, "higher", 2500), ((0, 0, 1), 1, "higher", 3000),
+])
+def test_other_figures_are_on_a_straight_line(values, target, direction, samples):
+    reached = reached_at(*run(*values, target=target, key="score", direction=direction))
+    assert abs(math.log(reached.samples / samples)) <= reached.doubt + 1e-9
+
+
+def test_goals_of_several_figures_have_an_order_and_names():
+    targets = [{"target_nll": 0.3}, {"target_nll": 0.4}, {"name": "top 5", "value": 0.9, "direction": "higher"},
+               {"name": "top 5", "value": 0.8, "direction": "higher"}]
+    goals = sorted(map(goal_of, targets), key=lambda goal: goal.place)
+    assert list(map(str, goals)) == ["NLL 0.4", "NLL 0.3", "top 5 0.8", "top 5 0.9"]
+    assert [goal.file for goal in goals] == ["0.4", "0.3", "top_5-0.8", "top_5-0.9"]
+    assert [goal.title for goal in goals[1:3]] == ["Test NLL 0.3", "Top 5 0.8"]
+
+
+def test_a_study_with_an_accuracy(tmp_path):
+    rows = study({Cell(50, 1): 1000.0, Cell(100, 1): 1500.0}, 3, 0.01, 0)
+    for one in rows:
+        batch, samples = one["global_batch_size"], 3_000 + 20 * one["global_batch_size"]
+        there = -(-samples // 1000) * 1000
+        one["summary"]["targets"] = [{"name": "accuracy", "value": 0.9, "direction": "higher", "step": there // batch,
+                                      "samples": there}]
+        one["epochs"][0] |= {"step": 10_000 // batch, "evaluations": [
+            {"step": 1000 * k // batch, "samples": 1000 * k, "accuracy": 1 - 0.1 * samples / (1000 * k)}
+            for k in range(1, 11)]}
+        one["config"] = {"seed": one["repeat"]}
+    (target,) = targets_of(Analysis(rows))
+    for learnt in target.learnt:
+        assert learnt.samples.value == pytest.approx(3_000 + 20 * learnt.batch, rel=0.02)
+    write_table(tmp_path, rows)
+    write_report(tmp_path, read_table(tmp_path))
+    report = (tmp_path / "report.md").read_text()
+    assert "to accuracy 0.9" in report and "### Accuracy 0.9" in report and "NLL 0" not in report
+    assert (tmp_path / "pictures" / "time-accuracy-0.9.svg").exists()
 
 
 def test_the_first_evaluation_leaves_much_open_and_none_everything():
