@@ -6,4 +6,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 python -c 'import pytest, xdist' 2>/dev/null ||
     { echo "launch: this environment has mnist-dist but no pytest with pytest-xdist: pip install -e '.[dev]'" >&2; exit 2; }
-exec python -m pytest -n 2 --dist loadfile "$@"
+# a file's tests share what they train; the longest files come first (tests/conftest.py), and xdist keeps this order
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -35,11 +35,14 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
 # The files that take longest, in this order; the others follow as they are collected.
-LONGEST = ("test_ways_to_launch.py", "test_exactness.py", "test_launch.py", "test_compiled.py", "test_checkpoint.py")
+LONGEST = ("test_exactness.py", "test_compiled.py", "test_study.py", "test_statistics.py", "test_restarts.py",
+           "test_gpu_in_turns.py", "test_slurm.py", "test_ray_launcher.py", "test_output.py", "test_hostile_folders.py",
+           "test_ways_to_launch.py", "test_signals.py", "test_disk_faults.py", "test_launch.py", "test_mirror.py",
+           "test_places.py", "test_machines.py", "test_answer.py", "test_noise.py", "test_data.py", "test_rounds.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first, so that two workers end together; skip what needs a GPU on a machine without one."""
+    """Longest files first, so that all workers end together; skip what needs a GPU on a machine without one."""
     import torch
 
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -185,6 +185,7 @@ def assert_line(line: dict[str, Any], samples: int, device: str) -> None:
     assert len(line["version"].split()) == 2
 
 
+@pytest.mark.long
 def test_a_peer_in_a_process_of_its_own(data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, measure = module("rows"), module("measure")
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -204,7 +205,7 @@ def test_a_library_that_is_missing_becomes_a_row_that_says_so(data_dir: str, tmp
 
 @pytest.mark.parametrize(("name", "library"), [
     ("peers.tutorial", None), ("peers.pytorch", None), ("limit", None), ("peers.sklearn", "sklearn"),
-    ("peers.jax_scan", "jax"),
+    pytest.param("peers.jax_scan", "jax", marks=pytest.mark.long),
 ])
 def test_a_cheap_row(name: str, library: str | None, data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if library:

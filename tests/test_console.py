@@ -188,7 +188,8 @@ def screen(written):
     return lines
 
 
-@pytest.mark.parametrize("width", [80, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("width", [pytest.param(80, marks=pytest.mark.long),
+                                   pytest.param(60, marks=pytest.mark.faults)])
 def test_the_screen_of_a_run(width, small_dir, tmp_path):
     written = on_a_terminal(["train", "--data-dir", small_dir, "--epochs", 60, "--batch-size", 2, "--evaluate-every",
                              "700samples", "--target-nll", "0.0001", "--max-steps", 1000, "--wandb", "disabled",
@@ -215,6 +216,7 @@ def compiled_run(small_dir, tmp_path_factory):
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_the_introduction_comes_before_the_compiler(compiled_run):
     begins = ["1 process on", "global batch 200 = 200 per process", "writing to", "compiling the step", "compiled in",
               "epoch      step"]

@@ -30,8 +30,8 @@ from mnist_dist.record.checkpoint import FORMAT, CheckpointWriter, load_newest
 from mnist_dist.record.config_file import config_text, merged, read_config
 from mnist_dist.record.result import read_result
 from mnist_dist.study import command, pictures
+from mnist_dist.study.folder import Study, open_study
 from mnist_dist.study.grid import Cell, PlannedRun
-from mnist_dist.study.study import Study, open_study
 from mnist_dist.study.table import read_contract, read_table
 from mnist_dist.text import one_line
 from mnist_dist.training.model import MLP

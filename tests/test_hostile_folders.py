@@ -19,7 +19,7 @@ from support import mnist_dist, mnist_dist_launched, result_of
 
 from mnist_dist.data.idx import STEMS
 from mnist_dist.record.folder import OF_A_RUN
-from mnist_dist.study.study import LOG, RUNS, STUDY
+from mnist_dist.study.folder import LOG, RUNS, STUDY
 from mnist_dist.study.table import CSV, JSONL
 
 LINKS = [kind for kind in OBSTACLES if kind != "folder"]

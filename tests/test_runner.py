@@ -17,6 +17,7 @@ from mnist_dist.record.result import write_result
 WORDS = ["--wandb", "disabled", "--checkpoint-every", "never", "--batch-size", 50]
 
 
+@pytest.mark.long
 def test_a_training_and_its_result(small_dir, tmp_path):
     outcome = runner.train(["--data-dir", small_dir, "--max-steps", 3, *WORDS], tmp_path / "run", processes=2)
     assert (outcome.status, outcome.note) == (0, "")

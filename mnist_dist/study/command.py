@@ -34,7 +34,8 @@ from mnist_dist.study.launches import Machine, look_at_machine
 from mnist_dist.study.printed import Printed, pattern_of, unit_of
 from mnist_dist.study.program import Program, check_command, read_axes
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
-from mnist_dist.study.study import Request, print_scripts, run_study
+from mnist_dist.study.request import Request
+from mnist_dist.study.study import print_scripts, run_study
 from mnist_dist.study.table import JSONL, SAMPLES, hold_out_of, read_table
 from mnist_dist.text import cause, cut, whole, without_passwords
 

@@ -1,4 +1,4 @@
-"""The rate of a program that is not changed at all, from what it prints (`--rate-from`).
+"""The rate of a program that is not changed, from what it prints (`--rate-from`).
 
 Each match is a window: programs print a rate after the same number of steps each time, so that all windows have the
 same work. The first windows are left out if they belong to the warm-up: those that are far slower than the others
@@ -27,8 +27,10 @@ FAR_SLOWER, SLOWEST, LEAST_REST = 1.5, 0.9, 3
 
 @dataclass(frozen=True)
 class Printed:
-    """Where a program prints its rate: the `pattern`, whose group is the number; `at` which matches, all or that at the
-    end; whether it is the rate `of` all processes or of each; what it counts (`unit`), and how many of a sample.
+    """How to read the rate that a program prints.
+
+    `pattern` is a regular expression whose group is the number. `at`: all matches count, or the last one. `of`: the
+    rate is that of all processes, or of each. It counts `unit`s, and a sample has `units_per_sample` of them.
     """
 
     pattern: str

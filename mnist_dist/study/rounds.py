@@ -25,9 +25,9 @@ def is_known(rates: Sequence[float], precision: float) -> bool:
                for n in {len(rates), max(FIRST_REPEATS, len(rates) - 1)})
 
 
-def about_missing(runs: Sequence[PlannedRun], rates: Mapping[Cell, Sequence[float]], precision: float
+def expected_runs(runs: Sequence[PlannedRun], rates: Mapping[Cell, Sequence[float]], precision: float
                   ) -> list[PlannedRun]:
-    """These runs, and what will follow on them: about as many of each cell as make its interval narrow."""
+    """The runs of a round, each as often as its cell needs further repeats, by the width of its interval now."""
     return [run for run in runs for _ in range(max(1, more_repeats(median_interval(rates[run.cell]), precision)))]
 
 

@@ -16,13 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mnist_dist.disk.files import make_folder
 from mnist_dist.errors import UserError
 from mnist_dist.processes.launch import read_launch
+from mnist_dist.study.folder import Job, open_study
 from mnist_dist.study.grid import PlannedRun
 from mnist_dist.study.launches import OUTCOME, environment_for, look_at_machine, start, write_outcome
 from mnist_dist.study.program import command_of, environment_of
@@ -54,25 +54,6 @@ runs=({runs})
 {python} -m mnist_dist.study.slurm {folder} "${{runs[$SLURM_ARRAY_TASK_ID]}}" --job "$SLURM_JOB_ID" \\
     --timeout {timeout:g} -- {options}
 """
-
-
-@dataclass(frozen=True)
-class Job:
-    """An array in the queue: its number, and the run of each of its tasks."""
-
-    number: str
-    runs: tuple[str, ...]
-
-    def task(self, run: str) -> str:
-        """The task of this run, as SLURM's commands name it."""
-        return f"{self.number}_{self.runs.index(run)}"
-
-
-def job_of(values: Mapping[str, Any]) -> Job:
-    """The job of an entry of `study.json`. Its number is handed to commands: raises `ValueError` if it is none."""
-    if not re.fullmatch(r"\d+", values["number"], re.ASCII):
-        raise ValueError(f"{values['number']!r:.100} is not the number of a job")
-    return Job(values["number"], tuple(values["runs"]))
 
 
 def ask(*words: str, text: str | None = None) -> str:
@@ -182,8 +163,6 @@ def see_to_outcome(task: str, folder: Path, command: Sequence[str], reason: str 
 
 def main(argv: Sequence[str]) -> int:
     """A task of the array: does one run."""
-    from mnist_dist.study.study import open_study
-
     parser = argparse.ArgumentParser(prog="python -m mnist_dist.study.slurm", description="A run of a study in a job.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("run")

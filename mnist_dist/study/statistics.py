@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 LEVEL = 0.95
 CAUTIOUS = 0.96  # asked for, to have LEVEL: the choice of a common spread costs a point
@@ -23,6 +23,7 @@ FAR = 0.01  # a spread is far above the others', if chance makes it so far less 
 UNEQUAL = 0.05  # the same for all spreads together
 ROUNDING = 1e-9  # the least half width of a ratio: equal figures differ by rounding
 FREEDOMS = (*range(1, 11), 12, 15, 20, 30, 60, math.inf)  # of which the studentized range is asked; others round down
+MANY = 1e6  # degrees of freedom from which Student's distribution is the normal one
 TINY = 1e-300  # in place of a spread of 0, of which there is no logarithm
 LEAST_REPEATS = 5
 
@@ -128,7 +129,7 @@ def _pooled(squares: np.ndarray, freedom: np.ndarray) -> np.ndarray:
         square, free = squares[inside], freedom[inside]
         rest, rest_free = square.sum() - square, free.sum() - free
         ratios = np.divide(square / free, rest / rest_free, out=np.where(square > 0, np.inf, 0.0), where=rest > 0)
-        chances = stats.f.sf(ratios, free, rest_free) * len(inside)
+        chances = np.where(np.isinf(ratios), 0.0, special.fdtrc(free, rest_free, ratios)) * len(inside)
         if chances.min() > FAR:
             break
         pooled[inside[chances.argmin()]] = False
@@ -142,7 +143,7 @@ def _bartlett(squares: np.ndarray, freedom: np.ndarray) -> float:
     variances, whole = np.maximum(squares / freedom, TINY), freedom.sum()
     statistic = whole * math.log((freedom * variances).sum() / whole) - (freedom * np.log(variances)).sum()
     scale = 1 + ((1 / freedom).sum() - 1 / whole) / (3 * (len(freedom) - 1))
-    return float(stats.chi2.sf(statistic / scale, len(freedom) - 1))
+    return float(special.chdtrc(len(freedom) - 1, statistic / scale))
 
 
 def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int = 1, among: int = 2) -> Interval:
@@ -198,7 +199,7 @@ def _quantile(freedom: float, comparisons: int, among: int) -> float:
     if among > 2:
         return _of_range(among, max(known for known in FREEDOMS if known <= max(1.0, freedom)))
     tail = -math.expm1(math.log(LEVEL if comparisons == 1 else CAUTIOUS) / comparisons) / 2
-    return float(stats.t.isf(tail, max(1.0, freedom)))
+    return float(-special.ndtri(tail) if freedom > MANY else -special.stdtrit(max(1.0, freedom), tail))
 
 
 @functools.cache

@@ -28,9 +28,9 @@ WAYS = {
 }
 
 
-LONG = ("python", "accelerate --multi_gpu -n 2", "config", "torchrun 2")
-FAULTS = ("accelerate -n 2", "accelerate --cpu -n 1", "accelerate --cpu -n 3", "config -n 2", "config -n 3",
-          "torchrun 1", "torchrun 3")
+LONG = ("accelerate", "config", "torchrun 2")
+FAULTS = ("python", "accelerate --multi_gpu -n 2", "accelerate -n 2", "accelerate --cpu -n 1", "accelerate --cpu -n 3",
+          "config -n 2", "config -n 3", "torchrun 1", "torchrun 3")
 
 
 @pytest.mark.parametrize("way", [

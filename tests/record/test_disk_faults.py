@@ -139,6 +139,7 @@ def test_a_file_at_every_call(what, worker, tmp_path):
     check_file(what, worker, tmp_path, some=1)
 
 
+@pytest.mark.long
 def test_a_checkpoint_at_some_calls(worker, tmp_path):
     check_checkpoints(worker, tmp_path, some=11)
 

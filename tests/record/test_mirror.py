@@ -84,6 +84,7 @@ def test_the_figures_of_an_epoch_fit_together(tracked):
     assert summary["seconds_to_target"] is None
 
 
+@pytest.mark.long
 def test_the_newest_offline_folder_of_a_run_has_all_of_it(small_dir, tmp_path):
     """A process that is killed may not have written its last epochs to W&B's folder."""
     for epochs in (2, 4):
@@ -186,6 +187,7 @@ def test_a_server_that_does_not_answer(stalling_server, small_dir, tmp_path):
     assert ANSWER_SECONDS + mirror.INIT_SECONDS < 15
 
 
+@pytest.mark.long
 def test_no_network_no_key_and_disabled(small_dir, tmp_path):
     refused = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     for name, environment, said in (("refused", refused, "does not answer"), ("no-key", {}, "no API key")):

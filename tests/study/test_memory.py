@@ -27,8 +27,10 @@ json.dump({"status": "completed", "environment": {"num_processes": 1}, "summary"
 """
 
 
-@pytest.mark.parametrize("repeats", [["--repeats", "3"], ["--precision", "5%"]], ids=["fixed", "adaptive"])
-@pytest.mark.parametrize("sizes", ["2,8,32,64", "32,8"], ids=["it fits", "the base case does not"])
+@pytest.mark.parametrize(("repeats", "sizes"), [
+    (["--repeats", "3"], "2,8,32,64"), pytest.param(["--precision", "5%"], "8,32", marks=pytest.mark.long),
+    pytest.param(["--precision", "5%"], "32,8", marks=pytest.mark.long, id="the base case does not fit"),
+])
 def test_a_cell_out_of_memory_runs_once(repeats, sizes, tmp_path, capsys):
     program, folder = tmp_path / "train.py", tmp_path / "s"
     program.write_text(PROGRAM)

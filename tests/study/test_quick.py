@@ -161,6 +161,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(quick, tmp_path, monkeypa
     assert started(tmp_path)[:8] == before and len(started(tmp_path)) == len(plan)
 
 
+@pytest.mark.long
 def test_it_ends_in_time(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "SECONDS", 1.5)
     assert quick() == 0

@@ -250,6 +250,7 @@ def test_two_repeats_show_nothing(tmp_path):
     assert set(words.values()) == {("", "")}
 
 
+@pytest.mark.long
 def test_a_report_of_many_rows_imports_no_torch(tmp_path):
     random = np.random.default_rng(4)
     cells = [Cell(size, processes, (("lr", f"{lr}"),)) for size in (1, 2) for processes in (1, 2) for lr in range(20)]

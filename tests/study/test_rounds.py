@@ -12,7 +12,7 @@ from made_up import NOISES, repeats
 from support import run_here
 
 from mnist_dist.study.grid import FIRST_REPEATS, Cell, PlannedRun
-from mnist_dist.study.rounds import about_missing, is_known, next_round
+from mnist_dist.study.rounds import expected_runs, is_known, next_round
 from mnist_dist.study.statistics import median_interval
 from mnist_dist.study.table import read_table
 
@@ -85,7 +85,7 @@ def test_a_round_has_the_cells_that_are_not_known():
     new = next_round([drift, *runs], [row(drift, 1e6), *rows], PRECISION, seed=0)
     assert set(new) == {PlannedRun(noisy, "repeat", 7), PlannedRun(once, "repeat", 8)}
     assert new == next_round([drift, *runs], [row(drift, 1e6), *rows], PRECISION, seed=0), "the order is the seed's"
-    about = Counter(run.cell for run in about_missing(new, {noisy: rates[noisy], once: rates[noisy]}, PRECISION))
+    about = Counter(run.cell for run in expected_runs(new, {noisy: rates[noisy], once: rates[noisy]}, PRECISION))
     assert about[noisy] == about[once] > 10
     assert next_round(runs, rows, precision=0.3, seed=0) == []
     assert not next_round(runs, [], PRECISION, seed=0), "a cell without a rate"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from made_up import NOISES
+from made_up import repeats as repeats_of
 
 from mnist_dist.study.steadiness import MOST_WINDOWS, _kendall, _ranks, drift_over_study, steadiness
 
@@ -79,3 +81,23 @@ def test_the_drift_of_a_study_of_many_runs_is_found_in_any_order_of_its_rows():
     orders = random.permutation(np.arange(1, 5001))
     drift = drift_over_study(orders, 1 + 0.04 * orders / 5000 + 0.01 * random.standard_normal(5000))
     assert drift.is_one and drift.change.low < 0.04 < drift.change.high and drift.change.n == 5000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("truth", [0.0, -0.3])
+def test_the_drifts_interval_holds_the_truth(truth, noise):
+    """500 studies each of 4 cells with 3, 5 and 10 repeats, in rounds of random order."""
+    shares = []
+    for repeats in (3, 5, 10):
+        random, held = np.random.default_rng(repeats), []
+        for _ in range(500):
+            cells, orders = np.concatenate([random.permutation(4) for _ in range(repeats)]), np.arange(4 * repeats)
+            rates = repeats_of(noise, 0.02, len(orders), random) * (1 + truth * orders / (len(orders) - 1))
+            for cell in range(4):
+                rates[cells == cell] /= np.median(rates[cells == cell])
+            change = drift_over_study(orders, rates).change
+            held.append(change.low <= truth <= change.high)
+        shares.append(np.mean(held))
+    print(f"\n{noise}, drift {truth:g}, 3, 5, 10 repeats: {', '.join(f'{100 * share:.1f} %' for share in shares)}")
+    assert min(shares) >= 0.93

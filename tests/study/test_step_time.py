@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from made_up import LAWS, a_machine
+from made_up import LAWS, NOISES, a_machine, repeats
 from tables import study
 
 from mnist_dist.study.analysis import Analysis
@@ -220,6 +220,32 @@ def test_what_is_trusted_holds(law):
     trusted = [one for one in forecasts((law, 3)) if one.is_trusted]
     assert all(np.mean(one.holds) >= 0.75 for one in trusted)
     assert bool(trusted) == (law in ("ring", "tree", "overlap", "half the bandwidth beyond 8"))
+
+
+def parameters_held(case):
+    """Of a table with a known truth: each parameter that the cells decide, whether its interval holds the truth."""
+    noise, seed = case
+    random, places = np.random.default_rng(seed), places_of()
+    # a model is one of geometric means, which some noise moves
+    centre = math.exp(np.log(repeats(noise, NOISE, 10**5, np.random.default_rng(0))).mean())
+    model = fit(Cells(places, [one * repeats(noise, NOISE, REPEATS, random) / centre
+                               for one in seconds(TRUTH, places)]))
+    return [(PARAMETERS[at], model.parameter(at).low <= TRUTH[at] <= model.parameter(at).high)
+            for at in (0, 1, LATENCY, TRANSFER) if at not in model.best.undecided]
+
+
+@pytest.mark.faults
+def test_parameters_hold_the_truth():
+    """60 tables of each kind of noise, 5 repeats that spread by 3 %."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    held: dict[str, list[bool]] = {}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for of_table in pool.map(parameters_held, [(noise, seed) for noise in NOISES for seed in range(60)]):
+            for name, holds in of_table:
+                held.setdefault(name, []).append(holds)
+    for name, holds in held.items():
+        print(f"\n{name}: the interval holds the truth in {100 * np.mean(holds):.1f} % of {len(holds)} tables")
+    assert all(np.mean(holds) >= 0.95 - 0.02 for holds in held.values())
 
 
 @pytest.mark.faults

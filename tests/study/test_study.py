@@ -130,8 +130,9 @@ def test_a_broken_run_is_run_anew_and_alone(tmp_path):
 
 
 @pytest.mark.parametrize("number, status", [
-    (signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
-    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.long)])
+    (signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.faults),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.faults)])
 def test_stopped_in_the_middle_and_continued(number, status, tmp_path):
     words = ["study", "--script", STAND_IN, "--batch-sizes", "10,20,30", "--repeats", "2", "--output-dir",
              str(tmp_path), "--wandb", "disabled", "--", "--seconds", "0.3"]
@@ -168,6 +169,7 @@ def test_two_processes_of_a_script(tmp_path, capsys):
     assert "cannot run: batch 2 on 3 processes" in capsys.readouterr().out.split("[1/")[0]
 
 
+@pytest.mark.long
 def test_our_own_training(small_dir, tmp_path):
     words = ["study", "--batch-sizes", "100", "--repeats", "1", "--lrs", "1e-3", "--output-dir", str(tmp_path / "s"),
              "--data-dir", str(small_dir), "--epochs", "1", "--wandb", "disabled"]

@@ -13,7 +13,7 @@ import pytest
 from support import assert_one_line_error, run_here
 
 from mnist_dist.study.slurm import NEVER, main
-from mnist_dist.study.table import read_table
+from mnist_dist.study.table import rate_of, read_table
 
 GRID = ["--launcher", "slurm", "--batch-sizes", "10,20", "--processes", "1,2", "--wandb", "disabled"]
 
@@ -199,6 +199,25 @@ def test_a_study_whose_login_session_ends(slurm, small_dir, tmp_path):
     assert (folder / "report.html").exists() and states() == {}
     printed, _ = start().communicate(timeout=200)
     assert "[2/2] " in printed and {row["status"] for row in read_table(folder)} == {"completed"}, printed
+
+
+@pytest.mark.faults
+def test_any_command_in_the_queue(slurm, tmp_path):
+    """A shell script that is not changed: each of its processes prints a rate."""
+    (tmp_path / "train.sh").write_text("echo $1 samples, tok/sec: $((1000 * $SLURM_NTASKS))\n")
+    command = [sys.executable, "-m", "mnist_dist", "study", "--launcher", "slurm", "--command",
+               f"srun --ntasks={{processes}} sh {tmp_path / 'train.sh'} {{batch_size}}", "--rate-from",
+               r"tok/sec: (\d+)", "--unit", "tokens", "--batch-sizes", "8,16", "--processes", "1,2", "--repeats", "1",
+               "--wandb", "disabled", "--output-dir", str(tmp_path / "s")]
+    done = subprocess.run(command, env=slurm.environment, cwd=tmp_path, text=True, capture_output=True, timeout=400)
+    print(done.stdout, done.stderr)
+    rows = read_table(tmp_path / "s")
+    assert done.returncode == 0 and len(rows) == 6
+    for row in rows:
+        assert rate_of(row) == pytest.approx(1000 * row["processes"])
+        assert row["summary"]["printed_rates"] == row["processes"]
+        output = (tmp_path / "s" / "runs" / row["run"] / "output.txt").read_text()
+        assert output.count(f"{row['global_batch_size']} samples") == row["processes"]
 
 
 @pytest.mark.faults

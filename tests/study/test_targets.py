@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
+import made_up
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up import NOISES
 from tables import row, study
 
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.goals import goal_of
-from mnist_dist.study.grid import Cell
+from mnist_dist.study.grid import Cell, cell_of
 from mnist_dist.study.report import write_report
 from mnist_dist.study.table import read_table, write_table
 from mnist_dist.study.targets import reached_at, targets_of
@@ -99,6 +101,10 @@ def test_an_evaluation_at_the_target_is_exact():
     assert reached_at(*run(0.9, 0.3)).samples == pytest.approx(2000)
 
 
+def normal(spread, size, random):
+    return made_up.repeats("normal", spread, size, random)
+
+
 def with_target(rows, samples):
     for one in rows:
         one["summary"]["targets"] = [{"target_nll": 0.3, "step": samples(one) / one["global_batch_size"],
@@ -127,6 +133,34 @@ def test_of_equal_cells_none_is_slower_than_the_soonest(repeats, tables):
         wrong += any(target.ratio(one, soonest).excludes(1) for one in target.times)
     print(f"\\n{wrong} of {tables} studies of {repeats} repeats call one of 20 equal cells slower than the soonest")
     assert wrong / tables <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / tables)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("repeats", [3, 5, 10])
+def test_times_hold_the_truth(repeats, noise):
+    """500 tables of two cells: the seconds of each, and how many times as long one takes."""
+    random = np.random.default_rng(repeats)
+    first, second = Cell(50, 1), Cell(100, 1)
+    # the seconds of a run are its samples over its rate: their median over all runs, by simulation
+    median = np.median(normal(0.03, 10**6, random) / made_up.repeats(noise, 0.02, 10**6, random))
+    held, levels = [], []
+    for seed in range(500):
+        rows = study({first: 1.0, second: 1.0}, repeats, 0.0, seed)
+        samples = {first: 20_000 * normal(0.03, repeats, random), second: 30_000 * normal(0.03, repeats, random)}
+        for one in with_target(rows, lambda one, samples=samples: samples[cell_of(one)][one["repeat"] - 1]):
+            one["epochs"][0]["measured_seconds"] = 1.0
+            one["epochs"][0]["measured_samples"] = 1000 * float(made_up.repeats(noise, 0.02, 1, random)[0])
+        (target,) = targets_of(Analysis(rows))
+        times = {one.cell: one for one in target.times}
+        ratio = target.ratio(times[second], times[first])
+        held.append([times[first].seconds.low <= 20 * median <= times[first].seconds.high,
+                     ratio.low <= 1.5 <= ratio.high])
+        levels.append([times[first].seconds.level, ratio.level])
+    shares = np.mean(held, axis=0)
+    print(f"\n{noise}, {repeats} repeats: the seconds hold the truth in {100 * shares[0]:.1f} %, their ratio in "
+          f"{100 * shares[1]:.1f} %")
+    assert (shares >= np.array(levels[0]) - 0.02).all()
 
 
 def test_cells_of_one_batch_differ_by_their_step_alone():

@@ -126,7 +126,8 @@ def assert_same(*trainers):
 
 
 @pytest.mark.parametrize(("batch_size", "passes", "parts"), [
-    pytest.param(401, 2, 10, marks=pytest.mark.long), (1, 1, 1), (2, 2, 2)])
+    pytest.param(401, 2, 10, marks=pytest.mark.long), pytest.param(1, 1, 1, marks=pytest.mark.long),
+    pytest.param(2, 2, 2, marks=pytest.mark.faults)])
 def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir, monkeypatch):
     """Two passes of 201 samples in five parts each, of which the last batch, of 207, fills three; or single samples."""
     monkeypatch.setattr(compiled, "PART", 40)
@@ -137,11 +138,12 @@ def test_very_large_and_very_small_batches(batch_size, passes, parts, small_dir,
 
 
 @pytest.mark.parametrize(("batch_size", "number", "wanted_counts"), [
-    (97, 2, {"bmm": 3, "mm": 0, "addmm": 0}),  # the first weight's, and the gradient of the second, in two blocks
+    # the first weight's, and the gradient of the second, in two blocks
+    pytest.param(97, 2, {"bmm": 3, "mm": 0, "addmm": 0}, marks=pytest.mark.long),
     pytest.param(600, 2, {"bmm": 0, "mm": 2, "addmm": 1}, marks=pytest.mark.faults),  # the others: inductor's own loops
     pytest.param(2, 2, {"bmm": 1, "mm": 0, "addmm": 0}, marks=pytest.mark.faults),  # the first activations
-    (1, 2, {"bmm": 0, "mm": 0, "addmm": 0}),
-    pytest.param(97, 1, {"bmm": 0, "mm": 3, "addmm": 2}, marks=pytest.mark.long),  # one thread: the graph as it was
+    pytest.param(1, 2, {"bmm": 0, "mm": 0, "addmm": 0}, marks=pytest.mark.faults),
+    pytest.param(97, 1, {"bmm": 0, "mm": 3, "addmm": 2}, marks=pytest.mark.faults),  # one thread: the graph as it was
 ])
 def test_products_fit_adams_loop_which_divides_once_for_a_weight(batch_size, number, wanted_counts, small_dir,
                                                                  monkeypatch):
@@ -173,7 +175,8 @@ def two_threads():
         yield
 
 
-@pytest.mark.parametrize("batch_size", [1, 97])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.faults),
+                                        pytest.param(97, marks=pytest.mark.long)])
 def test_beside_a_busy_process_it_has_the_same_bits_with_one_thread(batch_size, small_dir, two_threads, monkeypatch):
     """Of PyTorch's own products. oneDNN shares its products out by the number of threads: the next test."""
     monkeypatch.setattr(products, "ONEDNN_FROM", {})
@@ -193,6 +196,7 @@ def test_beside_a_busy_process_it_has_the_same_bits_with_one_thread(batch_size, 
     assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
 
 
+@pytest.mark.long
 def test_where_one_thread_gives_other_bits_all_threads_are_taken(small_dir, two_threads, monkeypatch):
     entered, made = [], []
 
@@ -216,7 +220,8 @@ def test_where_one_thread_gives_other_bits_all_threads_are_taken(small_dir, two_
 
 
 @pytest.mark.skipif(not products.has_onednn(), reason="this PyTorch has no oneDNN")
-@pytest.mark.parametrize(("least", "wanted_count"), [(97 * 784 * 256, 2), pytest.param(1, 5, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("least", "wanted_count"), [
+    pytest.param(97 * 784 * 256, 2, marks=pytest.mark.long), pytest.param(1, 5, marks=pytest.mark.faults)])
 def test_large_products_are_onednns(least, wanted_count, small_dir, two_threads, monkeypatch):
     """Of the first layer, or all of a step; the same training but for rounding, and for other products than MKL's."""
     counted = []
@@ -239,6 +244,7 @@ def test_large_products_are_onednns(least, wanted_count, small_dir, two_threads,
     torch.testing.assert_close(trainers[0].sums, trainers[1].sums, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_beside_a_busy_process_products_of_onednn_have_the_same_bits(small_dir, two_threads, monkeypatch):
     monkeypatch.setattr(products, "ONEDNN_FROM", {processor_family(): {"compiled": 1}})
     alone, beside = (after_three_steps(small_dir, "on", dtype="float32", batch_size=97, others_are_there=there)

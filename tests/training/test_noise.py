@@ -75,6 +75,7 @@ def test_processes_and_passes_change_nothing(some, others, on_each):
         assert 0 < ours["noise_scale_low"] < ours["noise_scale"] < ours["noise_scale_high"]
 
 
+@pytest.mark.long
 def test_a_run_measures_what_the_formula_says(small_dir, on_each):
     """By hand: the same training and all gradients of each step, of which the plain step takes some."""
     train = load("mnist", str(small_dir)).train
