@@ -150,7 +150,7 @@ class Interrupted(MnistDistError):
 
 
 def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[[str], None]) -> None:
-    """The runs that are planned and not done, and with `--precision` those that follow from them."""
+    """Do the planned runs that are not done. With `--precision`, then do rounds of further runs."""
     pending = show_plan(study, machine, say)
     if request.precision is None:
         _do_runs(study, pending, request, machine, say)
@@ -158,17 +158,18 @@ def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[
     last = [run for run in pending if run.role == "last"]
     if not _do_runs(study, [run for run in pending if run.role != "last"], request, machine, say):
         return
-    from mnist_dist.study import rounds  # scipy takes a second to import
+    from mnist_dist.study import analysis, rounds  # scipy takes a second to import
 
     cells, open_cells = set(request.grid.cells()), 0
     while True:
         rows = study.rows()
-        new = rounds.next_round([run for run in study.runs if run.cell in cells], rows, request.precision, request.seed)
+        runs, figures = [run for run in study.runs if run.cell in cells], analysis.Analysis(rows)
+        new = rounds.next_round(runs, figures, request.precision, request.seed)
         if not new:
             break
         if len(new) != open_cells:
             open_cells = len(new)
-            about = rounds.expected_runs(new, rounds.rates_by_cell(rows), request.precision)
+            about = rounds.expected_runs(new, figures, request.precision)
             say(f"{counted(open_cells, 'cell is', 'cells are')} not known to {100 * request.precision:g} % yet: about "
                 f"{counted(len(about), 'further run')}, {say_duration(estimate(about, rows, study.fixed))}")
         study.runs = [*(run for run in study.runs if run not in last), *new, *last]

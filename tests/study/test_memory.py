@@ -58,6 +58,19 @@ def test_a_cell_out_of_memory_runs_once(repeats, sizes, tmp_path, capsys):
         assert len(tried) == sum(size >= 32 for size in by_size)
 
 
+def test_a_cell_that_runs_out_of_memory_later_ends_too(tmp_path):
+    """With --precision: two repeats are done, the third is out of memory, and no round follows."""
+    program, folder = tmp_path / "train.sh", tmp_path / "s"
+    result = ('{"status": "completed", "environment": {"num_processes": 1}, "summary": {"global_batch_size": 200}, '
+              '"epochs": [{"measured_samples": 100, "measured_seconds": 1.%s}]}')
+    program.write_text(f"[ $2 = 2 ] && {{ echo MemoryError >&2; exit 1; }}\nprintf '{result}' $2 > $1/result.json\n")
+    words = ["study", "--command", f"sh {program} {{output_dir}} {{seed}}", "--precision", "1%", "--wandb", "disabled",
+             "--output-dir", str(folder)]
+    assert run_here(words) == 1
+    assert [(row["role"], row["status"]) for row in read_table(folder)] == [
+        ("first", "completed"), *[("repeat", "completed")] * 2, ("repeat", "failed"), ("none", "impossible")]
+
+
 @pytest.mark.parametrize("printed", [
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
     "RuntimeError: [enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried to",

@@ -156,11 +156,8 @@ def test_a_right_command_and_a_program_that_is_not_there():
     (["--quick", "--command", "sh {output_dir}"], "--quick chooses the grid by itself, got --command"),
     (["--command", "sh {output_dir}", "--script", "t.py"], "--script t.py and --command say two things"),
 ])
-def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_here(["study", *words, "--output-dir", "s"]) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and message in errors and not list(tmp_path.iterdir())
+def test_bad_input_is_one_line(words, message, assert_refused):
+    assert_refused(words, message)
 
 
 def test_an_axis_of_our_own_training(tmp_path, capsys):
