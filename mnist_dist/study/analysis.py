@@ -24,7 +24,7 @@ from mnist_dist.study.statistics import (
     ratio,
 )
 from mnist_dist.study.steadiness import LEAST_WINDOWS, Drift, drift_over_study, steadiness
-from mnist_dist.study.table import SAMPLES, Row, rate_of, unit_of, units_per_sample
+from mnist_dist.study.table import SAMPLES, Row, rate_of, step_ms_of, unit_of, units_per_sample
 from mnist_dist.text import counted
 
 # A run is an outlier if it is OUTLIER times faster or slower than its cell's median, and FAR_OFF times as far off the
@@ -89,8 +89,8 @@ class CellFigures:
 
     @cached_property
     def steps_ms(self) -> np.ndarray:
-        """The same of each run."""
-        return 1000 * self.cell.global_batch_size * self.units_per_sample / self.rates
+        """[runs] milliseconds for a step on a whole global batch."""
+        return np.array([step_ms_of(run.row, run.rate) for run in self.repeats])
 
     @property
     def peak_memory_bytes(self) -> float | None:

@@ -31,7 +31,7 @@ from mnist_dist.study.grid import (
     arguments_of,
 )
 from mnist_dist.study.launches import Machine, look_at_machine
-from mnist_dist.study.printed import Printed, pattern_of, unit_of
+from mnist_dist.study.printed import Printed, pattern_of, read_unit
 from mnist_dist.study.program import Program, check_command, read_axes
 from mnist_dist.study.quick import OPTIONS as OPTIONS_OF_QUICK
 from mnist_dist.study.request import Request
@@ -224,7 +224,7 @@ def _printed(given: argparse.Namespace) -> Printed | None:
     if given.script is None and given.command_line is None:
         raise UserError(f"--rate-from {cut(given.rate_from)!r} is for a --command or a --script: name one of them")
     _one("--rate-from", given.rate_from, pattern_of)
-    unit, units_per_sample = _one("--unit", given.unit or SAMPLES, unit_of)
+    unit, units_per_sample = _one("--unit", given.unit or SAMPLES, read_unit)
     return Printed(given.rate_from, given.rate_at or RATE_AT[0], given.rate_of or RATE_OF[0], unit, units_per_sample)
 
 

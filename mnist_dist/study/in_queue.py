@@ -20,8 +20,8 @@ from mnist_dist.text import counted
 
 def _submit(study: Study, pending: Sequence[PlannedRun], request: Request, say: Callable[[str], None]
             ) -> dict[str, str]:
-    """Submit the runs that are not in SLURM's queue. Returns the names of those that SLURM refuses, each with the
-    reason. Raises `UserError` if it refuses all of them and no other run is in the queue.
+    """Submit the runs that are not in SLURM's queue yet. Returns the refused runs by their names, with SLURM's reasons.
+    Raises `UserError` if SLURM refuses all of them and no other run is in the queue.
     """
     submitted = {name for job in study.jobs for name in job.runs}
     new = [run for run in pending if run.name not in submitted]
@@ -43,7 +43,7 @@ def _submit(study: Study, pending: Sequence[PlannedRun], request: Request, say: 
 
 
 def do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, machine: Machine,
-                 say: Callable[[str], None]) -> None:
+                say: Callable[[str], None]) -> None:
     """Submit the runs that are not in SLURM's queue, and wait for all. What has failed since another command of this
     study submitted it gets its row; the next command submits it again.
     """

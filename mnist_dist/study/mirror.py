@@ -12,7 +12,7 @@ from mnist_dist.record.mirror import Mirror
 from mnist_dist.study.analysis import Analysis
 from mnist_dist.study.grid import cell_of
 from mnist_dist.study.report import FORECASTS, PICTURES, REPORT
-from mnist_dist.study.table import CSV, JSONL, Row, rate_of, units_per_sample
+from mnist_dist.study.table import CSV, JSONL, Row, rate_of, step_ms_of
 from mnist_dist.study.words import name_of_line
 
 COLUMNS = ("run", "batch size", "processes", "options", "rate", "ms per step", "status", "reason")
@@ -65,5 +65,4 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
 def _line(row: Row) -> list[Any]:
     cell, rate = cell_of(row), rate_of(row)
     return [row["run"], cell.global_batch_size, cell.processes, ", ".join(f"{k} {v}" for k, v in cell.options), rate,
-            rate and 1000 * cell.global_batch_size * units_per_sample(row) / rate, row["status"],
-            row.get("reason") or ""]
+            rate and step_ms_of(row, rate), row["status"], row.get("reason") or ""]

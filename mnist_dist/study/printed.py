@@ -1,8 +1,8 @@
 """The rate of a program that is not changed, from what it prints (`--rate-from`).
 
 Each match is a window: programs print a rate after the same number of steps each time, so that all windows have the
-same work. The first windows are left out if they belong to the warm-up: those that are far slower than the others
-(compilation), and those before a jump, by the test of steadiness that all runs go through.
+same work. The first windows are left out if they belong to the warm-up. Some are far slower than the others: these
+have the compilation in them. Others are before a jump, which the test of steadiness of all runs finds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from mnist_dist.errors import UserError
 from mnist_dist.study.grid import RATE_AT, RATE_OF, Cell
-from mnist_dist.study.table import SAMPLES
+from mnist_dist.study.table import SAMPLES, UNIT
 from mnist_dist.text import cut
 
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\))")  # colours, and titles of terminals
@@ -66,9 +66,9 @@ def pattern_of(text: str) -> re.Pattern[str]:
     return pattern
 
 
-def unit_of(text: str) -> tuple[str, float]:
+def read_unit(text: str) -> tuple[str, float]:
     """`tokens=2048` as ("tokens", 2048.0), `images` as ("images", 1.0). Raises `ValueError`."""
-    match = re.fullmatch(r"([A-Za-z][A-Za-z ]{0,29})(?:=(\d{1,12}(?:\.\d{1,9})?))?", text, re.ASCII)
+    match = re.fullmatch(rf"({UNIT})(?:=(\d{{1,12}}(?:\.\d{{1,9}})?))?", text, re.ASCII)
     if match is None or (match[2] and not float(match[2])):
         raise ValueError("a unit, as images, or one with how many of it a sample has, as tokens=2048")
     return match[1], float(match[2] or 1)

@@ -68,7 +68,7 @@ def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> lis
 
 
 def add_row(study: Study, run: PlannedRun, say: Callable[[str], None], place: str, left: Sequence[PlannedRun] = ()
-             ) -> None:
+            ) -> None:
     """The run is over: write the table with it, and a line."""
     rows = study.rows()
     write_table(study.folder, rows)

@@ -304,25 +304,24 @@ def _step_time(page: Page, analysis: Analysis, folder: Path) -> None:
 
 def _memory(page: Page, analysis: Analysis) -> None:
     """For each number of processes the largest batch size that fits, with its peak memory, and what does not fit."""
-    too_large = {cell_of(row): row for row in analysis.failed if row.get("out_of_memory")}
-    fits: dict[tuple[Options, int], CellFigures] = {}
-    for cell, figures in analysis.cells.items():
-        kind = cell.options, cell.processes
-        if kind not in fits or cell.global_batch_size > fits[kind].cell.global_batch_size:
-            fits[kind] = figures
-    if not too_large and not any(figures.peak_memory_bytes for figures in fits.values()):
+    too_large = [cell_of(row) for row in analysis.failed if row.get("out_of_memory")]
+    # by batch size: the last cell of a kind is the largest that fits, and from behind the smallest that does not
+    largest = {(cell.options, cell.processes): figures for cell, figures in analysis.cells.items()}
+    beyond = {(cell.options, cell.processes): cell
+              for cell in sorted(too_large, key=lambda cell: cell.place, reverse=True)}
+    if not beyond and not any(figures.peak_memory_bytes for figures in largest.values()):
         return
-    lines: list[list[Inline]] = []
     every = [*analysis.cells, *too_large]
-    for options, processes in sorted({*fits, *((cell.options, cell.processes) for cell in too_large)}):
-        largest = fits.get((options, processes))
-        beyond = min((cell.global_batch_size for cell in too_large if (cell.options, cell.processes)
-                      == (options, processes)), default=None)
-        peak = largest.peak_memory_bytes if largest else None
-        words = cell_words(Cell(largest.cell.global_batch_size if largest else 0, processes, options), every)
-        lines.append([words[0] if largest else "none", *words[1:],
-                      number(largest.per_device_batch_size) if largest else "-",
-                      number(peak / 2**20) if peak else "-", f"{beyond:,}" if beyond else "-"])
+    lines: list[list[Inline]] = []
+    for kind in sorted({*largest, *beyond}):
+        fits = [f"{beyond[kind].global_batch_size:,}" if kind in beyond else "-"]
+        if figures := largest.get(kind):
+            peak = figures.peak_memory_bytes
+            batch, *words = cell_words(figures.cell, every)
+            fits = [number(figures.per_device_batch_size), number(peak / 2**20) if peak else "-", *fits]
+        else:
+            batch, words, fits = "none", cell_words(beyond[kind], every)[1:], ["-", "-", *fits]
+        lines.append([batch, *words, *fits])
     page.add(Heading(2, "Memory"),
              Table(["largest batch size that fits", *cell_head(every)[1:], "batch per process", "peak memory, MiB",
                     "smallest that does not fit"], lines),

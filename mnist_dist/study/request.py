@@ -55,11 +55,10 @@ def extend(study: Study, request: Request, machine: Machine) -> None:
         study.impossible.pop(cell, None)
     study.impossible |= cannot
     study.program, study.fixed = request.program, dict(request.fixed)
-    if request.hold_out is not None:
-        study.hold_out = request.hold_out
-    if request.precision is not None:
-        study.precision = request.precision
-    study.forget()  # each row says both
+    said = (request.hold_out or study.hold_out, request.precision or study.precision)
+    if said != (study.hold_out, study.precision):  # each row has both
+        study.hold_out, study.precision = said
+        study.forget()
     new = plan(can, request.grid, request.seed, len(study.grids) + 1, (run.name for run in study.runs))
     if new:
         study.grids.append({"command": request.command, "seed": request.seed, "first_run": len(study.runs) + 1,

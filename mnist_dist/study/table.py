@@ -31,6 +31,7 @@ Row = dict[str, Any]
 # By which part the sums of windows may differ from their epoch's: seconds are those of the slowest process.
 PARTS_OF_WINDOWS = {"measured_samples": (1, "samples", 0.001), "measured_seconds": (2, "seconds", 0.2)}
 SAMPLES = "samples"  # the unit of a rate, if the result names no other
+UNIT = r"[A-Za-z][A-Za-z ]{0,29}"  # what a unit may be
 NEEDED_OF_EPOCH = ("measured_samples", "measured_seconds")
 
 
@@ -104,7 +105,7 @@ def _wrong(values: Mapping[str, Any]) -> list[str]:
             if not all(one.get(key) is None or is_number(one[key]) for one in evaluations):
                 return [f"right epochs[{number}] ({cut(key)} is no number)"]
     unit = values["summary"].get("unit")
-    if unit is not None and not (isinstance(unit, str) and re.fullmatch(r"[A-Za-z][A-Za-z ]{0,29}", unit)):
+    if unit is not None and not (isinstance(unit, str) and re.fullmatch(UNIT, unit)):
         return [f"right summary.unit (at most 30 letters, as tokens; got {unit!r:.50})"]
     for name in ("units_per_sample", "flop_per_sample", "printed_rates"):
         figure = values["summary"].get(name)
@@ -135,7 +136,7 @@ def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _is_target(one: Any) -> bool:
     """A target that was reached says where; one that was not has null there."""
-    return isinstance(one, dict) and is_goal(one) and (
+    return isinstance(one, dict) and is_goal(one) and _is_figure(one.get("target_nll") or 0) and (
         all(name in one and (one[name] is None or _is_figure(one[name])) for name in ("step", "samples"))
         and (one["step"] is None) == (one["samples"] is None))
 
@@ -153,6 +154,11 @@ def rate_of(row: Row) -> float | None:
         return None
     samples, seconds = (sum(epoch[name] for epoch in row["epochs"]) for name in NEEDED_OF_EPOCH)
     return samples * units_per_sample(row) / seconds if samples and seconds else None
+
+
+def step_ms_of(row: Row, rate: float) -> float:
+    """Milliseconds for a step on a whole global batch, of a run with this throughput."""
+    return 1000 * row["global_batch_size"] * units_per_sample(row) / rate
 
 
 def unit_of(row: Row) -> str:

@@ -12,7 +12,7 @@ from support import run_here
 
 from mnist_dist.errors import UserError
 from mnist_dist.study.grid import Cell
-from mnist_dist.study.printed import Printed, number_of, pattern_of, rates_in, result_from, unit_of, warmup_of
+from mnist_dist.study.printed import Printed, number_of, pattern_of, rates_in, read_unit, result_from, warmup_of
 from mnist_dist.study.table import rate_of, read_table
 
 CELL = Cell(64, 2)
@@ -119,10 +119,10 @@ def test_no_rate_is_one_line():
 
 
 def test_units_and_patterns():
-    assert unit_of("images") == ("images", 1.0) and unit_of("tokens=2048") == ("tokens", 2048.0)
+    assert read_unit("images") == ("images", 1.0) and read_unit("tokens=2048") == ("tokens", 2048.0)
     for text in ("", "1", "tokens=", "tokens=0", "tokens=-1", "to/kens", "x" * 31, "tokens=inf"):
         with pytest.raises(ValueError, match="a unit"):
-            unit_of(text)
+            read_unit(text)
     for text in ("", "rate", "(a)(b)", "(", "(?:a)"):
         with pytest.raises(ValueError, match="one group around the number"):
             pattern_of(text)
@@ -165,13 +165,12 @@ def test_a_study_of_a_program_that_is_not_changed(tmp_path, capsys):
     (["--rate-from", "(x)", "--unit", "9"], "--unit must be a unit, as images"),
     (["--rate-at", "end"], "--rate-at end is for --rate-from"), (["--unit", "tokens"], "--unit tokens is for"),
 ])
-def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_here(["study", "--command", "sh -c 'echo {batch_size}'", *words, "--output-dir", "s"]) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and message in errors and not list(tmp_path.iterdir())
-    assert run_here(["study", "--rate-from", "(x)", "--output-dir", "s"]) == 2
-    assert "is for a --command or a --script" in capsys.readouterr().err
+def test_bad_input_is_one_line(words, message, assert_refused):
+    assert_refused(["--command", "sh -c 'echo {batch_size}'", *words], message)
+
+
+def test_our_own_training_prints_no_rate(assert_refused):
+    assert_refused(["--rate-from", "(x)"], "is for a --command or a --script")
 
 
 def test_a_run_that_prints_no_rate_is_a_failed_row(tmp_path):
