@@ -14,8 +14,9 @@ OSDI 2021). Each law with each of some `hidden` is a hypothesis. Those that the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
 from typing import Any, NamedTuple
@@ -127,8 +128,11 @@ class Model:
         return sorted({fit.hypothesis.law.name for fit in self.fits})
 
     def parameter(self, index: int) -> Interval:
-        """A parameter of the closest hypothesis with its interval."""
-        return interval_of_draws(self.best.values[index], self.best.draws[:, index], self.runs)
+        """A parameter of the closest hypothesis, with an interval that spans all hypotheses of the same law."""
+        intervals = [interval_of_draws(self.best.values[index], fit.draws[:, index], self.runs) for fit in self.fits
+                     if fit.hypothesis.law == self.best.hypothesis.law]
+        return replace(intervals[0], low=min(interval.low for interval in intervals),
+                       high=max(interval.high for interval in intervals))
 
     def draws(self, places: Sequence[Place]) -> np.ndarray:
         """[n, places] seconds of a step, from all hypotheses."""
@@ -204,8 +208,13 @@ class Cells:
 
     @cached_property
     def estimates(self) -> list[Estimate]:
-        """Of each place the seconds of a step."""
-        return estimates(self.runs)
+        """Of each place the seconds of a step.
+
+        Cells whose spreads are not pooled have at least the mean of their variances. A few runs have a small spread by
+        chance, and skewed noise then also makes their mean too small.
+        """
+        return [replace(cell, error=max(cell.error, self._usual)) if is_alone else cell
+                for cell, is_alone in zip(self._spreads, self._alone, strict=True)]
 
     @cached_property
     def means(self) -> np.ndarray:
@@ -214,8 +223,26 @@ class Cells:
 
     @cached_property
     def errors(self) -> np.ndarray:
-        """[places] by how much a law may be off a mean: a standard error, and what no law explains."""
-        return np.sqrt([one.error + MODEL_ERROR**2 for one in self.estimates])
+        """[places] by how much a law may be off a mean: a standard error, and what no law explains. Cells whose spreads
+        are not pooled weigh the same, because a weight from the spread of a few runs goes with their mean.
+        """
+        variances = np.where(self._alone, self._usual, [cell.error for cell in self._spreads])
+        return np.sqrt(variances + MODEL_ERROR**2)
+
+    @cached_property
+    def _spreads(self) -> list[Estimate]:
+        return estimates(self.runs)
+
+    @cached_property
+    def _alone(self) -> list[bool]:
+        """[places] whether a cell's spread is not pooled with another's."""
+        sharing = Counter(cell.pool for cell in self._spreads)
+        return [sharing[cell.pool] == 1 for cell in self._spreads]
+
+    @cached_property
+    def _usual(self) -> float:
+        """The mean variance of the cells whose spreads are not pooled."""
+        return float(np.mean([cell.error for cell in compress(self._spreads, self._alone)] or 0.0))
 
     def drawn(self, count: int, random: np.random.Generator) -> np.ndarray:
         """[count, places] logarithms of what the seconds may be: within the spread, and what no law explains."""

@@ -222,6 +222,9 @@ def test_what_is_trusted_holds(law):
     assert bool(trusted) == (law in ("ring", "tree", "overlap", "half the bandwidth beyond 8"))
 
 
+TABLES = 200
+
+
 def parameters_held(case):
     """Of a table with a known truth: each parameter that the cells decide, whether its interval holds the truth."""
     noise, seed = case
@@ -236,21 +239,19 @@ def parameters_held(case):
 
 @pytest.mark.faults
 def test_parameters_hold_the_truth():
-    """60 tables of each kind of noise, 5 repeats that spread by 3 %. Asserted for normal noise: with other noise the
-    cells with a small spread by chance count too much, and the intervals hold the truth less often.
-    """
+    """TABLES of each kind of noise, 5 repeats that spread by 3 %."""
     os.environ["OMP_NUM_THREADS"] = "1"
     held: dict[tuple[str, str], list[bool]] = {}
-    cases = [(noise, seed) for noise in NOISES for seed in range(60)]
+    cases = [(noise, seed) for noise in NOISES for seed in range(TABLES)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for (noise, _), of_table in zip(cases, pool.map(parameters_held, cases), strict=True):
             for name, holds in of_table:
                 held.setdefault((noise, name), []).append(holds)
     for (noise, name), holds in held.items():
         print(f"\n{noise}, {name}: the interval holds the truth in {100 * np.mean(holds):.1f} % of {len(holds)} tables")
-    # of 60 tables, 3 standard errors below 95 %
-    assert all(np.mean(holds) >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 60)
-               for (noise, _), holds in held.items() if noise == "normal")
+    # 2 points below 95 %, and 2 standard errors of that many tables
+    assert len(held) == 4 * len(NOISES)
+    assert all(np.mean(holds) >= 0.93 - 2 * math.sqrt(0.07 * 0.93 / len(holds)) for holds in held.values())
 
 
 @pytest.mark.faults
