@@ -290,8 +290,9 @@ def _left(cells: Cells, ring: tuple[float, float] | None, among: Sequence[Hypoth
         return f"its {needed} parameters need as many cells, and there are {len(cells.places)}"
     # without an exchange there is nothing to tell apart
     is_alone = all(place.processes == 1 for place in cells.places)
+    # rounded, because two laws with one free parameter each differ by rounding alone: then the first is the closest
     solved = sorted((_solve(cells, hypothesis, ring) for hypothesis in ([PLAIN] if is_alone else among)),
-                    key=lambda one: one.distance)
+                    key=lambda one: round(one.distance, 3))
     return [one for one in solved if one.distance <= solved[0].distance + WORSE]
 
 
