@@ -27,7 +27,7 @@ from mnist_dist import runner
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import load
 from mnist_dist.disk.files import replace_json
-from mnist_dist.processes.launch import Launch, child_environment
+from mnist_dist.processes.launch_environment import Launch, child_environment
 from mnist_dist.processes.team import join
 from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.trainer import Trainer

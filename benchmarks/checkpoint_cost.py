@@ -23,7 +23,7 @@ from mnist_dist.disk.files import replace_json
 from mnist_dist.record.checkpoint import CheckpointWriter
 from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.pauses import Pacer
 
 BATCH, STEPS, HISTORY = 200, 100, 20
 STATE = {"records": HISTORY * [2000 * "x"]}  # an epoch's line has 2,000 characters

@@ -33,7 +33,7 @@ import psutil
 from benchmarks.machine import describe
 from mnist_dist import runner
 from mnist_dist.disk.files import replace_json
-from mnist_dist.processes.launch import child_environment
+from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.tables import table
 
 EPOCHS, PROCESSES = 2, (1, 2, 3, 4)

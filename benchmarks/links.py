@@ -21,7 +21,7 @@ from benchmarks.hosts import Hosts
 from benchmarks.machine import describe
 from mnist_dist.disk.files import read_json, replace_json
 from mnist_dist.errors import UserError
-from mnist_dist.study.fabric import from_doctor
+from mnist_dist.study.analysis.measured_network import from_doctor
 from mnist_dist.tables import cell, spread, table
 
 ADDRESS, TIMEOUT_SECONDS = "10.77.0.1", 300.0

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from benchmarks.faults import named
 from benchmarks.machine import describe
 from mnist_dist.disk.files import replace_json
-from mnist_dist.processes.launch import child_environment
+from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.tables import number, table
 
 OPTIONS = ["--dataset", "mnist", "--processes", "2", "--batch-size", "200", "--epochs", "1000000", "--compile", "off",

@@ -8,7 +8,7 @@ import platform
 import re
 from typing import Any
 
-from mnist_dist.processes.launch import num_cores
+from mnist_dist.processes.launch_environment import num_cores
 from mnist_dist.record.environment import git_commit, processor_family, processor_name, vector_instructions
 
 LIBRARIES = ("torch", "torchvision", "accelerate", "lightning", "scikit-learn", "jax", "jaxlib", "numpy")
@@ -19,7 +19,7 @@ def describe() -> dict[str, Any]:
     import torch
 
     from benchmarks.products import gflops
-    from mnist_dist.processes.launch import read_launch
+    from mnist_dist.processes.launch_environment import read_launch
     from mnist_dist.processes.spawn import runs_on_cpu
 
     number = 0 if runs_on_cpu(read_launch()) else torch.cuda.device_count()

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.rows import Row
 from mnist_dist import runner
-from mnist_dist.processes.launch import child_environment, num_cores
+from mnist_dist.processes.launch_environment import child_environment, num_cores
 
 TIMEOUT_SECONDS = 1800  # of one measurement
 MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")

@@ -21,7 +21,7 @@ from benchmarks.variants import trainer
 from mnist_dist.data import Images, ImageSets, load
 from mnist_dist.tables import cell, number, spread, table
 from mnist_dist.training.model import MLP
-from mnist_dist.training.noise import EVERY, EVERY_SAMPLES, NoiseScale, SampleNorms, gradient_norm, noise_scale
+from mnist_dist.training.noise_scale import EVERY, EVERY_SAMPLES, NoiseScale, SampleNorms, gradient_norm, noise_scale
 from mnist_dist.training.steps.plain import loss_sum
 
 BATCH, ORDERS = 200, 20

@@ -4,7 +4,7 @@
 
 The five matrix products of a step, and then whole steps, at several batch sizes, with the threads of PyTorch, float32.
 The ways take turns; a figure is the median over the turns. At the end: the entry of this processor for `ONEDNN_FROM`
-(mnist_dist/training/products.py), the least multiplications from which a step with oneDNN is the faster one.
+(mnist_dist/training/cpu_products.py), the least multiplications from which a step with oneDNN is the faster one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from mnist_dist.data import ImageSets, load
 from mnist_dist.processes.team import Team
 from mnist_dist.record.environment import processor_family, processor_name
 from mnist_dist.tables import Spread, cell, spread, table
-from mnist_dist.training import products
-from mnist_dist.training.steps import Step
+from mnist_dist.training.steps import cpu_products
 from mnist_dist.training.steps.compiled import PART
+from mnist_dist.training.steps.step import Step
 from mnist_dist.training.trainer import Trainer
 
 INPUTS, HIDDEN, OUTPUTS = 784, 256, 10
@@ -43,7 +43,7 @@ Way = TypeVar("Way")
 
 def libraries() -> list[str]:
     """The libraries on this machine; OpenBLAS is the last."""
-    return [MKL, *[ONEDNN] * products.has_onednn(), OPENBLAS]
+    return [MKL, *[ONEDNN] * cpu_products.has_onednn(), OPENBLAS]
 
 
 class Product(NamedTuple):
@@ -65,7 +65,7 @@ class Product(NamedTuple):
         if library == MKL:
             return lambda: torch.mm(left, right.t(), out=result)
         if library == ONEDNN:
-            return lambda: products.product(left, right)
+            return lambda: cpu_products.product(left, right)
         arrays = left.numpy(), right.numpy().T, result.numpy()
         return lambda: np.dot(arrays[0], arrays[1], out=arrays[2])
 
@@ -177,7 +177,7 @@ def measure_steps(sets: ImageSets, batch_sizes: Sequence[int]) -> list[dict[str,
     for batch_size, (compile, kind) in itertools.product(batch_sizes, KINDS.items()):
         rules = {MKL: {}, ONEDNN: {processor_family(): {kind: batch_size * INPUTS * HIDDEN}}}
         for library, rule in rules.items():
-            with patch.object(products, "ONEDNN_FROM", rule):
+            with patch.object(cpu_products, "ONEDNN_FROM", rule):
                 cells[batch_size, kind, library] = trainer(sets, batch_size, compile).step
     seconds = {at: list[float]() for at in cells}
     for turn in range(STEP_TURNS + 1):

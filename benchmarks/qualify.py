@@ -29,10 +29,10 @@ from mnist_dist import runner
 from mnist_dist.cli import Parser
 from mnist_dist.disk.files import replace_json, replace_synced
 from mnist_dist.errors import UserError
-from mnist_dist.processes.launch import child_environment, num_cores
+from mnist_dist.processes.launch_environment import child_environment, num_cores
 from mnist_dist.record.gains import Gain, keep_gain
-from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.table import Row, read_table
+from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.plan.table import Row, read_table
 from mnist_dist.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]

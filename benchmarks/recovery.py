@@ -29,7 +29,7 @@ from benchmarks.faults import is_stepping, named
 from benchmarks.machine import describe
 from mnist_dist import runner
 from mnist_dist.disk.files import replace_json
-from mnist_dist.processes.launch import child_environment
+from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.tables import spread, table
 
 ROOT = Path(__file__).resolve().parents[1]

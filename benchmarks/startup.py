@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from mnist_dist.processes.launch import child_environment
+from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.tables import cell, spread, table
 
 OPEN = ("import sys, time; from mnist_dist.data import load; begin = time.perf_counter(); load('mnist', sys.argv[1]); "

@@ -26,7 +26,7 @@ from mnist_dist.config import Every
 from mnist_dist.data import Images, ImageSets, load, scale
 from mnist_dist.tables import cell, spread, table
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.pauses import Pacer
 from mnist_dist.training.steps import compiled
 from mnist_dist.training.steps.compiled import CompiledStep, compile_once, inductor_options
 from mnist_dist.training.steps.graph_pass import GraphPass

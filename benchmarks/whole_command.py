@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.machine import describe
 from mnist_dist.disk.files import replace_json
-from mnist_dist.processes.launch import child_environment
+from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.tables import cell, spread, table
 
 HAND_WRITTEN, JAX = "hand-written script", "the same in JAX"

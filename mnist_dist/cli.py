@@ -25,12 +25,12 @@ from mnist_dist import __version__
 from mnist_dist.config import HEADINGS, TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError
 from mnist_dist.output import complain, protect, say
-from mnist_dist.processes.launch import Launch, number_asked_of_accelerate, read_launch
-from mnist_dist.processes.signals import block_ignored, ending, interrupting, number_of
+from mnist_dist.processes.launch_environment import Launch, number_asked_of_accelerate, read_launch
 from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
+from mnist_dist.processes.stop_signals import block_ignored, ending, interrupting, number_of
 from mnist_dist.record.config_file import from_environment, merged, read_config, read_run_config
-from mnist_dist.record.folder import CONFIG, check_place
-from mnist_dist.study.grid import AXES, LAUNCHERS, RATE_AT, RATE_OF
+from mnist_dist.record.run_folder import CONFIG, check_place
+from mnist_dist.study.plan.grid import AXES, LAUNCHERS, RATE_AT, RATE_OF
 from mnist_dist.text import cut, is_text, whole, without_passwords
 from mnist_dist.worker import any_left
 
@@ -362,7 +362,7 @@ def _doctor(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> i
     config = training_config(given)
     if (status := _spawned(given, argv, launch, config)) is not None:
         return status
-    from mnist_dist.commands.doctor import doctor
+    from mnist_dist.commands.doctor.doctor import doctor
 
     return doctor(config, launch, given.json)
 
@@ -397,13 +397,13 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
     if given.command == "doctor":
         return _doctor(given, argv, launch or read_launch())
     if given.command in ("study", "report"):
-        from mnist_dist.study import command
+        from mnist_dist.commands import study
 
         if given.command == "report":
-            return command.report(given)
+            return study.report(given)
         _check_alone(given, launch)
         with interrupting():
-            return command.study(given, argv)
+            return study.study(given, argv)
     options = {name: value for name, value in vars(given).items() if name in {*SHARED, "wandb"}}
     of_run = _data_of_run(Path(given.run_dir)) if given.command == "predict" and not given.images else {}
     config = merged(of_run, from_environment("mirror"), options)

@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 import psutil
 
 from mnist_dist.errors import Diverged, UserError
-from mnist_dist.processes.launch import child_environment
+from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.record.result import RunResult, read_result
 
 MARK = "MNIST_DIST_PROCESS_TREES"  # environment variable: the marks of all trees that a process belongs to

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from support import epoch_record, idx_bytes, run_result
 
 from mnist_dist.cli import parse, training_config
+from mnist_dist.commands import study as study_command
 from mnist_dist.config import TrainConfig
 from mnist_dist.data.idx import read_idx
 from mnist_dist.data.picture import prepare, read_picture
@@ -29,10 +30,10 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.checkpoint import FORMAT, CheckpointWriter, load_newest
 from mnist_dist.record.config_file import config_text, merged, read_config
 from mnist_dist.record.result import read_result
-from mnist_dist.study import command, pictures
-from mnist_dist.study.folder import Study, open_study
-from mnist_dist.study.grid import Cell, PlannedRun
-from mnist_dist.study.table import read_contract, read_table
+from mnist_dist.study.plan.grid import Cell, PlannedRun
+from mnist_dist.study.plan.table import read_contract, read_table
+from mnist_dist.study.report import charts
+from mnist_dist.study.run.folder import Study, open_study
 from mnist_dist.text import one_line
 from mnist_dist.training.model import MLP
 from mnist_dist.training.progress import Progress
@@ -131,7 +132,7 @@ def report(draw, folder):
     table(draw, folder)
 
     def write():
-        assert command.report(argparse.Namespace(folders=[folder], hold_out=None, fail_if_slower=None,
+        assert study_command.report(argparse.Namespace(folders=[folder], hold_out=None, fail_if_slower=None,
                                                  junit=None)) == 0
         assert (folder / "report.md").stat().st_size and (folder / "report.html").stat().st_size
     return write
@@ -246,7 +247,7 @@ def is_a_line(error):
 def test_it_is_read_or_told(kind, number, tmp_path, monkeypatch):
     """Of reports, which take longer, a tenth."""
     number = number // 10 if kind == "report" else number
-    monkeypatch.setattr(pictures, "draw", lambda folder, name, *rest, **options: pictures.Picture(name, "", "<svg/>"))
+    monkeypatch.setattr(charts, "draw", lambda folder, name, *rest, **options: charts.Picture(name, "", "<svg/>"))
     told = [0]
 
     @settings(max_examples=number, deadline=None, derandomize=True, database=None,

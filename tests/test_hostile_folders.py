@@ -11,21 +11,20 @@ import struct
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 from disk.test_files import OBSTACLES, outside_of, place, snapshot
-from support import mnist_dist, mnist_dist_launched, result_of
+from support import ROOT, mnist_dist, mnist_dist_launched, result_of
 
 from mnist_dist.data.idx import STEMS
-from mnist_dist.record.folder import OF_A_RUN
-from mnist_dist.study.folder import LOG, RUNS, STUDY
-from mnist_dist.study.table import CSV, JSONL
+from mnist_dist.record.run_folder import OF_A_RUN
+from mnist_dist.study.plan.table import CSV, JSONL
+from mnist_dist.study.run.folder import LOG, RUNS, STUDY
 
 LINKS = [kind for kind in OBSTACLES if kind != "folder"]
 OF_A_STUDY = (STUDY, LOG, RUNS, JSONL, CSV, "pictures", "report.md", "report.html", ".lock")
 WORDS = ["--epochs", 1, "--max-steps", 8, "--batch-size", 50, "--wandb", "disabled", "--checkpoint-every", "4steps"]
-STAND_IN = Path(__file__).parent / "study" / "stand_in.py"
+STAND_IN = ROOT / "tests" / "helpers" / "stand_in.py"
 SECONDS = 60.0  # a command that takes longer hangs
 
 

@@ -8,7 +8,7 @@ import sys
 from support import ROOT, run
 
 PACKAGE = ROOT / "mnist_dist"
-EVERYWHERE = {"errors", "text"}  # parts that every other may import
+EVERYWHERE = {"__init__", "errors", "text"}  # parts that every other may import
 BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "text": set(),
     "errors": set(),
@@ -23,34 +23,72 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "console": {"config", "output", "record"},
     "runner": {"processes", "record"},
     "training": {"config", "data", "disk", "processes", "record", "console"},
-    "commands": {"config", "data", "disk", "output", "tables", "processes", "record", "console", "runner", "training"},
+    "commands": {"config", "data", "disk", "output", "tables", "processes", "record", "console", "runner", "training",
+                 "study"},
     "study": {"config", "disk", "output", "tables", "processes", "record", "runner"},
     "cli": {"config", "output", "worker", "record", "processes", "training", "commands", "study"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 WITHOUT_TORCH = ("text", "errors", "config", "disk.files", "output", "console", "cli", "runner", "tables", "record",
-                 "record.result", "record.measured", "record.mirror", "record.config_file", "processes.launch",
-                 "processes.signals", "study.command")
+                 "record.result", "record.rank_summary", "record.wandb_run", "record.config_file",
+                 "processes.launch_environment", "processes.stop_signals", "commands.study")
+# the rooms of the study, and the other rooms that each may import
+ROOMS = {"plan": set(), "analysis": {"plan"}, "report": {"analysis", "plan"}, "run": {"plan", "analysis", "report"}}
+
+
+def name_of(path):
+    """The dotted name of a module, without the package's."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(path):
-    """The parts of the package that a file imports, also inside functions."""
+    """What a file imports, at its head, inside functions and for type checks: modules, and names in modules."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
-            [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
-        for name in names:
-            if isinstance(node, ast.ImportFrom) and name == "mnist_dist":
-                yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
-            elif name.startswith("mnist_dist."):
-                yield name.split(".")[1]
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_of(imported):
+    """The module that an import needs: `a.b` of `mnist_dist.a.b` or of `mnist_dist.a.b.NAME`; None of another package.
+    """
+    name = imported.removeprefix("mnist_dist.")
+    if name != imported:
+        return name if name in MODULES else name.rpartition(".")[0] or "__init__"
+    return None
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+IMPORTS = {name: set(map(module_of, imports(path))) - {name, None} for name, path in MODULES.items()}
+
+
+def test_every_import_is_of_a_module():
+    assert set().union(*IMPORTS.values()) <= set(MODULES) and sum(map(len, IMPORTS.values())) > len(MODULES)
 
 
 def test_a_part_imports_only_from_below():
-    for path in PACKAGE.rglob("*.py"):
-        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for other in imports(path):
-            assert other == part or other in BELOW[part] | EVERYWHERE, f"{path.relative_to(ROOT)} imports {other}"
+    for name, imported in IMPORTS.items():
+        part = name.split(".")[0]
+        for other in {other.split(".")[0] for other in imported}:
+            assert other == part or other in BELOW[part] | EVERYWHERE, f"{name} imports {other}"
+
+
+def test_a_room_of_the_study_imports_only_from_below():
+    for name, imported in IMPORTS.items():
+        if name.startswith("study."):
+            room = name.split(".")[1]
+            for other in {other.split(".")[1] for other in imported if other.startswith("study.")}:
+                assert other == room or other in ROOMS[room], f"{name} imports {other}"
+
+
+def test_no_modules_form_a_circle():
+    left = dict(IMPORTS)
+    while leaves := [name for name, imported in left.items() if not imported & set(left)]:
+        for name in leaves:
+            del left[name]
+    assert not left, f"these modules import each other, directly or not: {sorted(left)}"
 
 
 def test_only_the_team_uses_collectives():
@@ -66,7 +104,7 @@ def test_no_module_but_launch_reads_a_launchers_variables():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         for name in ("\"RANK\"", "WORLD_SIZE\"", "\"SLURM_", "ACCELERATE_MIXED", "ACCELERATE_DYNAMO"):
-            assert name not in text or path.name == "launch.py", f"{path.relative_to(ROOT)}: {name}"
+            assert name not in text or path.name == "launch_environment.py", f"{path.relative_to(ROOT)}: {name}"
 
 
 def test_what_needs_no_torch_imports_none():

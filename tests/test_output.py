@@ -126,8 +126,8 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(small_dir, tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "mnist_dist", "train", "--data-dir", str(small_dir), *WORDS], cwd=tmp_path,
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={
-                **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'moments'}", "WAITS_AT": "start", "RANK": "0",
-                "WAITS_IN": str(waits), "WAITS_SECONDS": "0"})
+                **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers' / 'moments'}", "WAITS_AT": "start",
+                "RANK": "0", "WAITS_IN": str(waits), "WAITS_SECONDS": "0"})
         while not list(waits.iterdir()):
             assert process.poll() is None
             time.sleep(0.01)

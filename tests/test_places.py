@@ -8,14 +8,14 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from forked import run_forked
+from support import ROOT
 
 from benchmarks.faults import TIMES
 
-STAND_IN = str(Path(__file__).parent / "study" / "stand_in.py")
+STAND_IN = str(ROOT / "tests" / "helpers" / "stand_in.py")
 RUN = ["train", "--batch-size", 97, "--lr", "1e-3", "--epochs", 5, "--checkpoint-every", "4steps",
        "--gradient-accumulation-steps", 2, "--evaluate-every", "400samples", "--output-dir", "run", "--resume"]
 ENDS = {"target": ["--target-nll", 0.22], "steps": ["--max-steps", 27]}  # both in the middle of the third epoch

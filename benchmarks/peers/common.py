@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from mnist_dist.data import load
-from mnist_dist.processes.launch import read_launch
+from mnist_dist.processes.launch_environment import read_launch
 from mnist_dist.processes.spawn import runs_on_cpu
 
 

@@ -18,7 +18,7 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.data import ImageSets
 from mnist_dist.disk.files import make_folder, real, replace_synced
 from mnist_dist.output import say
-from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.launch_environment import Launch
 from mnist_dist.processes.team import Team, join
 from mnist_dist.tables import number, table
 from mnist_dist.training.trainer import Trainer
@@ -82,7 +82,7 @@ def lesson(config: TrainConfig, launch: Launch, output_dir: Path) -> None:
         say(f"  {batch_size:5,d}: {courses[-1].last.samples:9,d} samples in {courses[-1].last.seconds:.1f} s, test NLL "
             f"{courses[-1].last.nll:.4f}")
     lines = report_lines(courses, samples, seconds, len(sets.train))
-    from mnist_dist.record.pictures import draw_lesson
+    from mnist_dist.record.run_pictures import draw_lesson
 
     with writing_to(folder):
         draw_lesson([(course.batch_size, course.moments) for course in courses], folder / "lesson.png",

@@ -56,7 +56,7 @@ def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_j
         if notes:
             complain("warning", f"{cut(path)}: {'; '.join(notes)}")
     if drawn:
-        from mnist_dist.record.pictures import draw_seen
+        from mnist_dist.record.run_pictures import draw_seen
 
         target = _target(str(output))
         try:
@@ -70,7 +70,7 @@ def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_j
 
 def predict_grid(config: TrainConfig, run_dir: Path, output: str | None) -> None:
     """Draw the tutorial's grid of 16 test images with their predictions, and print these. Raises `UserError`."""
-    from mnist_dist.record.pictures import draw_predictions
+    from mnist_dist.record.run_pictures import draw_predictions
 
     model = load_model(run_dir)
     sets = open_images(config)

@@ -17,8 +17,8 @@ from mnist_dist.config import flag_of
 from mnist_dist.disk.files import read_limited, real, replace_synced
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
-from mnist_dist.record.folder import RESULT
 from mnist_dist.record.result import RunResult, read_result
+from mnist_dist.record.run_folder import RESULT
 
 
 class Protocol(NamedTuple):

@@ -34,7 +34,7 @@ def _row(values: torch.Tensor) -> str:
 
 def show(config: TrainConfig, output_dir: Path) -> None:
     """Print the look, and draw `digit.png` and `digits.png` into `output_dir`. Raises `UserError`."""
-    from mnist_dist.record.pictures import draw_digit, draw_grid
+    from mnist_dist.record.run_pictures import draw_digit, draw_grid
 
     notes: list[str] = []
     sets = open_images(config, notes.append)

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 from mnist_dist.disk.files import make_folder, remove, remove_tree, write_synced
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
-from mnist_dist.processes.launch import child_environment, num_cores, variables_of
-from mnist_dist.processes.meeting import Wait
-from mnist_dist.processes.signals import StopSignals
+from mnist_dist.processes.launch_environment import child_environment, num_cores, variables_of
+from mnist_dist.processes.rendezvous import Wait
+from mnist_dist.processes.stop_signals import StopSignals
 from mnist_dist.text import counted, cut, first_line
 
 POLL_SECONDS = 0.2  # between two looks at the board

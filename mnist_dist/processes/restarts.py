@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from mnist_dist.processes.launch import Launch
-from mnist_dist.processes.meeting import LOOPBACK, Facts, Meeting, store_at
+from mnist_dist.processes.launch_environment import Launch
+from mnist_dist.processes.rendezvous import LOOPBACK, Facts, Meeting, store_at
 
 FOLDER, END = "mnist_dist/folder", "mnist_dist/end"
 

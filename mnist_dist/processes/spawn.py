@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import complain
-from mnist_dist.processes.launch import Launch, child_environment, num_cores
-from mnist_dist.processes.meeting import LOOPBACK, Facts, Meeting, local_store, reach, store_at
+from mnist_dist.processes.launch_environment import Launch, child_environment, num_cores
+from mnist_dist.processes.rendezvous import LOOPBACK, Facts, Meeting, local_store, reach, store_at
 from mnist_dist.text import counted, cut, whole
 
 if TYPE_CHECKING:
-    from mnist_dist.processes.watch import Watch
+    from mnist_dist.processes.peer_failure_watch import Watch
 
 LAST_CALL_SECONDS = 5  # for more machines, once there are enough
 PORT = 29500  # where the machines of a run meet, if no other is given
@@ -128,7 +128,7 @@ def _meeting_place(machines: Machines, timeout_s: float, port: int) -> dict[str,
 
 def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> Watch | None:
     """Wait for the other machines, and from then on watch them; None if they may come and go. Raises `UserError`."""
-    from mnist_dist.processes.watch import Watch
+    from mnist_dist.processes.peer_failure_watch import Watch
 
     if machines.come_and_go:  # its processes compare themselves, each time that they start
         if machines.rank > 0:

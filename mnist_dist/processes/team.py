@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mnist_dist.errors import LostProcess, MnistDistError, NotJoined, UserError
 from mnist_dist.processes.heartbeat import Heartbeats
-from mnist_dist.processes.launch import Launch
-from mnist_dist.processes.meeting import Facts, clocks_apart
-from mnist_dist.processes.network import remedy
+from mnist_dist.processes.launch_environment import Launch
+from mnist_dist.processes.network_interface import remedy
+from mnist_dist.processes.rendezvous import Facts, clocks_apart
 from mnist_dist.processes.restarts import Starts
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
 from mnist_dist.text import first_line

@@ -4,7 +4,7 @@
 """
 
 from mnist_dist.record.figures import EpochRecord, RunSummary
-from mnist_dist.record.measured import Meter
+from mnist_dist.record.rank_summary import Meter
 from mnist_dist.record.result import RunResult, read_result
 
 __all__ = ["EpochRecord", "Meter", "RunResult", "RunSummary", "read_result"]

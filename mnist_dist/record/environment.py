@@ -25,7 +25,7 @@ class Environment:
     python: str
     mnist_dist: str
     git_commit: str | None
-    onednn_from: int | None = None  # least multiplications of a matrix product that is oneDNN's (training/products.py)
+    onednn_from: int | None = None  # least multiplications of a product that is oneDNN's (steps/cpu_products.py)
 
 
 def _of_processor(*names: str) -> str | None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnist_dist.record.measured import in_windows
-from mnist_dist.training.marks import HostMarks, Marks
+from mnist_dist.record.rank_summary import in_windows
+from mnist_dist.training.device_events import HostMarks, Marks
 
 
 def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ import mnist_dist
 from mnist_dist.data import Images, scale
 from mnist_dist.disk.files import read_limited, replace_synced
 from mnist_dist.errors import UserError
-from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.launch_environment import Launch
 from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import tensor_bytes
 from mnist_dist.record.environment import Environment, git_commit, processor_name
 from mnist_dist.record.figures import EpochRecord
-from mnist_dist.record.folder import CURVES, MODEL, PREDICTIONS, read_points
+from mnist_dist.record.run_folder import CURVES, MODEL, PREDICTIONS, read_points
 from mnist_dist.text import cause, counted, cut
 from mnist_dist.training.model import MLP
 from mnist_dist.training.trainer import Trainer
@@ -68,7 +68,7 @@ def random_indices(images: Images, seed: int) -> list[int]:
 def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[EpochRecord]
                   ) -> tuple[list[int], list[int]]:
     """Write the model and the pictures; returns the test set's labels and the model's guesses."""
-    from mnist_dist.record.pictures import draw_curves, draw_predictions
+    from mnist_dist.record.run_pictures import draw_curves, draw_predictions
 
     replace_synced(folder / MODEL, tensor_bytes(trainer.module.state_dict()))
     trainer.module.eval()

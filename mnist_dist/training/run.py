@@ -22,14 +22,16 @@ from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, check_name, load, obtain
 from mnist_dist.disk.lock import FolderLock
 from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError
-from mnist_dist.processes.launch import Launch
-from mnist_dist.processes.network import choose_interface
-from mnist_dist.processes.signals import stop_with_launcher
+from mnist_dist.processes.launch_environment import Launch
+from mnist_dist.processes.network_interface import choose_interface
 from mnist_dist.processes.spawn import runs_on_cpu
+from mnist_dist.processes.stop_signals import stop_with_launcher
 from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.record.checkpoint import FORMAT, Checkpoint, CheckpointWriter
 from mnist_dist.record.figures import EpochRecord, RunSummary, samples_at, summarise
-from mnist_dist.record.folder import (
+from mnist_dist.record.rank_summary import over_ranks
+from mnist_dist.record.result import RunResult, write_result
+from mnist_dist.record.run_folder import (
     CHECKPOINTS,
     METRICS,
     STEPS,
@@ -44,14 +46,12 @@ from mnist_dist.record.folder import (
     write_metrics,
     writing,
 )
-from mnist_dist.record.measured import over_ranks
-from mnist_dist.record.mirror import Mirror, Rows, run_name
-from mnist_dist.record.result import RunResult, write_result
+from mnist_dist.record.wandb_run import Mirror, Rows, run_name
 from mnist_dist.text import first_line, without_passwords
+from mnist_dist.training.device_events import DeviceMarks
 from mnist_dist.training.losses import Display, LossLog
-from mnist_dist.training.marks import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.pauses import Pacer
 from mnist_dist.training.progress import Progress
 from mnist_dist.training.results import describe_environment, leave_results, load_model, peak_memory_bytes, predict
 from mnist_dist.training.resume import (

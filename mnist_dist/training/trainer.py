@@ -22,13 +22,13 @@ from mnist_dist.data import ImageSets, scale
 from mnist_dist.errors import Diverged
 from mnist_dist.processes.neighbours import Neighbours
 from mnist_dist.processes.team import Team
-from mnist_dist.training import products
 from mnist_dist.training.metrics import Stopwatch, add_in_order, batch_sums, test_figures
 from mnist_dist.training.model import MLP
-from mnist_dist.training.noise import NOT_KNOWN, noise_scale
-from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.noise_scale import NOT_KNOWN, noise_scale
+from mnist_dist.training.pauses import Pacer
 from mnist_dist.training.sampling import make_loader, share_out
-from mnist_dist.training.steps import StepParts, exact, make_step, wants_compiling
+from mnist_dist.training.steps import cpu_products, make_step, reproducible, wants_compiling
+from mnist_dist.training.steps.step import StepParts
 
 WARMUP_STEPS = 5  # the first steps of a process allocate and tune: timed apart
 EVALUATION_BATCH = 1000  # images per rank: bounds memory, changes no result
@@ -69,7 +69,7 @@ class Trainer:
         # drawn in float32 and then widened: float32 and float64 runs start from the same weights
         self.module = MLP()
         if config.reproducible:
-            exact.draw_weights(self.module, config.seed)
+            reproducible.draw_weights(self.module, config.seed)
         self.module.to(team.device, self.dtype)
         self.sums = torch.zeros(3, self.batches.num_batches, dtype=torch.float64, device=team.device)
         self.noise = NOT_KNOWN  # as of the last `train_loss`
@@ -87,7 +87,7 @@ class Trainer:
         if self.onednn_from is not None:
             self.parts = replace(self.parts, onednn_from=self.onednn_from)
             for layer in self.module.linears:
-                layer.function = partial(products.linear, least=self.onednn_from)
+                layer.function = partial(cpu_products.linear, least=self.onednn_from)
         self._warm = 0  # warm-up steps done
 
     def _products(self, before: Mapping[str, Any] | None) -> int | None:
@@ -99,9 +99,9 @@ class Trainer:
                 or self.config.reproducible):
             return None
         kind = "compiled" if self.compiles else "plain"
-        least = (team.run_on("main", lambda: products.onednn_from(kind)) if before is None
+        least = (team.run_on("main", lambda: cpu_products.onednn_from(kind)) if before is None
                  else before.get("onednn_from"))
-        return least if isinstance(least, int) and all(team.share(products.has_onednn())) else None
+        return least if isinstance(least, int) and all(team.share(cpu_products.has_onednn())) else None
 
     def _measures_noise(self) -> bool:
         """Whether the noise scale is wanted and can be had: fp16 scales gradients, and alone each rank has its own."""
@@ -196,7 +196,7 @@ class Trainer:
         sums_3 = torch.zeros(3, dtype=torch.float64, device=self.team.device)
         for images, labels in self.test_loader:
             if self.config.reproducible:
-                sums_3 += exact.batch_sums(self.module, images, labels)
+                sums_3 += reproducible.batch_sums(self.module, images, labels)
             else:
                 sums_3 += batch_sums(self.module(scale(images, self.dtype)), labels)
         total_3 = add_in_order(self.team.gather(sums_3))

@@ -13,11 +13,11 @@ from hosts import Hosts
 from support import mnist_dist
 from wandb_server import WandbServer
 
-from mnist_dist.commands import machine
-from mnist_dist.commands.machine import Finding, lines
-from mnist_dist.processes.fabric import rounds
-from mnist_dist.processes.launch import cores_of_container
-from mnist_dist.training.products import has_onednn
+from mnist_dist.commands.doctor import machine
+from mnist_dist.commands.doctor.bandwidth import rounds
+from mnist_dist.commands.doctor.machine import Finding, lines
+from mnist_dist.processes.launch_environment import cores_of_container
+from mnist_dist.training.steps.cpu_products import has_onednn
 
 SMI = """#!/bin/sh
 [ "$1" = topo ] && { printf 'GPU0 GPU1\\nGPU0 X NV18\\n'; exit 0; }

@@ -23,7 +23,7 @@ from hosts import Hosts
 from support import TRAIN, run, write_idx_folder
 from wandb_server import WandbServer
 
-from mnist_dist.processes.launch import num_cores
+from mnist_dist.processes.launch_environment import num_cores
 
 DOCTOR = [sys.executable, "-m", "mnist_dist", "doctor"]
 

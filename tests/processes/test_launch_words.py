@@ -6,7 +6,7 @@ import pytest
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
-from mnist_dist.processes.launch import Launch, read_launch
+from mnist_dist.processes.launch_environment import Launch, read_launch
 from mnist_dist.training.run import mixed_precision
 
 ALONE = Launch()
@@ -144,7 +144,7 @@ def test_a_batch_script_and_a_step_of_one_task_are_one_process(monkeypatch):
     assert read_launch(slurm(0, SLURM_STEP_NUM_TASKS="1")) == ALONE
     shell = slurm(0, SLURM_PTY_PORT="40001", PMI_RANK="0", PMI_SIZE="5", SLURM_STEP_ID="4294967290")
     for is_there in (False, True):
-        monkeypatch.setattr("mnist_dist.processes.launch.has_terminal", lambda is_there=is_there: is_there)
+        monkeypatch.setattr("mnist_dist.processes.launch_environment.has_terminal", lambda is_there=is_there: is_there)
         assert read_launch({**shell, "RANK": "0", "WORLD_SIZE": "5"}).size == 5
         assert read_launch(dict(shell)).size == (1 if is_there else 5), "an srun within the shell has no terminal"
     assert read_launch(shell) == ALONE and "RANK" not in shell and "PMI_SIZE" not in shell, "srun --pty"

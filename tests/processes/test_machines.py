@@ -13,9 +13,9 @@ from support import ROOT, TRAIN, epochs_of, mnist_dist, result_of, write_idx_fol
 
 from mnist_dist.cli import run
 from mnist_dist.errors import UserError
-from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.launch_environment import Launch
+from mnist_dist.processes.peer_failure_watch import GRACE_SECONDS
 from mnist_dist.processes.spawn import Machines, read_machines
-from mnist_dist.processes.watch import GRACE_SECONDS
 from mnist_dist.record.checkpoint import load_newest
 
 TIMEOUT = 8.0

@@ -30,7 +30,7 @@ class Cluster:
         pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
         self.mark = uuid.uuid4().hex
         self.environment = {**os.environ, runner.MARK: self.mark, "PYTHONPATH": str(ROOT)}
-        self.process = self.popen(ROOT / "tests" / "ray_cluster.py")
+        self.process = self.popen(ROOT / "tests" / "helpers" / "ray_cluster.py")
         self.address = self.process.stdout.readline().strip()
 
     def popen(self, *words, **environment):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support import ROOT, TORCHRUN, TRAIN, assert_one_line_error, mnist_dist, result_of, run
 
 from benchmarks.faults import named
-from mnist_dist.processes.launch import Launch, read_launch
+from mnist_dist.processes.launch_environment import Launch, read_launch
 from mnist_dist.processes.restarts import Starts
 
 OURS = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", "--max-restarts", "1"]

@@ -46,7 +46,7 @@ class Launched:
         words = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", *OPTIONS, "--checkpoint-every",
                  MOMENTS[moment][1], "--data-dir", str(data_dir), "--output-dir", str(self.folder)]
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
-            **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'moments'}", "WAITS_AT": moment,
+            **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers' / 'moments'}", "WAITS_AT": moment,
             "WAITS_IN": str(self.waits_in), "WAITS_SECONDS": str(WAITS_SECONDS), runner.MARK: self.mark})
 
     def at_the_moment(self, deadline=60.0):

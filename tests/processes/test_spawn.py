@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mnist_dist.processes import spawn
-from mnist_dist.processes.launch import read_launch
+from mnist_dist.processes.launch_environment import read_launch
 
 
 @pytest.mark.parametrize("cores, processes, warning", [

@@ -12,7 +12,7 @@ from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import load
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.pauses import Pacer
 from mnist_dist.training.trainer import Trainer
 
 STEPS = 5

@@ -27,8 +27,9 @@ class Worker:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "disk_worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+            [sys.executable, str(ROOT / "tests" / "helpers" / "disk_worker.py")], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env={
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
 
     def write(self, what, folder, log, *words):
         """Do it under strace with these words; returns what was said, and the lines of the log."""

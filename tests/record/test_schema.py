@@ -13,7 +13,7 @@ from mnist_dist.record.environment import Environment
 from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
 from mnist_dist.record.result import read_result
 from mnist_dist.record.schema import check_types
-from mnist_dist.study.table import read_contract
+from mnist_dist.study.plan.table import read_contract
 
 EVALUATION = {"step": 5, "samples": 50, "train_seconds": 1.0, "test_nll": 0.5, "test_accuracy": 0.9}
 RESULT = run_result([epoch_record(evaluations=[EVALUATION], windows=[[300, 60_000, 1.0]])])

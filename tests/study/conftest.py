@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from support import run_here
 
-from mnist_dist.study import critical, step_time
+from mnist_dist.study.analysis import critical_batch, step_time
 
-COUNTS_DRAWS = ("test_step_time", "test_critical", "test_model_section")
+COUNTS_DRAWS = ("test_step_time", "test_critical_batch", "test_step_time_section")
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def few_draws(request, monkeypatch):
     if request.module.__name__ not in COUNTS_DRAWS:
         monkeypatch.setattr(step_time, "DRAWS", 40)
         monkeypatch.setattr(step_time, "LEAST_DRAWS", 10)
-        monkeypatch.setattr(critical, "DRAWS", 200)
+        monkeypatch.setattr(critical_batch, "DRAWS", 200)
 
 
 @pytest.fixture

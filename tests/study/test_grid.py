@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mnist_dist.errors import UserError
-from mnist_dist.study.grid import Cell, Grid, PlannedRun, base_of, plan, possible
+from mnist_dist.study.plan.grid import Cell, Grid, PlannedRun, base_of, plan, possible
 
 
 def test_weak_scaling_multiplies_the_batch_and_shares_cells():

@@ -9,11 +9,11 @@ import pytest
 from support import run_here
 from tables import row
 
-from mnist_dist.study import launches
-from mnist_dist.study.grid import Cell, PlannedRun
-from mnist_dist.study.program import Program
-from mnist_dist.study.report import write_report
-from mnist_dist.study.table import read_table
+from mnist_dist.study.plan.grid import Cell, PlannedRun
+from mnist_dist.study.plan.table import read_table
+from mnist_dist.study.report.report import write_report
+from mnist_dist.study.run import launches
+from mnist_dist.study.run.program import Program
 
 # 10 MiB for a sample, of an address space of 256 MiB: a batch of 8 fits, one of 32 does not
 PROGRAM = """

@@ -11,9 +11,9 @@ import pytest
 from support import ROOT, run_here
 
 from mnist_dist.errors import UserError
-from mnist_dist.study.grid import Cell, Grid, PlannedRun, run_of
-from mnist_dist.study.program import Program, check_command, command_of, environment_of, read_axes
-from mnist_dist.study.table import read_table
+from mnist_dist.study.plan.grid import Cell, Grid, PlannedRun, run_of
+from mnist_dist.study.plan.table import read_table
+from mnist_dist.study.run.program import Program, check_command, command_of, environment_of, read_axes
 
 SHELL = """#!/bin/sh
 samples=$((100 * $1))
@@ -58,7 +58,7 @@ def test_a_shell_script_with_axes_and_a_variable(script, tmp_path):
 
 
 def test_a_gpu_and_its_driver_are_in_the_facts(tmp_path, monkeypatch):
-    from mnist_dist.study.launches import facts_of_machine
+    from mnist_dist.study.run.launches import facts_of_machine
 
     for printed, expected in (("NVIDIA H200, 575.57.08", ("cuda", "NVIDIA H200", "575.57.08")),
                               ("no devices were found", ("cpu", None, None))):

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from support import run_here
+from support import ROOT, run_here
 from tables import row
 
 from mnist_dist.errors import MnistDistError
-from mnist_dist.study import program as program_module
-from mnist_dist.study import study
-from mnist_dist.study.grid import Cell, HoldOut
-from mnist_dist.study.launches import Machine
-from mnist_dist.study.quick import LADDER, LARGE, SECONDS, SMALL, Looks, batch_sizes, choose, duration, first_look
-from mnist_dist.study.table import read_table
+from mnist_dist.study.plan.grid import Cell, HoldOut
+from mnist_dist.study.plan.quick import LADDER, LARGE, SECONDS, SMALL, Looks, batch_sizes, choose, duration, first_look
+from mnist_dist.study.plan.table import read_table
+from mnist_dist.study.run import program as program_module
+from mnist_dist.study.run import study
+from mnist_dist.study.run.launches import Machine
 
-STAND_IN = Path(__file__).parent / "stand_in.py"
+STAND_IN = ROOT / "tests" / "helpers" / "stand_in.py"
 
 
 def looks(devices, seconds=10.0, fixed=1e-3, per_sample=7e-6):
@@ -103,7 +102,7 @@ def quick(monkeypatch, tmp_path):
 
     trouble = []
     monkeypatch.setattr(study, "command_of", command_of)
-    monkeypatch.setattr("mnist_dist.study.command.look_at_machine", lambda use_cpu: Machine(0, 2))
+    monkeypatch.setattr("mnist_dist.commands.study.look_at_machine", lambda use_cpu: Machine(0, 2))
     monkeypatch.setattr(study, "examine", lambda processes, *rest: FINDINGS)
 
     def run(*words):
@@ -191,7 +190,7 @@ def test_what_it_chooses_cannot_be_given(words, capsys):
 def test_options_of_training_that_are_given_hold(quick, tmp_path):
     assert quick("--target-nll", "0.5", "--dry-run") == 0
     from mnist_dist.cli import parse
-    from mnist_dist.study.command import request_from
+    from mnist_dist.commands.study import request_from
 
     given = parse(["study", "--quick", "--target-nll", "0.5"])
     request = request_from(given, ["study", "--quick"])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from mnist_dist.study.analysis import Analysis, compare
-from mnist_dist.study.table import read_table
+from mnist_dist.study.analysis.cells import Analysis, compare
+from mnist_dist.study.plan.table import read_table
 
 STUDIES = 20
 

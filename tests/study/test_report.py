@@ -12,12 +12,12 @@ import pytest
 from support import ROOT, run, run_here
 from tables import row, study, windows_of
 
-from mnist_dist.processes.launch import child_environment
-from mnist_dist.record.measured import over_ranks
-from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.grid import Cell
-from mnist_dist.study.report import write_report
-from mnist_dist.study.table import write_table
+from mnist_dist.processes.launch_environment import child_environment
+from mnist_dist.record.rank_summary import over_ranks
+from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.plan.grid import Cell
+from mnist_dist.study.plan.table import write_table
+from mnist_dist.study.report.report import write_report
 
 GRID = {Cell(50, 1): 1000.0, Cell(200, 1): 4000.0, Cell(50, 2): 600.0, Cell(100, 2): 1200.0, Cell(200, 2): 6000.0}
 HOSTILE = ("<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "../../../etc/passwd", "a|b`c``d", "x" * 200,

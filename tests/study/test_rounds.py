@@ -11,11 +11,11 @@ import pytest
 from made_up import NOISES, repeats
 from support import run_here
 
-from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.grid import FIRST_REPEATS, Cell, PlannedRun
-from mnist_dist.study.rounds import expected_runs, is_known, next_round
-from mnist_dist.study.statistics import median_interval
-from mnist_dist.study.table import read_table
+from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.intervals import median_interval
+from mnist_dist.study.plan.grid import FIRST_REPEATS, Cell, PlannedRun
+from mnist_dist.study.plan.table import read_table
+from mnist_dist.study.run.rounds import expected_runs, is_known, next_round
 
 SPREADS = (0.005, 0.01, 0.02, 0.05)  # of the rates of a cell; a study has as many cells of each
 PRECISION, ENOUGH = 0.03, 150

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from tables import study
 
-from mnist_dist.study.grid import Cell
-from mnist_dist.study.report import write_report
+from mnist_dist.study.plan.grid import Cell
+from mnist_dist.study.report.report import write_report
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(browser.find() is None, reason="no Chromium on this machine")]
 GRID = {Cell(size, processes): size**0.7 * processes**0.8 * 900 for size in (50, 200, 1000, 4000)

@@ -7,7 +7,7 @@ import pytest
 from made_up import NOISES
 from made_up import repeats as repeats_of
 
-from mnist_dist.study.steadiness import MOST_WINDOWS, _kendall, _ranks, drift_over_study, steadiness
+from mnist_dist.study.analysis.steadiness import MOST_WINDOWS, _kendall, _ranks, drift_over_study, steadiness
 
 
 def windows_of(step_ms):

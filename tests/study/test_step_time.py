@@ -12,10 +12,9 @@ import pytest
 from made_up import LAWS, NOISES, a_machine, repeats
 from tables import study
 
-from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.grid import MOST_PROCESSES, Cell
-from mnist_dist.study.models import judge
-from mnist_dist.study.step_time import (
+from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.fitted_models import judge
+from mnist_dist.study.analysis.step_time import (
     FLOOR,
     LATENCY,
     LATENCY_BETWEEN,
@@ -30,7 +29,8 @@ from mnist_dist.study.step_time import (
     fit,
     seconds,
 )
-from mnist_dist.study.step_time import LAWS as LAWS_OF_MODEL
+from mnist_dist.study.analysis.step_time import LAWS as LAWS_OF_MODEL
+from mnist_dist.study.plan.grid import MOST_PROCESSES, Cell
 
 BATCHES, PROCESSES, NOISE, REPEATS = (64, 256, 1024, 4096, 16384), (1, 2, 4, 8), 0.03, 5
 TRUTH = np.array([0.5e-3, 1e-6, 60, 50e-6, 300e-6, 0, 0])
@@ -79,7 +79,7 @@ def test_a_model_that_describes_nothing_says_so():
 def test_the_slopes_are_those_of_the_seconds():
     from scipy.optimize import approx_fprime
 
-    from mnist_dist.study.step_time import _Shape
+    from mnist_dist.study.analysis.step_time import _Shape
 
     truth = np.array([0.5e-3, 1e-6, 60, 50e-6, 300e-6, 70e-6, 400e-6])
     for law in LAWS_OF_MODEL:

@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from support import ROOT, mnist_dist, records_of, result_of, run, run_here
 
-from mnist_dist.processes.launch import child_environment
-from mnist_dist.study.table import read_table
+from mnist_dist.processes.launch_environment import child_environment
+from mnist_dist.study.plan.table import read_table
 
-STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+STAND_IN = str(ROOT / "tests" / "helpers" / "stand_in.py")
 
 
 def study(folder, *words, sizes="10,20", repeats=2, rest=()):

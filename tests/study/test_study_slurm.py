@@ -12,8 +12,8 @@ import time
 import pytest
 from support import assert_one_line_error, run_here
 
-from mnist_dist.study.slurm import NEVER, main
-from mnist_dist.study.table import rate_of, read_table
+from mnist_dist.study.plan.table import rate_of, read_table
+from mnist_dist.study.run.slurm import NEVER, main
 
 GRID = ["--launcher", "slurm", "--batch-sizes", "10,20", "--processes", "1,2", "--wandb", "disabled"]
 
@@ -61,7 +61,7 @@ def test_the_scripts_are_printed_and_nothing_is_submitted(tmp_path, capsys):
 
 
 def test_without_slurm_and_what_it_refuses(commands, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mnist_dist.study.slurm.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("mnist_dist.study.run.slurm.POLL_SECONDS", 0.05)
     commands("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     assert run_here(words(tmp_path / "s", "--sbatch=--partition=x")) == 2
     assert "sbatch: sbatch: error: invalid partition specified: x" in capsys.readouterr().err
@@ -73,7 +73,7 @@ def test_without_slurm_and_what_it_refuses(commands, tmp_path, monkeypatch, caps
 def test_what_left_the_queue_without_a_result_is_submitted_again_by_the_next_command(commands, tmp_path, monkeypatch,
                                                                                      capsys):
     """The controller does not answer at first; then it knows why one task ended, and has forgotten the others."""
-    monkeypatch.setattr("mnist_dist.study.slurm.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("mnist_dist.study.run.slurm.POLL_SECONDS", 0.05)
     commands("sbatch", f"cat > {tmp_path}/script; echo $* >> {tmp_path}/calls; wc -l < {tmp_path}/calls")
     commands("squeue", f"[ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; echo 'no answer' >&2; exit 1; }}")
     commands("scontrol", "[ $4 = 1_2 ] && echo 'JobId=7 JobState=OUT_OF_MEMORY Reason=None' || exit 1")
@@ -92,7 +92,7 @@ def test_what_left_the_queue_without_a_result_is_submitted_again_by_the_next_com
 def test_why_runs_wait_is_said_and_what_never_starts_gets_its_row(commands, tmp_path, monkeypatch, capsys):
     """Job 1 is too large for its partition; job 2 waits for a node, then it is over."""
     for name, seconds in (("POLL", 0.02), ("NEVER", 0.1), ("AGAIN", 0.1)):
-        monkeypatch.setattr(f"mnist_dist.study.slurm.{name}_SECONDS", seconds)
+        monkeypatch.setattr(f"mnist_dist.study.run.slurm.{name}_SECONDS", seconds)
     commands("sbatch", f"cat > {tmp_path}/script; echo >> {tmp_path}/calls; wc -l < {tmp_path}/calls")
     commands("squeue", f"""echo >> {tmp_path}/looks; looks=$(wc -l < {tmp_path}/looks)
         [ -e {tmp_path}/cancelled ] || for task in 0 1 2 3; do echo "1_$task|PENDING|PartitionConfig"; done
@@ -140,7 +140,7 @@ def test_a_reason_that_may_go_away(reason):
 
 
 def test_a_stop_names_only_the_jobs_that_are_still_there(commands, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mnist_dist.study.slurm.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("mnist_dist.study.run.slurm.POLL_SECONDS", 0.02)
     commands("sbatch", f"cat > {tmp_path}/script; echo >> {tmp_path}/calls; wc -l < {tmp_path}/calls")
     commands("squeue", f"""echo >> {tmp_path}/looks; echo '2_0|RUNNING|None'; echo '2_1|RUNNING|None'
         [ $(wc -l < {tmp_path}/looks) -lt 5 ] || kill -INT {os.getpid()}""")
@@ -154,8 +154,8 @@ def test_a_stop_names_only_the_jobs_that_are_still_there(commands, tmp_path, mon
     ("JobState=RUNNING Restarts=3 PreemptTime=None", False), ("JobState=CANCELLED Restarts=1 PreemptTime=None", False),
     ("JobState=RUNNING Restarts=0 PreemptTime=2026-01-01T00:00:00", True)])
 def test_a_task_whose_run_fails_after_a_lost_node_is_put_back(known, is_put_back, commands, tmp_path, monkeypatch):
-    monkeypatch.setattr("mnist_dist.study.slurm.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("mnist_dist.study.slurm.signal.signal", lambda *_: None)
+    monkeypatch.setattr("mnist_dist.study.run.slurm.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("mnist_dist.study.run.slurm.signal.signal", lambda *_: None)
     commands("sbatch", "echo 7")
     commands("squeue", f"kill -INT {os.getpid()}")
     assert run_here(words(tmp_path / "s", "--repeats", 1)) == 130

@@ -9,11 +9,12 @@ import pytest
 from tables import row, study, windows_of
 
 from mnist_dist.errors import UserError
-from mnist_dist.record.measured import over_ranks
-from mnist_dist.study import critical, pictures, report
-from mnist_dist.study.grid import Cell
-from mnist_dist.study.pages import Picture
-from mnist_dist.study.table import read_contract, read_table, unit_of, write_table
+from mnist_dist.record.rank_summary import over_ranks
+from mnist_dist.study.analysis import critical_batch
+from mnist_dist.study.plan.grid import Cell
+from mnist_dist.study.plan.table import read_contract, read_table, unit_of, write_table
+from mnist_dist.study.report import charts, report
+from mnist_dist.study.report.page import Picture
 
 WRONG = (None, "x", -1, 0, True, 1e308, 10**30, float("nan"), [], {}, [[1]], {"a": 1})
 RANK = {"step_ms": 9.0, "own_ms": 3.0, "data_wait_ms": 0.1, "peak_memory_bytes": 10**9, "host": "abacus"}
@@ -55,8 +56,8 @@ RESULT = {name: value for name, value in whole().items()
 def quick_report(monkeypatch):
     """A report that draws and models nothing, which takes most of its time and has its own tests."""
     monkeypatch.setattr(report, "judge", lambda *values: {})
-    monkeypatch.setattr(pictures, "draw", lambda folder, name, alt, *values, **others: Picture(name, alt, "<svg/>"))
-    monkeypatch.setattr(critical, "DRAWS", 10)
+    monkeypatch.setattr(charts, "draw", lambda folder, name, alt, *values, **others: Picture(name, alt, "<svg/>"))
+    monkeypatch.setattr(critical_batch, "DRAWS", 10)
     return report.write_report
 
 

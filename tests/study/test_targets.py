@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from made_up import NOISES
 from tables import row, study
 
-from mnist_dist.study.analysis import Analysis
-from mnist_dist.study.goals import goal_of
-from mnist_dist.study.grid import Cell, cell_of
-from mnist_dist.study.report import write_report
-from mnist_dist.study.table import read_table, write_table
-from mnist_dist.study.targets import reached_at, targets_of
+from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.targets import reached_at, targets_of
+from mnist_dist.study.plan.goals import goal_of
+from mnist_dist.study.plan.grid import Cell, cell_of
+from mnist_dist.study.plan.table import read_table, write_table
+from mnist_dist.study.report.report import write_report
 
 
 def run(*values, batch=10, target=0.3, every=100, key="test_nll", direction="lower"):

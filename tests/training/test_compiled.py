@@ -24,8 +24,7 @@ from mnist_dist.processes.neighbours import one_thread
 from mnist_dist.processes.team import Team
 from mnist_dist.record.environment import processor_family
 from mnist_dist.record.gains import Gain, keep_gain
-from mnist_dist.training import products
-from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, wants_compiling
+from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, cpu_products, wants_compiling
 from mnist_dist.training.steps.compiled import CompiledStep, compiler_failure
 from mnist_dist.training.steps.graph_pass import GraphPass
 from mnist_dist.training.trainer import Trainer
@@ -179,7 +178,7 @@ def two_threads():
                                         pytest.param(97, marks=pytest.mark.long)])
 def test_beside_a_busy_process_it_has_the_same_bits_with_one_thread(batch_size, small_dir, two_threads, monkeypatch):
     """Of PyTorch's own products. oneDNN shares its products out by the number of threads: the next test."""
-    monkeypatch.setattr(products, "ONEDNN_FROM", {})
+    monkeypatch.setattr(cpu_products, "ONEDNN_FROM", {})
     entered = []
 
     @contextmanager
@@ -210,7 +209,7 @@ def test_where_one_thread_gives_other_bits_all_threads_are_taken(small_dir, two_
         made[:] = [self]
         whole(self, parts)
 
-    monkeypatch.setattr(products, "ONEDNN_FROM", {})
+    monkeypatch.setattr(cpu_products, "ONEDNN_FROM", {})
     monkeypatch.setattr(CompiledStep, "__init__", remember)
     monkeypatch.setattr(compiled, "one_thread", other_bits)
     alone, beside = (after_three_steps(small_dir, "on", batch_size=97, others_are_there=there)
@@ -219,7 +218,7 @@ def test_where_one_thread_gives_other_bits_all_threads_are_taken(small_dir, two_
     assert all(map(torch.equal, alone.module.parameters(), beside.module.parameters()))
 
 
-@pytest.mark.skipif(not products.has_onednn(), reason="this PyTorch has no oneDNN")
+@pytest.mark.skipif(not cpu_products.has_onednn(), reason="this PyTorch has no oneDNN")
 @pytest.mark.parametrize(("least", "wanted_count"), [
     pytest.param(97 * 784 * 256, 2, marks=pytest.mark.long), pytest.param(1, 5, marks=pytest.mark.faults)])
 def test_large_products_are_onednns(least, wanted_count, small_dir, two_threads, monkeypatch):
@@ -235,7 +234,7 @@ def test_large_products_are_onednns(least, wanted_count, small_dir, two_threads,
     monkeypatch.setattr(GraphPass, "uuid", lambda self: os.urandom(32))  # nothing is found in the cache
     trainers = []
     for rule in ({}, {"compiled": least}):
-        monkeypatch.setattr(products, "ONEDNN_FROM", {processor_family(): rule})
+        monkeypatch.setattr(cpu_products, "ONEDNN_FROM", {processor_family(): rule})
         trainers.append(after_three_steps(small_dir, "on", dtype="float32", batch_size=97))
     assert counted == [0, wanted_count]
     mkl, onednn = (torch.cat([weight.flatten() for weight in trainer.module.parameters()]) for trainer in trainers)
@@ -246,7 +245,7 @@ def test_large_products_are_onednns(least, wanted_count, small_dir, two_threads,
 
 @pytest.mark.long
 def test_beside_a_busy_process_products_of_onednn_have_the_same_bits(small_dir, two_threads, monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_FROM", {processor_family(): {"compiled": 1}})
+    monkeypatch.setattr(cpu_products, "ONEDNN_FROM", {processor_family(): {"compiled": 1}})
     alone, beside = (after_three_steps(small_dir, "on", dtype="float32", batch_size=97, others_are_there=there)
                      for there in (False, True))
     assert torch.equal(alone.sums, beside.sums)
@@ -316,7 +315,7 @@ def test_an_empty_batch_moves_nothing(small_dir, tmp_path):
     script = tmp_path / "empty.py"
     script.write_text(f"""
 import torch
-from mnist_dist.processes.launch import read_launch
+from mnist_dist.processes.launch_environment import read_launch
 from mnist_dist.processes.team import join
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import load

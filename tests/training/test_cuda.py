@@ -13,7 +13,7 @@ from support import result_of, windows_of
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import load
-from mnist_dist.processes.launch import Launch
+from mnist_dist.processes.launch_environment import Launch
 from mnist_dist.processes.team import join
 from mnist_dist.training.trainer import Trainer
 

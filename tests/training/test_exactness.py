@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from mnist_dist.data import load, scale
 from mnist_dist.training.model import MLP
-from mnist_dist.training.steps.exact import draw_weights
+from mnist_dist.training.steps.reproducible import draw_weights
 
 BATCHES = (1, 96, 200, 1009, 5000)
 CASES = {

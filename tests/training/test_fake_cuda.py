@@ -19,9 +19,9 @@ from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import Images, ImageSets
 from mnist_dist.processes.team import Team
 from mnist_dist.training import trainer as trainer_module
-from mnist_dist.training.marks import DeviceMarks
+from mnist_dist.training.device_events import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pacer import Pacer
+from mnist_dist.training.pauses import Pacer
 from mnist_dist.training.sampling import GlobalBatchSampler
 from mnist_dist.training.steps import compiled, plain
 from mnist_dist.training.trainer import Trainer

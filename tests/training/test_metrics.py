@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_dist.record.measured import in_windows, over_ranks
+from mnist_dist.record.rank_summary import in_windows, over_ranks
 from mnist_dist.training import metrics
 from mnist_dist.training.metrics import Stopwatch, batch_sums, percentile
 

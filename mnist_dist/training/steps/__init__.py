@@ -5,64 +5,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.data import Images
 from mnist_dist.errors import UserError
-from mnist_dist.processes.neighbours import Neighbours
-from mnist_dist.processes.team import Team
 from mnist_dist.record.gains import read_gain
-from mnist_dist.training.model import MLP
-from mnist_dist.training.sampling import GlobalBatchSampler
+from mnist_dist.training.steps.step import Step, StepParts
 
 # On the CPU: on two cores a step saves some 0.5 ms, and compiling costs 3 s if the code is in the user's cache, and 8 s
 # the first time: 6,000 to 16,000 steps pay for it (docs/performance.md).
 WORTH_COMPILING_STEPS = 12_000
-
-
-@dataclass(frozen=True)
-class StepParts:
-    """What a step works on. `sums` [3, steps of an epoch], float64, gets of each step this rank's sum of losses.
-
-    With `measures_noise` it gets also the sum over this rank's samples of |gradient / B|^2, for a global batch of B,
-    and on the main rank |gradient|^2 of the global batch (training/noise.py), from some of the steps or all.
-    """
-
-    team: Team
-    module: MLP
-    optimizer: AcceleratedOptimizer
-    images: Images
-    batches: GlobalBatchSampler
-    sums: Tensor
-    dtype: torch.dtype
-    neighbours: Neighbours
-    measures_noise: bool = False
-    onednn_from: int | None = None  # least multiplications of a matrix product that is oneDNN's; None: of none
-
-
-class Step(Protocol):
-    """A kind of step. The trainer calls `begin`, then `take` for each step; `flush` and `pause` now and then."""
-
-    kind: str
-    compile_seconds: float
-
-    def begin(self, epoch: int, steps: range) -> None:
-        """Go to these steps of the epoch."""
-
-    def take(self, step: int) -> float:
-        """One optimizer step; returns the seconds waited for data. Collective."""
-
-    def flush(self, step: int) -> None:
-        """Called before step `step`, now and then: sums that are kept elsewhere go to `sums`."""
-
-    def pause(self) -> None:
-        """Called before the weights are read (checkpoint, evaluation). Collective."""
 
 
 def wants_compiling(config: TrainConfig, parts: StepParts, before: str | None = None) -> bool:
@@ -99,8 +52,8 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
     With `was_compiled` an earlier start of this launch has filled the compiler's cache: then no rank goes first.
     """
     from mnist_dist.training.steps.compiled import CompiledStep
-    from mnist_dist.training.steps.exact import ExactStep
     from mnist_dist.training.steps.plain import PlainStep
+    from mnist_dist.training.steps.reproducible import ReproducibleStep
 
     if compiles:
         build = functools.cache(lambda: CompiledStep(parts))
@@ -119,5 +72,5 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
                 step.record()
             return step
     if config.reproducible:
-        return ExactStep(parts)
+        return ReproducibleStep(parts)
     return PlainStep(parts, config.local_sgd_steps)

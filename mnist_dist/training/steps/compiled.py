@@ -25,10 +25,10 @@ from mnist_dist.processes.neighbours import one_thread
 from mnist_dist.record.environment import processor_kind
 from mnist_dist.record.gains import user_cache
 from mnist_dist.text import first_line
-from mnist_dist.training.noise import squared_norms
+from mnist_dist.training.noise_scale import squared_norms
 from mnist_dist.training.sampling import NO_INDEX
-from mnist_dist.training.steps import StepParts
 from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
+from mnist_dist.training.steps.step import StepParts
 
 # Adam's bias corrections are scalars, which inductor would otherwise compute again for every vector of 16 weights: this
 # makes it keep them, and halves a step at batch 1 (its default is 30). With 4, scaling the images takes two passes

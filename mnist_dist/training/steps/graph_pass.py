@@ -9,8 +9,8 @@ becomes one for each block of columns, because it has few rows.
 Then, up to `MOST_SAMPLES` and where the threads divide the blocks evenly, MKL shares out no product in its own way. So
 the step has the same bits with one thread, which it takes beside busy processes (compiled.py).
 
-On processors on which MKL is slow, large products are oneDNN's instead (training/products.py). oneDNN shares them out
-by the number of threads.
+On processors on which MKL is slow, large products are oneDNN's instead (cpu_products.py). oneDNN shares them out by the
+number of threads.
 
 Small products become loops of inductor's own, which it joins to the loops before and after them. MKL is slow at
 products with ten columns, as the second layer's are, and a call of it takes longer than a product with few samples.
@@ -31,7 +31,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from mnist_dist.training.products import product
+from mnist_dist.training.steps.cpu_products import product
 
 aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from mnist_dist.data import scale
-from mnist_dist.training.noise import EVERY, EVERY_SAMPLES, SampleNorms, gradient_norm
+from mnist_dist.training.noise_scale import EVERY, EVERY_SAMPLES, SampleNorms, gradient_norm
 from mnist_dist.training.sampling import make_loader
-from mnist_dist.training.steps import StepParts
+from mnist_dist.training.steps.step import StepParts
 
 NO_SAMPLE = -100  # the label of a padding row: `nll_loss` and its gradient ignore it
 

@@ -1,0 +1,362 @@
+"""From the rows of a study to what its report shows: the cells with their intervals, and what is wrong with a run."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mnist_dist.errors import UserError
+from mnist_dist.study.analysis.intervals import (
+    LEAST_CONCLUSIVE,
+    PRECISION,
+    Estimate,
+    Interval,
+    estimates,
+    median_interval,
+    more_repeats,
+    ratio,
+)
+from mnist_dist.study.analysis.steadiness import LEAST_WINDOWS, Drift, drift_over_study, steadiness
+from mnist_dist.study.plan.grid import Cell, cell_of
+from mnist_dist.study.plan.table import SAMPLES, Row, rate_of, step_ms_of, unit_of, units_per_sample
+from mnist_dist.text import counted
+
+# A run is an outlier if it is OUTLIER times faster or slower than its cell's median, and FAR_OFF times as far off the
+# median as the other runs are. These count as at least LEAST_SPREAD off.
+OUTLIER, FAR_OFF, LEAST_SPREAD = 1.5, 10, 0.01
+STRAGGLER = 1.2  # a rank's own step time over the median of all ranks
+SHOWN_OF_ENVIRONMENT = ("device_name", "device", "driver", "torch", "accelerate", "mnist_dist", "git_commit", "step",
+                        "num_machines")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A completed run: its rate in units/s, and its windows [w, 3] of steps, samples and seconds."""
+
+    row: Row
+    rate: float
+    windows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a cell compares with its base case: the speed-up, and the efficiency, which is ideally 1."""
+
+    base: Cell
+    speed_up: Interval
+    efficiency: Interval
+
+
+@dataclass
+class CellFigures:
+    """A cell, its repeats, and what they give."""
+
+    cell: Cell
+    precision: float = PRECISION  # half an interval that is wider than this part of its value is too wide
+    repeats: list[Measured] = field(default_factory=list)
+
+    @cached_property
+    def rates(self) -> np.ndarray:
+        """Of each run the throughput, in units/s."""
+        return np.array([run.rate for run in self.repeats])
+
+    @cached_property
+    def undisturbed(self) -> np.ndarray | None:
+        """Of each run the rate of the 10th percentile of its step times; None if a run has too few windows.
+
+        What disturbs a run makes it slower and never faster, so the fast windows say most of the code and the hardware
+        (Chen & Revels 2016, arXiv 1608.04295).
+        """
+        if any(len(run.windows) < LEAST_WINDOWS for run in self.repeats):
+            return None
+        return np.array([1 / np.quantile(run.windows[:, 2] / run.windows[:, 1], 0.1) for run in self.repeats])
+
+    @cached_property
+    def rate(self) -> Interval:
+        """Units per second over all processes."""
+        return median_interval(self.rates)
+
+    @cached_property
+    def step_ms(self) -> Interval:
+        """Milliseconds for a step on a whole global batch."""
+        return median_interval(self.steps_ms)
+
+    @cached_property
+    def steps_ms(self) -> np.ndarray:
+        """[runs] milliseconds for a step on a whole global batch."""
+        return np.array([step_ms_of(run.row, run.rate) for run in self.repeats])
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """The most memory that a process used in any run; None if no run says it."""
+        peaks = [epoch["peak_memory_bytes"] for run in self.repeats for epoch in run.row["epochs"]
+                 if epoch.get("peak_memory_bytes")]
+        return max(peaks, default=None)
+
+    @property
+    def tflops_per_process(self) -> float | None:
+        """TFLOP per second of a process in the median; None if the runs do not say how many FLOP a sample takes."""
+        flop = self.repeats[0].row["summary"].get("flop_per_sample")
+        samples = self.rate.value / self.units_per_sample
+        return samples * flop / self.cell.processes / 1e12 if flop else None
+
+    @property
+    def units_per_sample(self) -> float:
+        """How many of the unit a sample has: 1, or for tokens the length of a sequence."""
+        return units_per_sample(self.repeats[0].row)
+
+    @property
+    def per_device_batch_size(self) -> float:
+        """Samples of a global batch on one process."""
+        return self.cell.global_batch_size / self.cell.processes
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """What the runs say of the machine."""
+        return self.repeats[0].row.get("environment") or {}
+
+    @property
+    def threads(self) -> int:
+        """Threads of a process on a CPU; on a GPU 1."""
+        return (self.environment.get("num_threads") if self.environment.get("device") == "cpu" else None) or 1
+
+    @property
+    def devices(self) -> int:
+        """What the cell occupies: a GPU for each process, or on a CPU a core for each thread."""
+        return self.cell.processes * self.threads
+
+    @cached_property
+    def ranks(self) -> list[Mapping[str, Any]]:
+        """Of each run that has them, the figures over ranks of its last epoch."""
+        return [epoch["ranks"] for run in self.repeats for epoch in run.row["epochs"][-1:]
+                if isinstance(epoch.get("ranks"), Mapping)]
+
+    @property
+    def exchange_ms(self) -> float | None:
+        """Milliseconds of a step that are the exchange of gradients, the median over runs; None if no run has that."""
+        each = [one["step_ms"]["median"] - one["own_ms"]["median"] for one in self.ranks if one.get("step_ms")]
+        return statistics.median(each) if each else None
+
+    @property
+    def more_repeats(self) -> int:
+        """Repeats that are missing for a conclusion."""
+        return more_repeats(self.rate, self.precision)
+
+
+def measured(row: Row) -> Measured | None:
+    """The run with its rate; None if it did not complete or measured no step."""
+    rate = rate_of(row)
+    if rate is None:
+        return None
+    windows = [window for epoch in row["epochs"] for window in epoch.get("windows") or []]
+    return Measured(row, rate, np.array(windows, dtype=float).reshape(-1, 3))
+
+
+class Analysis:
+    """All figures of a study, each computed when it is asked for."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.runs = [run for row in rows if (run := measured(row))]
+        found: dict[Cell, CellFigures] = {}
+        for run in self.runs:
+            if run.row["role"] == "repeat":
+                cell = cell_of(run.row)
+                found.setdefault(cell, CellFigures(cell, self.precision)).repeats.append(run)
+        self.cells = {cell: found[cell] for cell in sorted(found, key=lambda cell: cell.place)}
+
+    @cached_property
+    def precision(self) -> float:
+        """What the study's `--precision` asked for, the last time that it was run; else 5 %."""
+        asked = [(row.get("study") or {}).get("precision") for row in self.rows]
+        return next((value for value in asked if isinstance(value, float) and 0 < value < 1), PRECISION)
+
+    @cached_property
+    def unit(self) -> str:
+        """What the rates count. Raises `UserError` if the runs do not agree on it."""
+        units = sorted({unit_of(run.row) for run in self.runs})
+        if len(units) > 1:
+            raise UserError(f"the runs count {' and '.join(units)}: a study has one unit, so let all runs say the same")
+        return units[0] if units else SAMPLES
+
+    @cached_property
+    def estimates(self) -> dict[Cell, Estimate]:
+        """Of each cell the throughput."""
+        return dict(zip(self.cells, estimates([figures.rates for figures in self.cells.values()]), strict=True))
+
+    @cached_property
+    def undisturbed(self) -> dict[Cell, Estimate]:
+        """Of each cell whose runs have enough windows the undisturbed rate."""
+        rates = {cell: figures.undisturbed for cell, figures in self.cells.items() if figures.undisturbed is not None}
+        return dict(zip(rates, estimates(list(rates.values())), strict=True))
+
+    @cached_property
+    def strong(self) -> dict[Cell, Scaling]:
+        """Against the fewest processes at the same global batch size: the same work, shared by more."""
+        return self._scaling(lambda cell, processes: cell.global_batch_size)
+
+    @cached_property
+    def weak(self) -> dict[Cell, Scaling]:
+        """Against the fewest processes at the same per-device batch size: more work for more processes."""
+        return self._scaling(lambda cell, processes: cell.global_batch_size * processes / cell.processes)
+
+    def _scaling(self, batch_of_base: Any) -> dict[Cell, Scaling]:
+        bases_of = {}
+        for cell in self.cells:
+            bases = [other for other in self.cells if other.options == cell.options
+                     and other.processes < cell.processes
+                     and other.global_batch_size == batch_of_base(cell, other.processes)]
+            if bases:
+                bases_of[cell] = min(bases, key=lambda other: other.processes)
+        speed_ups = {cell: ratio([self.estimates[cell]], [self.estimates[base]], len(bases_of))
+                     for cell, base in bases_of.items()}
+        return {cell: Scaling(bases_of[cell], speed_up, speed_up.scaled(bases_of[cell].processes / cell.processes))
+                for cell, speed_up in speed_ups.items()}
+
+    @cached_property
+    def drift(self) -> Drift | None:
+        """Of the whole machine: the rates of all repeats against their order."""
+        pairs = [(run.row["order"], run.rate / figures.rate.value) for figures in self.cells.values()
+                 for run in figures.repeats if run.row.get("order") is not None]
+        return drift_over_study([order for order, _ in pairs], [rate for _, rate in pairs])
+
+    @cached_property
+    def base_runs(self) -> list[Measured]:
+        """The base case's runs first and last, in their order."""
+        return [run for run in self.runs if run.row["role"] in ("first", "last")]
+
+    @cached_property
+    def marks(self) -> list[tuple[Row, str]]:
+        """Completed runs that are not as they should be, with what was seen."""
+        found = []
+        for row in self.rows:
+            if row["status"] == "completed" and rate_of(row) is None:
+                found.append((row, "no step was measured: give more --epochs or --max-steps"))
+        for run in self.runs:
+            steady = steadiness(run.windows)
+            if steady.kind == "jump" and steady.warmup_steps:
+                found.append((run.row, f"the warm-up needed {steady.warmup_steps:,} steps more than were left out: "
+                                       f"after them a step takes {100 * steady.change:+.0f} %"))
+            elif steady.kind == "jump":
+                found.append((run.row, f"the step time jumps by {100 * steady.change:+.0f} % after {steady.step:,} "
+                                       "measured steps"))
+            elif steady.kind == "drift":
+                found.append((run.row, f"the step time drifts by {100 * steady.change:+.0f} % over the run"))
+            if 0 < (run.row["summary"].get("printed_rates") or 0) < LEAST_WINDOWS:
+                found.append((run.row, f"it printed {counted(run.row['summary']['printed_rates'], 'rate')}, too few to "
+                                       f"tell which belong to the warm-up: let it print {LEAST_WINDOWS} or more"))
+            if slow := straggler(run.row):
+                found.append((run.row, slow))
+        return found + [outlier for figures in self.cells.values() for outlier in _outliers(figures)]
+
+    @property
+    def failed(self) -> list[Row]:
+        """Runs that failed, and cells that cannot run."""
+        return [row for row in self.rows if row["status"] != "completed"]
+
+    @cached_property
+    def environments(self) -> dict[tuple[tuple[str, str], ...], int]:
+        """Each hardware and software that runs were done on, with the number of runs. The kind of step is none of it if
+        the study varies that.
+        """
+        varied = {"step"} if any("compile" in dict(cell.options) for cell in self.cells) else set()
+        shown = [name for name in SHOWN_OF_ENVIRONMENT if name not in varied]
+        found: dict[tuple[tuple[str, str], ...], int] = {}
+        for run in self.runs:
+            own = run.row.get("environment") or {}
+            key = tuple((name, str(own[name])) for name in shown if own.get(name) is not None)
+            found[key] = found.get(key, 0) + 1
+        return found
+
+
+def _outliers(figures: CellFigures) -> list[tuple[Row, str]]:
+    """Runs whose rate is far from those of the other repeats, with the factor."""
+    if len(figures.repeats) < LEAST_CONCLUSIVE:
+        return []
+    off = np.log(figures.rates) - np.log(figures.rate.value)
+    outliers = []
+    for place, run in enumerate(figures.repeats):
+        usual = max(LEAST_SPREAD, float(np.median(np.abs(np.delete(off, place)))))
+        if abs(off[place]) > max(math.log(OUTLIER), FAR_OFF * usual):
+            times = f"{math.exp(abs(off[place])):.2g} times {'faster' if off[place] > 0 else 'slower'}"
+            outliers.append((run.row, f"the run is {times} than the median of its cell"))
+    return outliers
+
+
+def straggler(row: Row) -> str:
+    """The rank that the others wait for in every epoch, in words; "" if there is none."""
+    ranks = [epoch["ranks"] for epoch in row["epochs"] if epoch["measured_samples"] and epoch.get("ranks")]
+    slowest = {one["slowest_rank"] for one in ranks}
+    if len(slowest) != 1 or any(one["count"] < 2 or one["own_ms"]["max"] <= STRAGGLER * usual_own_ms(one)
+                                for one in ranks):
+        return ""
+    last = ranks[-1]
+    return (f"rank {last['slowest_rank']} on {last['slowest_host']} is a straggler: {last['own_ms']['max']:.2f} ms of "
+            f"its own per step, the others {usual_own_ms(last):.2f} ms")
+
+
+def usual_own_ms(ranks: Mapping[str, Any]) -> float:
+    """The own time per step of a rank that is no straggler. Of two ranks the median is the mean of both, so it is the
+    smaller one.
+    """
+    return ranks["own_ms"]["median" if ranks["count"] > 2 else "min"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A cell in two studies: its throughputs, and by which factor throughput and undisturbed rate (None: too few
+    windows) of the second study are above those of the first.
+    """
+
+    cell: Cell
+    before: Interval
+    after: Interval
+    throughput: Interval
+    undisturbed: Interval | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two studies, cell by cell. The intervals of all factors hold their truths together, so that at most 1 of 20
+    comparisons of a thing with itself calls anything faster or slower.
+    """
+
+    differences: Sequence[Difference]
+
+    @property
+    def visible(self) -> tuple[float, float] | None:
+        """The smallest change of the throughput that a cell can show, as a part of it: in the median over cells, and in
+        the cell where that is most. None with too few repeats.
+        """
+        factors = [one.throughput for one in self.differences]
+        if not factors or any(factor.n < LEAST_CONCLUSIVE for factor in factors):
+            return None
+        changes = [1 - factor.low / factor.value for factor in factors]
+        return float(np.median(changes)), max(changes)
+
+    @property
+    def slower(self) -> list[Difference]:
+        """Cells whose throughput is shown to be lower in the second study."""
+        return [one for one in self.differences if one.throughput.is_below(1.0)]
+
+    @property
+    def faster(self) -> list[Difference]:
+        """The same, higher."""
+        return [one for one in self.differences if one.throughput.is_above(1.0)]
+
+
+def compare(before: Analysis, after: Analysis) -> Comparison:
+    """The cells that both studies have."""
+    common = [cell for cell in before.cells if cell in after.cells]
+    quiet = [cell for cell in common if cell in before.undisturbed and cell in after.undisturbed]
+    count = len(common) + len(quiet)
+    throughput = {cell: ratio([after.estimates[cell]], [before.estimates[cell]], count) for cell in common}
+    undisturbed = {cell: ratio([after.undisturbed[cell]], [before.undisturbed[cell]], count) for cell in quiet}
+    return Comparison([Difference(cell, before.cells[cell].rate, after.cells[cell].rate, throughput[cell],
+                                  undisturbed.get(cell)) for cell in common])

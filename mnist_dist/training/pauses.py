@@ -1,0 +1,83 @@
+"""When a run looks up from its steps: for a signal, a checkpoint, an evaluation, or a word about its progress.
+
+All ranks must look up at the same step and come to the same answer, so they agree about every half second; how many
+steps that is follows from their own speed. It knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from mnist_dist.config import Every
+from mnist_dist.processes.stop_signals import StopSignals
+from mnist_dist.processes.team import Team
+
+POLL_SECONDS = 0.5  # between two agreements of the ranks
+
+
+class Pacer:
+    """Signals, the checkpoint clock and the multiples of steps, for one run of `num_batches` steps per epoch."""
+
+    def __init__(self, every: Every, num_batches: int, team: Team, clock: Callable[[], float] = time.monotonic,
+                 evaluates_after: Callable[[int], Sequence[int]] = lambda epoch: ()) -> None:
+        self.every = every  # how often a checkpoint is due; a number of 0 is never
+        self.num_batches, self.team, self.clock = num_batches, team, clock
+        self.evaluates_after = functools.lru_cache(2)(evaluates_after)  # steps of an epoch, in their order
+        self.signals = StopSignals()
+        self.stop_signal = 0  # as agreed by all ranks
+        self._clock_is_due = False  # as agreed by all ranks
+        self._last_checkpoint = self._polled_at = clock()
+        self._poll_steps = 1
+
+    @property
+    def is_on(self) -> bool:
+        """Whether checkpoints are wanted at all."""
+        return self.every.number > 0
+
+    def next_stop(self, epoch: int, step: int) -> int:
+        """The step of the epoch, after `step`, before which the ranks look up next; the epoch may end earlier."""
+        stop = step + self._poll_steps
+        if self.every.unit == "steps" and self.is_on:
+            stop = min(stop, step + self.every.number - (epoch * self.num_batches + step) % self.every.number)
+        evaluations = self.evaluates_after(epoch)
+        return min([stop, *evaluations[bisect_right(evaluations, step) :][:1]])
+
+    def poll(self, steps_done: int = 0) -> None:
+        """Agree on signals and the checkpoint clock, after so many steps since the last time. Collective."""
+        now = self.clock()
+        per_step = (now - self._polled_at) / steps_done if steps_done else 0.0
+        self._polled_at = now
+        due = self.is_on and self.every.unit == "seconds" and now - self._last_checkpoint >= self.every.number
+        signal, agreed, per_step = self.team.max(self.signals.number, due, per_step)
+        self.stop_signal, self._clock_is_due = int(signal), bool(agreed)
+        if per_step:
+            # at most twice as many as before: the first steps of a GPU are only queued, which takes no time
+            self._poll_steps = max(1, min(2 * self._poll_steps, math.floor(POLL_SECONDS / per_step)))
+
+    def wants_evaluation(self, epoch: int, step: int) -> bool:
+        """Whether to evaluate, `step` steps of the epoch being done."""
+        return step in self.evaluates_after(epoch)
+
+    def wants_pause(self, epoch: int, step: int) -> bool:
+        """Whether to pause, `step` steps of the epoch being done."""
+        return self.wants_evaluation(epoch, step) or self.wants_checkpoint(epoch, step)
+
+    def wants_checkpoint(self, epoch: int, step: int) -> bool:
+        """Whether a checkpoint is due or a signal has come, `step` steps of the epoch being done."""
+        done = epoch * self.num_batches + step
+        multiple = self.is_on and self.every.unit == "steps" and done % self.every.number == 0
+        return multiple or self._clock_is_due or self.stop_signal > 0
+
+    def wants_checkpoint_after(self, epoch: int) -> bool:
+        """Whether a checkpoint is due at the end of this epoch."""
+        if self.is_on and self.every.unit == "epochs":
+            return (epoch + 1) % self.every.number == 0 or self.stop_signal > 0
+        return self.wants_checkpoint(epoch, self.num_batches)
+
+    def saved(self) -> None:
+        """A checkpoint has been written."""
+        self._last_checkpoint = self.clock()

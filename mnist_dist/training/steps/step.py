@@ -1,0 +1,55 @@
+"""What every kind of optimizer step works on, and what it offers to the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+from mnist_dist.data import Images
+from mnist_dist.processes.neighbours import Neighbours
+from mnist_dist.processes.team import Team
+from mnist_dist.training.model import MLP
+from mnist_dist.training.sampling import GlobalBatchSampler
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What a step works on. `sums` [3, steps of an epoch], float64, gets of each step this rank's sum of losses.
+
+    With `measures_noise` it gets also the sum over this rank's samples of |gradient / B|^2, for a global batch of B,
+    and on the main rank |gradient|^2 of the global batch (training/noise_scale.py), from some of the steps or all.
+    """
+
+    team: Team
+    module: MLP
+    optimizer: AcceleratedOptimizer
+    images: Images
+    batches: GlobalBatchSampler
+    sums: Tensor
+    dtype: torch.dtype
+    neighbours: Neighbours
+    measures_noise: bool = False
+    onednn_from: int | None = None  # least multiplications of a matrix product that is oneDNN's; None: of none
+
+
+class Step(Protocol):
+    """A kind of step. The trainer calls `begin`, then `take` for each step; `flush` and `pause` now and then."""
+
+    kind: str
+    compile_seconds: float
+
+    def begin(self, epoch: int, steps: range) -> None:
+        """Go to these steps of the epoch."""
+
+    def take(self, step: int) -> float:
+        """One optimizer step; returns the seconds waited for data. Collective."""
+
+    def flush(self, step: int) -> None:
+        """Called before step `step`, now and then: sums that are kept elsewhere go to `sums`."""
+
+    def pause(self) -> None:
+        """Called before the weights are read (checkpoint, evaluation). Collective."""
