@@ -26,7 +26,7 @@ from mnist_dist.config import HEADINGS, TrainConfig, flag_of
 from mnist_dist.errors import MnistDistError, OfThisProcess, UserError
 from mnist_dist.output import complain, protect, say
 from mnist_dist.processes.launch_environment import Launch, number_asked_of_accelerate, read_launch
-from mnist_dist.processes.spawn import PORT, least_and_most, local_number, read_machines, runs_on_cpu, spawn
+from mnist_dist.processes.spawn import PORT, local_number, read_machines, runs_on_cpu, spawn
 from mnist_dist.processes.stop_signals import block_ignored, ending, interrupting, number_of
 from mnist_dist.record.config_file import from_environment, merged, read_config, read_run_config
 from mnist_dist.record.run_folder import CONFIG, check_place
@@ -71,7 +71,7 @@ class Version(argparse.Action):
 def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", metavar="N", help="start N processes on this machine: on its GPUs, else its CPU")
     parser.add_argument("--machines", metavar="M", help="run on M machines: the same command on each, but for "
-                        "--machine-rank (default 1); LEAST:MOST if they may come and go")
+                        "--machine-rank (default 1)")
     parser.add_argument("--machine-rank", metavar="R", help="this machine's number, 0 to M-1; the output folder is on "
                         "machine 0")
     parser.add_argument("--address", metavar="HOST[:PORT]", help="of machine 0, as all machines reach it (port "
@@ -303,7 +303,7 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
         if asked is not None and int(asked) != started:
             raise UserError(f"--processes {asked} conflicts with the launcher, which started {started}: remove "
                             f"--processes, or launch {asked}")
-        if machines.number > 1 and not machines.least <= launch.num_machines <= machines.number:
+        if machines.number > 1 and launch.num_machines != machines.number:
             raise UserError(f"--machines {machines.number} conflicts with the launcher, which runs on "
                             f"{launch.num_machines}: remove --machines")
         if wanted_restarts is not None and restarts != launch.max_restarts:
@@ -315,9 +315,6 @@ def _spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, con
     number = local_number(launch, 1 if wanted is None else wanted)
     if number == 1 and not restarts and machines.number == 1:
         return None
-    if machines.come_and_go and not (config.resume and config.output_dir):
-        raise UserError("machines that come and go need --output-dir and --resume: each start goes on from the newest "
-                        "checkpoint there")
     config.global_batch_size(number * machines.number)  # before any process is started
     with interrupting():
         return spawn(launch, number, argv, machines, max_restarts=restarts, timeout_s=config.timeout,
@@ -328,7 +325,7 @@ def _on_ray(given: argparse.Namespace, argv: Sequence[str], launch: Launch, conf
     """Start the processes on a Ray cluster; the exit status. Raises `UserError`."""
     from mnist_dist.processes import ray_launcher
 
-    if (several := least_and_most(given.processes or "1")) is None:
+    if (several := ray_launcher.least_and_most(given.processes or "1")) is None:
         raise UserError(f"--processes must be a whole number at least 1, or LEAST:MOST, got {cut(given.processes)!r}")
     (least, most), restarts = several, int(given.max_restarts or 0)
     if given.machines or given.machine_rank or given.address:

@@ -88,7 +88,6 @@ class TrainConfig:
                         choices=("auto", "on", "off"))
     reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
                               "exact, and so has no order; slower", fixed=True)
-    logical_shards: int = knob(8, int, "of no effect: --reproducible does not need it any more", minimum=1)
     gradient_compression: str = knob("none", str, "send gradients between processes as fp16 or bf16, or as PowerSGD's "
                                      "rank-1 factors: approximate, so the number of processes changes the result",
                                      choices=("none", "fp16", "bf16", "powersgd"), fixed=True)

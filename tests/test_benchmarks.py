@@ -19,7 +19,6 @@ import pytest
 import torch
 from support import ROOT, write_idx_folder
 
-from mnist_dist.data import load
 from mnist_dist.training.model import flop_per_sample
 
 sys.path.insert(0, str(ROOT))  # benchmarks is run from a checkout and is not installed
@@ -270,31 +269,3 @@ def test_compiled_steps_are_adams(data_dir: str, monkeypatch: pytest.MonkeyPatch
     for other in others:
         for a, b in zip(wanted.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
-
-
-@pytest.mark.faults
-def test_each_member_of_a_stacked_training_is_its_own_run(small_dir):
-    """Also in the epoch's last batch, which is padded."""
-    sets = load("mnist", str(small_dir))
-    batch_size = 97
-    num_steps = -(-len(sets.train) // batch_size)
-    assert len(sets.train) % batch_size
-    assert module("many_runs").largest_difference(sets, 2, batch_size, "cpu", num_steps) < 1e-10
-
-
-def test_beside_a_neighbour_the_ratio_is_of_the_same_repeat():
-    found = [{**measurement("pytorch", 200, repeat, seconds), "condition": condition}
-             for repeat, both in enumerate([(1.0, 2.0), (2.0, 8.0), (1.0, 3.0)])
-             for condition, seconds in zip(module("neighbour").CONDITIONS, both, strict=True)]
-    *_, line = [line for line in module("neighbour").markdown(found) if line]
-    assert line.endswith("| 200 | 1.00 (1.00 to 2.00) | 3.00 (2.00 to 8.00) | 3.00 (2.00 to 4.00) |")
-
-
-def test_precisions_are_compared_seed_by_seed():
-    precision = module("precision")
-    found = [{"precision": name, "seed": seed, "test_nll_sums": dict.fromkeys(precision.REFERENCE, value),
-              "samples_per_second": rate}
-             for seed in (0, 1) for name, value, rate in (("no", 10.0 + seed, 100), ("bf16", 20.0, 300 + 100 * seed))]
-    lines = precision.markdown(found)
-    assert "| 16 | float32 | 10.0, 11.0 | 10.5 | 1440 ± 29 |" in lines
-    assert "| bf16 | 350 (300 to 400) | 3.50 (3.00 to 4.00) |" in lines

@@ -117,7 +117,7 @@ def test_a_config_file_holds_what_the_run_does(tmp_path):
         dataset="kmnist", data_dir="d", mirror="http://m/", per_device_batch_size=7, epochs=3, max_steps=9,
         target_nll="0.3,0.25", lr=3e-5, seed=4, shuffle=False, lr_rule="sqrt", gradient_accumulation_steps=2,
         mixed_precision="no", compile="off", output_dir="o", checkpoint_every="30s", keep_checkpoints=5, timeout=7.5,
-        logical_shards=4, wandb="offline", wandb_project="p", wandb_group="g", run_name="n", tags="a,b",
+        wandb="offline", wandb_project="p", wandb_group="g", run_name="n", tags="a,b",
     )
     path = tmp_path / "config.yaml"
     path.write_text(config_text(config))

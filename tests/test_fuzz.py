@@ -208,7 +208,7 @@ def image(draw, folder):
 def command_line(draw, folder):
     flags = ["--batch-size", "--epochs", "--lr", "--seed", "--dtype", "--compile", "--checkpoint-every", "--target-nll",
              "--per-device-batch-size", "--no-shuffle", "--reproducible", "--evaluate-every", "--config", "--tags",
-             "--logical-shards", "--max-steps", "--timeout", "--wandb", "--mirror", "--data-dir", "--resume",
+             "--max-steps", "--timeout", "--wandb", "--mirror", "--data-dir", "--resume",
              "--lr-rule"]
     values = st.sampled_from(["200", "0", "-3", "1e-3", "float64", "off", "3steps", "0.3,0.2", "a b", "", "nan", "∞",
                               "1" * 400, "--", "https://x:y@z/"]) | st.text(max_size=12)

@@ -19,6 +19,7 @@ from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.record.result import RunResult, read_result
 from mnist_dist.record.run_folder import RESULT
+from mnist_dist.tables import table
 
 
 class Protocol(NamedTuple):
@@ -87,7 +88,7 @@ def report_lines(results: Sequence[RunResult]) -> list[str]:
               f"{results[0].dataset['test']:,} test images, in nats; 'reference' is the mean ± deviation of "
               "independent runs in plain PyTorch.", ""]
     for protocol, result in zip(PROTOCOLS, results, strict=True):
-        lines += [*protocol_lines(protocol, result), ""]
+        lines += protocol_lines(protocol, result)
     ours = [result.summary.samples_per_second for result in results]
     theirs = PROTOCOLS[0].tutorial_seconds / PROTOCOLS[1].tutorial_seconds
     if ours[0] and ours[1]:
@@ -98,9 +99,7 @@ def report_lines(results: Sequence[RunResult]) -> list[str]:
 
 def protocol_lines(protocol: Protocol, result: RunResult) -> list[str]:
     """One protocol's table."""
-    lines = [f"## {protocol.title[0].upper()}{protocol.title[1:]}", "",
-             "| epoch | test NLL sum: ours | tutorial | reference | accuracy | seconds per epoch: ours | tutorial |",
-             "|---|---|---|---|---|---|---|"]
+    lines = []
     steps_per_epoch = -(-result.dataset["train"] // result.summary.global_batch_size)
     for record in result.epochs:
         epoch = record.epoch
@@ -113,9 +112,7 @@ def protocol_lines(protocol: Protocol, result: RunResult) -> list[str]:
             mean, deviation = protocol.reference[epoch]
             theirs, reference = f"{protocol.tutorial_nll_sums[epoch]}", f"{mean} ± {deviation}"
             seconds = f"{protocol.tutorial_seconds}"
-        lines.append(
-            f"| {epoch}{' (cut at step ' + str(record.step) + ')' if cut else ''} | {record.test_nll_sum:.1f} | "
-            f"{theirs} | {reference} | {100 * record.test_accuracy:.2f} % | {record.epoch_seconds:.2f} | "
-            f"{seconds} |"
-        )
-    return lines
+        lines.append([f"{epoch}{f' (cut at step {record.step})' if cut else ''}", f"{record.test_nll_sum:.1f}", theirs,
+                      reference, f"{100 * record.test_accuracy:.2f} %", f"{record.epoch_seconds:.2f}", seconds])
+    head = ("epoch", "test NLL sum: ours", "tutorial", "reference", "accuracy", "seconds per epoch: ours", "tutorial")
+    return [f"## {protocol.title[0].upper()}{protocol.title[1:]}", "", *table(head, lines)]

@@ -13,22 +13,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mnist_dist.errors import UserError
+
 NUM_CLASSES = 10
 
 
 class Images(Dataset):
     """Images uint8 [N, 1, 28, 28] and labels int64 [N]; a batch of any indices is one indexing operation.
 
-    Batches are on `device`, where the labels are; the images are too (`is_resident`), unless they are too many.
+    Both are on one device, and so are the batches.
     """
 
     def __init__(self, images_N1HW: Tensor, labels_N: Tensor) -> None:
         self.images, self.labels = images_N1HW, labels_N
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether the images are on the same device as their batches."""
-        return self.images.device == self.labels.device
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,21 +39,18 @@ class Images(Dataset):
         No copy waits for the device if the indices are where the images are.
         """
         picked = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
-        if self.is_resident:
-            # a copy of whole rows; `self.images[picked]` takes an image apart, and five times as long on the CPU
-            return self.images.index_select(0, picked), self.labels.index_select(0, picked)
-        # from pinned memory the copy to a GPU is asynchronous; the allocator keeps the batch until it is done
-        batch = torch.empty(len(picked), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
-        torch.index_select(self.images, 0, picked, out=batch)
-        there = picked.pin_memory().to(self.labels.device, non_blocking=True)
-        return batch.to(self.labels.device, non_blocking=True), self.labels[there]
+        # a copy of whole rows; `self.images[picked]` takes an image apart, and five times as long on the CPU
+        return self.images.index_select(0, picked), self.labels.index_select(0, picked)
 
     def to(self, device: torch.device) -> Images:
-        """The same images with batches on `device`, and in its memory if they take at most half of what is free."""
-        labels = self.labels.to(device)
-        if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-            return Images(self.images, labels)
-        return Images(self.images.to(device), labels)
+        """The same images in the memory of `device`. Raises `UserError` if they take more than half of a GPU's memory
+        that is free.
+        """
+        if device.type == "cuda" and self.images.nbytes > (free := torch.cuda.mem_get_info(device)[0]) // 2:
+            raise UserError(f"{len(self):,} images take {self.images.nbytes / 2**20:,.0f} MiB, and the GPU has "
+                            f"{free / 2**20:,.0f} MiB free, of which half is for them: end what else runs on it, or "
+                            "set ACCELERATE_USE_CPU=true")
+        return Images(self.images.to(device), self.labels.to(device))
 
 
 class ImageSets(NamedTuple):

@@ -29,7 +29,7 @@ from mnist_dist.output import say
 from mnist_dist.processes.launch_environment import child_environment, num_cores, variables_of
 from mnist_dist.processes.rendezvous import Wait
 from mnist_dist.processes.stop_signals import StopSignals
-from mnist_dist.text import counted, cut, first_line
+from mnist_dist.text import counted, cut, first_line, whole
 
 POLL_SECONDS = 0.2  # between two looks at the board
 ANSWER_SECONDS = 10.0  # for a cluster's port to take a connection
@@ -40,6 +40,13 @@ MOST_OF_RAYS = 300  # characters of a message
 GRACE_SECONDS = 30.0  # after a signal, for the processes to leave a checkpoint
 OTHER = 4  # what a process ends with instead of 1, if not because another process is lost: a full disk
 FINAL = (0, 2, 3, OTHER)  # exit statuses that another start does not change: done, wrong use, diverged
+
+
+def least_and_most(text: str) -> tuple[int, int] | None:
+    """`N` is (N, N), and `LEAST:MOST` what it says; None if it is neither, or less than 1."""
+    first, _, last = text.rpartition(":")
+    least, most = whole(first or last), whole(last)
+    return (least, most) if least and most and least <= most else None
 
 
 class Group(NamedTuple):

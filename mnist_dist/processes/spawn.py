@@ -14,49 +14,35 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import complain
 from mnist_dist.processes.launch_environment import Launch, child_environment, num_cores
-from mnist_dist.processes.rendezvous import LOOPBACK, Facts, Meeting, local_store, reach, store_at
+from mnist_dist.processes.rendezvous import LOOPBACK, Facts, Meeting, local_store, store_at
 from mnist_dist.text import counted, cut, whole
 
 if TYPE_CHECKING:
     from mnist_dist.processes.peer_failure_watch import Watch
 
-LAST_CALL_SECONDS = 5  # for more machines, once there are enough
 PORT = 29500  # where the machines of a run meet, if no other is given
 
 
 class Machines(NamedTuple):
     """The machines of a run, and this one among them. They meet at a port of machine 0."""
 
-    number: int = 1  # at most
+    number: int = 1
     rank: int = 0  # of this machine
     address: str = "localhost"  # of machine 0
     port: int = 0  # 0: a free one, if there is one machine
-    least: int = 1  # so many are enough, if they may come and go
-
-    @property
-    def come_and_go(self) -> bool:
-        """Whether the run goes on with fewer of them, and takes those in that come back."""
-        return self.least < self.number and bool(self.port)
-
-
-def least_and_most(text: str) -> tuple[int, int] | None:
-    """`N` is (N, N), and `LEAST:MOST` what it says; None if it is neither, or less than 1."""
-    first, _, last = text.rpartition(":")
-    least, most = whole(first or last), whole(last)
-    return (least, most) if least and most and least <= most else None
 
 
 def read_machines(number: str | None, rank: str | None, address: str | None) -> Machines:
-    """The values of --machines, M or LEAST:MOST, --machine-rank and --address, HOST[:PORT]. Raises `UserError`."""
+    """The values of --machines, --machine-rank and --address, HOST[:PORT]. Raises `UserError`."""
     if number is None and rank is None and address is None:
         return Machines()
-    if (several := least_and_most(number or "")) is None:
-        raise UserError(f"--machines must be a whole number at least 1, or LEAST:MOST, got {cut(number or '')!r}: give "
-                        "the same on each machine")
-    least, most = several
+    machines = whole(number or "")
+    if not machines:
+        raise UserError(f"--machines must be a whole number at least 1, got {cut(number or '')!r}: give the same on "
+                        "each machine")
     machine_rank = whole(rank or "")
-    if machine_rank is None or machine_rank >= most:
-        raise UserError(f"--machine-rank must be a whole number from 0 to {most - 1} with --machines {most}, "
+    if machine_rank is None or machine_rank >= machines:
+        raise UserError(f"--machine-rank must be a whole number from 0 to {machines - 1} with --machines {machines}, "
                         f"got {cut(rank or '')!r}: give another one on each machine")
     if address is None:
         raise UserError("--machines needs --address HOST or HOST:PORT, which all machines reach machine 0 by: give the "
@@ -68,7 +54,7 @@ def read_machines(number: str | None, rank: str | None, address: str | None) -> 
     number_of_port = whole(port)
     if not host or not number_of_port or number_of_port > 65535:
         raise UserError(f"--address must be HOST or HOST:PORT with a port from 1 to 65535, got {cut(address)!r}")
-    return Machines(most, machine_rank, host, number_of_port, least)
+    return Machines(machines, machine_rank, host, number_of_port)
 
 
 def runs_on_cpu(launch: Launch) -> bool:
@@ -107,33 +93,19 @@ def local_number(launch: Launch, asked: int) -> int:
 
 
 def _meeting_place(machines: Machines, timeout_s: float, port: int) -> dict[str, Any]:
-    """How torch's launchers on the machines find each other: on one, at this port of a store that is there. On several
-    they have the order of their ranks.
-    """
+    """How torch's launchers on the machines find each other: on one machine, at this port of a store that is there."""
     if machines.number == 1:
         return {"run_id": uuid.uuid4().hex, "rdzv_backend": "static", "rdzv_endpoint": f"{LOOPBACK}:{port}",
                 "rdzv_configs": {"rank": 0, "timeout": max(1, round(timeout_s))}}
     host = f"[{machines.address}]" if ":" in machines.address else machines.address
-    if machines.come_and_go:
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch tells a later machine no shared store's address
-        return {"run_id": "mnist-dist", "rdzv_backend": "c10d", "rdzv_endpoint": f"{host}:{machines.port}",
-                # torch orders the machines by these texts: machine 0 is the first, and its text leads to it
-                "local_addr": machines.address if machines.rank == 0 else f"~{machines.rank:06d}",
-                "rdzv_configs": {"is_host": str(machines.rank == 0), "join_timeout": round(timeout_s) + 30,
-                                 "last_call_timeout": LAST_CALL_SECONDS, "read_timeout": round(min(timeout_s, 60.0)),
-                                 "keep_alive_interval": 1}}
     return {"run_id": "mnist-dist", "rdzv_backend": "static", "rdzv_endpoint": f"{host}:{machines.port}",
             "rdzv_configs": {"rank": machines.rank, "timeout": max(1, round(timeout_s))}}
 
 
-def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> Watch | None:
-    """Wait for the other machines, and from then on watch them; None if they may come and go. Raises `UserError`."""
+def _meet(machines: Machines, options: Mapping[str, Any], timeout_s: float) -> Watch:
+    """Wait for the other machines, and from then on watch them. Raises `UserError`."""
     from mnist_dist.processes.peer_failure_watch import Watch
 
-    if machines.come_and_go:  # its processes compare themselves, each time that they start
-        if machines.rank > 0:
-            reach(machines.address, machines.port, setting="--address", is_elsewhere=True, timeout_s=timeout_s)
-        return None
     store = store_at(machines.address, machines.port, setting="--address", hosts_it=machines.rank == 0,
                      is_elsewhere=machines.rank > 0, timeout_s=timeout_s)
     Meeting(store, machines.rank, machines.number, timeout_s, "machine").facts(Facts(options=options))
@@ -165,7 +137,7 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes print what went wrong
     local = local_store(timeout_s) if machines.number == 1 else None  # kept to the end
     elastic = LaunchConfig(
-        min_nodes=machines.least, max_nodes=machines.number, nproc_per_node=num_processes,
+        min_nodes=machines.number, max_nodes=machines.number, nproc_per_node=num_processes,
         max_restarts=max_restarts, monitor_interval=0.1,
         **_meeting_place(machines, timeout_s, local.port if local else 0),
     )

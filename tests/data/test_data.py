@@ -50,6 +50,14 @@ def test_mnist_is_mnist(mnist_dir):
     assert sets.train.labels[0] == 5
 
 
+def test_images_that_do_not_fit_are_refused(monkeypatch):
+    """Half of a GPU's free memory is for them; the line has both sizes."""
+    images = Images(torch.zeros(100, 1, 28, 28, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.images.nbytes - 1, 1 << 40))
+    with pytest.raises(UserError, match=r"100 images take 0 MiB, and the GPU has 0 MiB free"):
+        images.to(torch.device("cuda"))
+
+
 def test_scale_is_torchvisions_transform():
     image = torch.arange(784, dtype=torch.int32).remainder(256).to(torch.uint8).reshape(28, 28)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])

@@ -32,11 +32,10 @@ from mnist_dist.training.trainer import Trainer
 LINEAR = "layers.1.weight"
 
 
-def wanted(num_batches, *, device="cpu", precision="no", resident=True, before=None, **options):
+def wanted(num_batches, *, device="cpu", precision="no", before=None, **options):
     team = SimpleNamespace(device=torch.device(device), accelerator=SimpleNamespace(mixed_precision=precision),
                            run_on=lambda where, task: task())
-    parts = SimpleNamespace(team=team, images=SimpleNamespace(is_resident=resident),
-                            batches=SimpleNamespace(num_batches=num_batches))
+    parts = SimpleNamespace(team=team, batches=SimpleNamespace(num_batches=num_batches))
     return wants_compiling(TrainConfig(**options), parts, before)
 
 
@@ -55,7 +54,7 @@ def test_auto_on_a_gpu_needs_what_was_measured_on_one(tmp_path, monkeypatch):
     assert not wanted(60_000, device="cuda"), "of another kind"
     keep_gain("H100", Gain(10.0, 1e-3, "2"))
     assert wanted(10_001, device="cuda", epochs=1) and not wanted(10_000, device="cuda", epochs=1)
-    assert not wanted(60_000, device="cuda", resident=False) and not wanted(60_000, device="cuda", precision="fp16")
+    assert not wanted(60_000, device="cuda", precision="fp16")
     assert not wanted(60_000, device="cuda", before="plain") and wanted(1, device="cuda", before="compiled")
 
 
@@ -78,8 +77,6 @@ def test_on_and_off_are_obeyed_or_refused():
     assert wanted(1, compile="on") and wanted(1, compile="on", device="cuda") and not wanted(60_000, compile="off")
     with pytest.raises(UserError, match="exclude each other"):
         wanted(1, compile="on", precision="fp16")
-    with pytest.raises(UserError, match="memory"):
-        wanted(1, compile="on", resident=False)
 
 
 def trained(folder, data_dir, name, *words, status=0, **environment):

@@ -131,20 +131,6 @@ def test_nothing_in_the_step_loop_waits_for_the_device(options, team, small_dir)
     assert trainer.train_loss(0, trainer.batches.num_batches) > 0
 
 
-@pytest.mark.cuda
-def test_images_that_do_not_fit_into_memory(team, small_dir, monkeypatch):
-    figures = []
-    for free in (1 << 40, 0):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        trainer = trainer_with(team, small_dir, compile="off")
-        assert trainer.parts.images.is_resident == bool(free)
-        trainer.step.begin(0, range(5))
-        for step in range(5):
-            trainer.step.take(step)
-        figures.append((trainer.train_loss(0, 5), trainer.evaluate()))
-    assert figures[0] == figures[1]
-
-
 @pytest.mark.cuda(2)
 @every_kind
 def test_two_gpus_are_one(kind, small_dir, tmp_path):

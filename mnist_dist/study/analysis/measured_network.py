@@ -62,11 +62,11 @@ def from_doctor(findings: Sequence[Mapping[str, Any]], dtype: str) -> Fabric | N
     found = {one.get("name"): one for one in findings}
     try:
         ranks, reduced = found["processes"]["value"], found["all-reduce"]["value"]
-        hosts, devices = ({rank[what] for rank in ranks} for what in ("host", "device"))
-        over = found["all-reduce"]["says"].rpartition(" processes")[2].rstrip(")")
+        hosts, backends = ({rank[what] for rank in ranks} for what in ("host", "backend"))
+        over = f" over {ranks[0]['interface']}" if ranks[0]["interface"] else ""
         return fabric_of({
             "processes": len(ranks), "machines": len(hosts), "gradient_bytes": GRADIENT_NUMBERS * FLOATS[dtype],
-            "name": f"{', '.join(sorted({device.split()[-1].strip('()') for device in devices}))}{over}",
+            "name": f"{', '.join(sorted(backends))}{over}",
             "all_reduce": [(one["bytes"], one["seconds"]) for one in reduced]})
     except (KeyError, TypeError, AttributeError, IndexError):
         return None

@@ -45,23 +45,21 @@ def steadiness(windows: np.ndarray) -> Steadiness:
     if n < LEAST_WINDOWS:
         return Steadiness("too short to tell")
     times, steps, place = windows[:, 2] / windows[:, 0], windows[:, 0], np.arange(n)
-    ranks, after = _ranks(times), np.arange(1, n)
+    ranks, after = stats.rankdata(times), np.arange(1, n)
     z = (np.cumsum(ranks)[:-1] - after * (n + 1) / 2) / np.sqrt(after * (n - after) * (n + 1) / 12)
     at = int(np.argmax(np.abs(z))) + 1  # windows before the jump
     before, behind = float(np.median(times[:at])), float(np.median(times[at:]))
     off_jump = times - np.where(place < at, before, behind)
     jump, z_jump = behind / before - 1, float(np.abs(z).max())
-    first, second = np.triu_indices(n, 1)
-    differences = times[second] - times[first]
-    z_drift = abs(_kendall(differences)) / math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
+    tau = stats.kendalltau(place, times).statistic  # not a number, if all times are equal
+    z_drift = abs(np.nan_to_num(tau)) / math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
     # dependence only lowers a statistic: what is not significant without it needs no look at the residuals
     is_jump = abs(jump) >= LEAST_CHANGE and _p(z_jump, n - 1) < SIGNIFICANT and (
         _p(z_jump * _worth(off_jump), n - 1) < SIGNIFICANT)
     if _p(z_drift) >= SIGNIFICANT:
         is_drift = False
     else:
-        slope = float(np.median(differences / (second - first)))  # Theil and Sen's
-        intercept = float(np.median(times)) - slope * (n - 1) / 2
+        slope, intercept, *_ = stats.theilslopes(times, place)
         off_line = times - (intercept + slope * place)
         drift = slope * (n - 1) / intercept if intercept > 0 else math.inf
         is_drift = abs(drift) >= LEAST_CHANGE and _p(z_drift * _worth(off_line)) < SIGNIFICANT
@@ -76,18 +74,6 @@ def _evenly(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count, min(count, MOST_WINDOWS), endpoint=False).astype(int))
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 1, the mean of them for ties."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
-
-
-def _kendall(differences: np.ndarray) -> float:
-    """Kendall's tau-b of values and their places, which have no ties, from the differences of all pairs."""
-    untied = np.count_nonzero(differences)
-    return float(np.sign(differences).sum() / math.sqrt(untied * len(differences))) if untied else 0.0
-
-
 def _p(z: float, places: int = 1) -> float:
     """The two-sided probability of a normal value, by Bonferroni's bound for the largest of so many."""
     return 2 * places * float(special.ndtr(-z))
@@ -95,7 +81,7 @@ def _p(z: float, places: int = 1) -> float:
 
 def _worth(residuals: np.ndarray) -> float:
     """The factor by which a statistic shrinks if windows depend on each other: the root of the part that counts."""
-    ranks = _ranks(residuals)
+    ranks = stats.rankdata(residuals)
     if np.ptp(ranks) == 0:
         return 1.0
     correlation = float(np.clip(np.corrcoef(ranks[:-1], ranks[1:])[0, 1], 0.0, 0.95))

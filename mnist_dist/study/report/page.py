@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mnist_dist.tables import table
+
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -76,9 +78,8 @@ class Page:
             if isinstance(block, Heading):
                 parts.append(f"{'#' * block.level} {_markdown(block.text)}")
             elif isinstance(block, Table):
-                lines = [[_markdown(cell) for cell in cells] for cells in (block.head, *block.lines)]
-                lines.insert(1, ["---"] * len(block.head))
-                parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+                head, *lines = ([_markdown(cell) for cell in cells] for cells in (block.head, *block.lines))
+                parts.append("\n".join(table(head, lines)).strip())
             elif isinstance(block, Picture):
                 parts.append(f"![{_markdown(block.alt)}]({pictures}/{block.name}.png)")
             elif isinstance(block, list):

@@ -28,12 +28,9 @@ def wants_compiling(config: TrainConfig, parts: StepParts, before: str | None = 
     precision = parts.team.accelerator.mixed_precision
     if precision == "fp16" and config.compile == "on":  # the launcher may have set it
         raise UserError("--compile on and mixed precision fp16 exclude each other: drop one")
-    if config.compile == "on" and not parts.images.is_resident:
-        raise UserError("--compile on needs the images in the GPU's memory, and they are more than half of what is "
-                        "free: give --compile off")
     if config.compile != "auto":
         return config.compile == "on"
-    if precision == "fp16" or config.clashes_with_compile or not parts.images.is_resident:
+    if precision == "fp16" or config.clashes_with_compile:
         return False
     if before is not None:
         return before == "compiled"
