@@ -194,8 +194,10 @@ def test_every_launcher_has_its_ranks(launcher, small_dir, tmp_path):
     begin = time.monotonic()
     done = under(launcher, small_dir, tmp_path)
     findings = {one["name"]: one for one in json.loads(done.stdout)["findings"]}
-    assert findings["processes"]["value"] == [
-        {"rank": rank, "host": platform.node(), "device": "cpu (gloo)"} for rank in (0, 1)], done.stderr
+    assert [{name: one[name] for name in ("rank", "host", "device", "backend")}
+            for one in findings["processes"]["value"]] == [
+        {"rank": rank, "host": platform.node(), "device": "cpu (gloo)", "backend": "gloo"} for rank in (0, 1)
+    ], done.stderr
     assert findings["threads"]["value"] == {"threads": 1, "processes": 2} and "links" not in findings
     assert len(findings["all-reduce"]["value"]) == 13 and time.monotonic() - begin < 60
 

@@ -86,8 +86,10 @@ def test_a_failed_first_look_is_named():
 
 FINDINGS = [  # of a doctor
     {"name": "cores", "problem": "of 2 cores only 1.0 do work at once", "remedy": "end what else runs here"},
-    {"name": "processes", "value": [{"rank": rank, "host": "attic", "device": "cpu (gloo)"} for rank in (0, 1)]},
-    {"name": "all-reduce", "says": "fast (2 processes over veth0)", "value": [
+    {"name": "processes", "value": [
+        {"rank": rank, "host": "attic", "device": "cpu (gloo)", "backend": "gloo", "interface": "veth0"}
+        for rank in (0, 1)]},
+    {"name": "all-reduce", "value": [
         {"bytes": 4, "seconds": 1e-4}, {"bytes": 2**20, "seconds": 1e-3}]},
 ]
 

@@ -152,11 +152,10 @@ def examine(config: TrainConfig, launch: Launch) -> list[Finding]:
                 for host, found in by_host.items() for one in found]
     backend = torch.distributed.get_backend() if team.size > 1 else "alone"
     device = str(team.device) if team.queues else team.device.type  # the CPU has no number
-    ranks = [{"rank": rank, "host": host, "device": device, "backend": backend, "interface": interface}
-             for rank, (host, (device, backend, interface)) in
-             enumerate(zip(team.hosts, team.share((device, backend, interface)), strict=True))]
-    findings.append(Finding("processes", ", ".join("{rank} on {host}: {device} ({backend})".format(**rank)
-                                                   for rank in ranks), ranks))
+    ranks = [{"rank": rank, "host": host, **described} for rank, (host, described) in enumerate(zip(
+        team.hosts, team.share({"device": f"{device} ({backend})", "backend": backend, "interface": interface}),
+        strict=True))]
+    findings.append(Finding("processes", ", ".join("{rank} on {host}: {device}".format(**one) for one in ranks), ranks))
     if team.clocks_apart:
         findings.append(Finding("clocks", "apart", None, team.clocks_apart, "timedatectl set-ntp true on each host"))
     findings += [*_differences(by_host), *_steps(team), *(_fabric(team, interface) if team.size > 1 else ())]
