@@ -93,7 +93,7 @@ def printed_pages(share: float) -> Iterator[tuple[Grey, int]]:
 def right(model: MLP, pages: list[tuple[Grey, int]], preparation: Callable[[Grey], Tensor]) -> int:
     """How many of the pages the model reads right."""
     images = torch.stack([preparation(page) for page, _ in pages])
-    guesses = predict(model, images, torch.device("cpu"), torch.float32).argmax(1).tolist()
+    guesses = predict(model, images).argmax(1).tolist()
     return sum(guess == digit for guess, (_, digit) in zip(guesses, pages, strict=True))
 
 
@@ -101,7 +101,7 @@ def main(run_dir: str, data_dir: str, output: str | None = None) -> None:
     """Print the table, and write it as JSON if `output` is given."""
     model = load_model(Path(run_dir))
     test = load("mnist", data_dir).test
-    as_they_are = predict(model, test.images[:NUMBER], torch.device("cpu"), torch.float32).argmax(1)
+    as_they_are = predict(model, test.images[:NUMBER]).argmax(1)
     record = {"of the test set, as they are": {
         "pictures": NUMBER, "prepared": int((as_they_are == test.labels[:NUMBER]).sum())}}
     groups = {"the same on noisy pages": list(test_pages(data_dir)), **{

@@ -26,9 +26,9 @@ from xml.etree import ElementTree
 
 from benchmarks.machine import describe
 from mnist_dist import runner
-from mnist_dist.cli import Parser
 from mnist_dist.disk.files import replace_json, replace_synced
 from mnist_dist.errors import UserError
+from mnist_dist.options import Parser
 from mnist_dist.processes.launch_environment import child_environment, num_cores
 from mnist_dist.record.gains import Gain, keep_gain
 from mnist_dist.study.analysis.cells import Analysis

@@ -10,7 +10,8 @@ from dataclasses import fields
 import pytest
 from support import ROOT, TRAIN, assert_one_line_error, mnist_dist, result_of, run, run_here
 
-from mnist_dist.cli import main, parse, training_config
+from mnist_dist.cli import main, parse
+from mnist_dist.commands.shared import training_config
 from mnist_dist.config import HEADINGS, TrainConfig, flag_of
 from mnist_dist.errors import UserError
 

@@ -21,12 +21,14 @@ from PIL import Image
 from safetensors.torch import save
 from support import epoch_record, idx_bytes, run_result
 
-from mnist_dist.cli import parse, training_config
-from mnist_dist.commands import study as study_command
+from mnist_dist.cli import parse
+from mnist_dist.commands.report import run as run_report
+from mnist_dist.commands.shared import training_config
 from mnist_dist.config import TrainConfig
 from mnist_dist.data.idx import read_idx
 from mnist_dist.data.picture import prepare, read_picture
 from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.processes.launch_environment import Launch
 from mnist_dist.record.checkpoint import FORMAT, CheckpointWriter, load_newest
 from mnist_dist.record.config_file import config_text, merged, read_config
 from mnist_dist.record.result import read_result
@@ -132,8 +134,8 @@ def report(draw, folder):
     table(draw, folder)
 
     def write():
-        assert study_command.report(argparse.Namespace(folders=[folder], hold_out=None, fail_if_slower=None,
-                                                 junit=None)) == 0
+        assert run_report(argparse.Namespace(folders=[folder], hold_out=None, fail_if_slower=None, junit=None), [],
+                          Launch()) == 0
         assert (folder / "report.md").stat().st_size and (folder / "report.html").stat().st_size
     return write
 

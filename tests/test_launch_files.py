@@ -6,7 +6,8 @@ import pytest
 import yaml
 from support import ROOT
 
-from mnist_dist.cli import parse, training_config
+from mnist_dist.cli import parse
+from mnist_dist.commands.shared import training_config
 
 
 def test_the_train_job_is_one_of_kubeflow_trainer():

@@ -7,6 +7,8 @@ import sys
 
 from support import ROOT, run
 
+from mnist_dist.cli import COMMANDS
+
 PACKAGE = ROOT / "mnist_dist"
 EVERYWHERE = {"__init__", "errors", "text"}  # parts that every other may import
 BELOW = {  # part: the parts that it may import (docs/architecture.md)
@@ -23,16 +25,18 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "console": {"config", "output", "record"},
     "runner": {"processes", "record"},
     "training": {"config", "data", "disk", "processes", "record", "console"},
-    "commands": {"config", "data", "disk", "output", "tables", "processes", "record", "console", "runner", "training",
-                 "study"},
+    "commands": {"config", "options", "data", "disk", "output", "tables", "processes", "record", "console", "runner",
+                 "training", "study"},
     "study": {"config", "disk", "output", "tables", "processes", "record", "runner"},
-    "cli": {"config", "output", "worker", "record", "processes", "training", "commands", "study"},
+    "options": {"config"},
+    "cli": {"config", "options", "output", "worker", "processes", "commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 WITHOUT_TORCH = ("text", "errors", "config", "disk.files", "output", "console", "cli", "runner", "tables", "record",
                  "record.result", "record.rank_summary", "record.wandb_run", "record.config_file",
-                 "processes.launch_environment", "processes.stop_signals", "commands.study")
+                 "processes.launch_environment", "processes.stop_signals",
+                 *(f"commands.{command}" for command in COMMANDS))
 # the rooms of the study, and the other rooms that each may import
 ROOMS = {"plan": set(), "analysis": {"plan"}, "report": {"analysis", "plan"}, "run": {"plan", "analysis", "report"}}
 

@@ -6,22 +6,26 @@ steps are those of `mnist-dist train --compile off`. Evaluations are off the clo
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mnist_dist.commands import writing_to
+from mnist_dist.commands.shared import check_alone, data_config, writing_to
 from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
-from mnist_dist.data import ImageSets
 from mnist_dist.disk.files import make_folder, real, replace_synced
+from mnist_dist.options import SHARED, Parser, add_training
 from mnist_dist.output import say
 from mnist_dist.processes.launch_environment import Launch
-from mnist_dist.processes.team import Team, join
 from mnist_dist.tables import number, table
-from mnist_dist.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from mnist_dist.data import ImageSets
+    from mnist_dist.processes.team import Team
+    from mnist_dist.training.trainer import Trainer
 
 BATCH_SIZES = (1, 8, 32, 200, 1000)
 SAMPLES = 10_000  # that every batch size is compared after
@@ -60,10 +64,27 @@ class Course(NamedTuple):
         return num_train * self.last.seconds / self.last.samples
 
 
+def add_options(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--output-dir", metavar="DIR", default="lesson", help="folder for the picture and the text "
+                        "(default: lesson)")
+    add_training(parser, SHARED)
+
+
+def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+    """Give the lesson; returns the exit status. Raises `MnistDistError`."""
+    config = data_config(given)
+    check_alone(given, launch)
+    lesson(config, launch, Path(given.output_dir))
+    return 0
+
+
 def lesson(config: TrainConfig, launch: Launch, output_dir: Path) -> None:
     """Train with each batch size, print the table and the sentences, and write these and the picture. Raises
     `UserError`.
     """
+    from mnist_dist.processes.team import join
+
     begin = time.monotonic()
     sets = open_images(config)
     folder = real(output_dir)
@@ -98,6 +119,8 @@ def train_for(batch_size: int, config: TrainConfig, team: Team, sets: ImageSets,
     """Train for so many seconds, and one sample at a time for so many samples at most. The first evaluation at or after
     `samples` is the one to compare.
     """
+    from mnist_dist.training.trainer import Trainer
+
     trainer = Trainer(TrainConfig(batch_size=batch_size, compile="off", seed=config.seed), team, sets)
     trainer.make_step()
     moments = list(moments_of(trainer, samples, seconds))

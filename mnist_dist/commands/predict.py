@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mnist_dist.commands.shared import data_config
 from mnist_dist.commands.show import open_images
 from mnist_dist.config import TrainConfig
-from mnist_dist.data.picture import BLANK, Grey, prepare, read_picture, reduced
 from mnist_dist.disk.files import real
 from mnist_dist.errors import UserError
+from mnist_dist.options import SHARED, Parser, add_training
 from mnist_dist.output import columns, complain, say
+from mnist_dist.processes.launch_environment import Launch
+from mnist_dist.record.config_file import read_run_config
+from mnist_dist.record.run_folder import CONFIG
 from mnist_dist.text import cause, cut
-from mnist_dist.training.results import load_model, random_indices
-from mnist_dist.training.results import predict as probabilities_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mnist_dist.data.picture import Grey
 
 SURE = 0.6  # least probability without a note: below it the default model is wrong on half of the test images
 MOST_DRAWN = 50  # pictures
 WIDE = 80  # columns of a terminal, from which on the ten probabilities are shown
-CPU = torch.device("cpu")
+
+
+def add_options(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a completed run")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="PNG or JPEG of one digit, dark or light, of any "
+                        "size and place; a picture of 28 x 28 is taken as it is")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each image file")
+    parser.add_argument("--output", metavar="FILE", help="with image files: draw the first 50 of them, what the model "
+                        "sees of each, and the ten probabilities; else: where the grid goes (default: predict.png in "
+                        "RUN_DIR)")
+    add_training(parser, SHARED)
+
+
+def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+    """Classify; returns the exit status. Raises `UserError`."""
+    folder = Path(given.run_dir)
+    if given.images:
+        data_config(given)  # for its errors
+        return predict_files(folder, list(map(Path, given.images)), given.output, given.json)
+    config = data_config(given, _data_of_run(folder))
+    if given.json:
+        raise UserError("--json is of image files: name some")
+    predict_grid(config, folder, given.output)
+    return 0
+
+
+def _data_of_run(folder: Path) -> dict[str, Any]:
+    """The data set that the run was trained on, as options. Raises `UserError`."""
+    values = read_run_config(folder / CONFIG)
+    return {name: values[name] for name in ("dataset", "data_dir") if name in values}
 
 
 def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_json: bool) -> int:
     """Print each picture's digit and probabilities; a file that is no picture is one line. The exit status: 0, or 2 if
     any file is none. `output` also gets what the model sees. Raises `UserError`.
     """
+    from mnist_dist.data.picture import BLANK, prepare, read_picture, reduced
+    from mnist_dist.training.results import load_model, predict
+
     model = load_model(run_dir)
     is_wide = columns() >= WIDE
     if not as_json:
@@ -43,7 +82,7 @@ def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_j
             status = error.exit_status
             continue
         image, of_digit = prepare(grey)
-        row = probabilities_of(model, image.unsqueeze(0), CPU, torch.float32)[0]
+        row = predict(model, image.unsqueeze(0))[0]
         notes = [*of_file, *of_digit, *(() if BLANK in of_digit else _doubts(row))]
         if output and len(drawn) < MOST_DRAWN:
             drawn.append((str(path), reduced(grey), image, row))
@@ -71,11 +110,12 @@ def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_j
 def predict_grid(config: TrainConfig, run_dir: Path, output: str | None) -> None:
     """Draw the tutorial's grid of 16 test images with their predictions, and print these. Raises `UserError`."""
     from mnist_dist.record.run_pictures import draw_predictions
+    from mnist_dist.training.results import load_model, predict, random_indices
 
     model = load_model(run_dir)
     sets = open_images(config)
     images, labels = sets.test.__getitems__(random_indices(sets.test, config.seed))
-    probabilities = probabilities_of(model, images, CPU, torch.float32)
+    probabilities = predict(model, images)
     target = _target(output or str(run_dir / "predict.png"))
     try:
         draw_predictions(images, labels, probabilities, target, f"{sets.name}: 16 random test images")

@@ -6,17 +6,21 @@ whole already is not run again. Writes `report.md` and the prediction grid.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_dist import runner
-from mnist_dist.commands import writing_to
+from mnist_dist.commands.shared import check_alone, data_config, typed_options, writing_to
 from mnist_dist.config import flag_of
 from mnist_dist.disk.files import read_limited, real, replace_synced
 from mnist_dist.errors import MnistDistError, UserError
+from mnist_dist.options import SHARED, Parser, add_training
 from mnist_dist.output import say
+from mnist_dist.processes.launch_environment import Launch
+from mnist_dist.processes.stop_signals import interrupting
 from mnist_dist.record.result import RunResult, read_result
 from mnist_dist.record.run_folder import RESULT
 from mnist_dist.tables import table
@@ -45,6 +49,23 @@ PROTOCOLS = (
         {1: (3435, 30), 6: (2445, 45), 11: (1855, 34), 16: (1440, 29)},
     ),
 )
+
+
+def add_options(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--output-dir", metavar="DIR", help="folder for both runs and the report (default: "
+                        "runs/reproduce-<time>)")
+    add_training(parser, (*SHARED, "wandb"))
+
+
+def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+    """Train both protocols; returns the exit status. Raises `MnistDistError`."""
+    data_config(given)  # for its errors, before anything is trained
+    check_alone(given, launch)
+    options = {name: value for name, value in typed_options(given).items() if name != "output_dir"}
+    with interrupting():
+        reproduce(options, output_dir=given.output_dir)
+    return 0
 
 
 def reproduce(options: Mapping[str, Any], output_dir: str | None) -> None:

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from mnist_dist.commands import writing_to
+from mnist_dist.commands.shared import data_config, writing_to
 from mnist_dist.config import REFERENCE_BATCH_SIZE, TrainConfig
 from mnist_dist.console import Console
-from mnist_dist.data import ImageSets, check_name, load, obtain, scale
 from mnist_dist.disk.files import make_folder, real
+from mnist_dist.options import SHARED, Parser, add_training
 from mnist_dist.output import say
-from mnist_dist.training.model import MLP, flop_per_sample, num_parameters
+from mnist_dist.processes.launch_environment import Launch
+
+if TYPE_CHECKING:
+    import torch
+
+    from mnist_dist.data import ImageSets
 
 ROW = 7  # counted from 1, as a person does
 GRID = 25
+
+
+def add_options(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--output-dir", metavar="DIR", default="show", help="folder for the pictures (default: show)")
+    add_training(parser, SHARED)
+
+
+def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+    """Show the data and the model; returns the exit status. Raises `UserError`."""
+    show(data_config(given), Path(given.output_dir))
+    return 0
 
 
 def open_images(config: TrainConfig, note: Callable[[str], None] = lambda line: None) -> ImageSets:
     """The data set that the config names, for a command of one process; `note` gets a line if it is no known one.
     Raises `UserError`.
     """
+    from mnist_dist.data import check_name, load, obtain
+
     sets = load(obtain(config.dataset, config.data_dir, config.mirror, Console(True).warn), config.data_dir)
     check_name(sets.name, config.data_dir, sets.digest(), note)
     return sets
@@ -34,7 +53,11 @@ def _row(values: torch.Tensor) -> str:
 
 def show(config: TrainConfig, output_dir: Path) -> None:
     """Print the look, and draw `digit.png` and `digits.png` into `output_dir`. Raises `UserError`."""
+    import torch
+
+    from mnist_dist.data import scale
     from mnist_dist.record.run_pictures import draw_digit, draw_grid
+    from mnist_dist.training.model import MLP, flop_per_sample, num_parameters
 
     notes: list[str] = []
     sets = open_images(config, notes.append)

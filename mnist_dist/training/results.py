@@ -73,7 +73,7 @@ def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[E
     replace_synced(folder / MODEL, tensor_bytes(trainer.module.state_dict()))
     trainer.module.eval()
     test = trainer.sets.test
-    probabilities = predict(trainer.module, test.images, trainer.team.device, trainer.dtype)
+    probabilities = predict(trainer.module, test.images)
     picked = random_indices(test, seed)
     draw_predictions(test.images[picked], test.labels[picked], probabilities[picked], folder / PREDICTIONS,
                      f"{trainer.sets.name}: 16 random test images")
@@ -83,10 +83,11 @@ def leave_results(folder: Path, trainer: Trainer, seed: int, records: Sequence[E
     return test.labels.tolist(), probabilities.argmax(dim=1).tolist()
 
 
-def predict(module: MLP, images_N1HW: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def predict(module: MLP, images_N1HW: Tensor) -> Tensor:
     """Probabilities [N, 10] of uint8 images [N, 1, 28, 28], on the CPU."""
-    chunks = [module.probabilities(scale(chunk.to(device), dtype)).cpu() for chunk in images_N1HW.split(1000)]
-    return torch.cat(chunks).float()
+    weight = next(module.parameters())
+    chunks = [module.probabilities(scale(chunk.to(weight.device), weight.dtype)) for chunk in images_N1HW.split(1000)]
+    return torch.cat(chunks).cpu().float()
 
 
 def load_model(folder: Path) -> MLP:

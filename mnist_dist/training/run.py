@@ -275,7 +275,7 @@ class Run:
                     "environment": asdict(result.environment)}
         self.mirror.start(self.config, result.run_id or self.progress.run_id, settings, name=self._name)
         self.mirror.log_again(self.rows.of_run(result.epochs, (), read_points(self.folder)))
-        guesses = predict(load_model(self.folder), test.images, torch.device("cpu"), torch.float32).argmax(dim=1)
+        guesses = predict(load_model(self.folder), test.images).argmax(dim=1)
         self.mirror.log_results(result.summary, test.labels.tolist(), guesses.tolist(),
                                 self._of_model(result.epochs[-1]))
 

@@ -13,7 +13,8 @@ import pytest
 from support import assert_one_line_error, mnist_dist, result_of, write_idx_folder
 from torchvision import datasets
 
-from mnist_dist.cli import parse, training_config
+from mnist_dist.cli import parse
+from mnist_dist.commands.shared import training_config
 from mnist_dist.data import check_name, layouts, load, obtain
 from mnist_dist.data.idx import STEMS
 from mnist_dist.errors import UserError

@@ -37,12 +37,16 @@ def alone(small_dir, tmp_path_factory):
 
 
 def kill_after(folder, launcher, number, *, checkpoints, deadline=60.0):
-    """`kill -9` of a rank when there are more checkpoints than these; returns the newest one's name."""
+    """`kill -9` of a rank when there are more checkpoints than these; returns the newest one's name when the ranks of
+    this start are gone.
+    """
     until = time.monotonic() + deadline
     while not (found := set(names(folder)) - checkpoints) or (process := named(launcher, f"rank {number}")) is None:
         assert launcher.poll() is None and time.monotonic() < until, "the run did not get under way"
         time.sleep(0.02)
+    ranks = [rank for n in range(2) if (rank := named(launcher, f"rank {n}"))]
     process.kill()
+    psutil.wait_procs(ranks, timeout=deadline)
     return max(found)
 
 

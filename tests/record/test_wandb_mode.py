@@ -8,7 +8,8 @@ import pytest
 from support import mnist_dist, records_of
 from wandb_server import WandbServer
 
-from mnist_dist.cli import parse, training_config
+from mnist_dist.cli import parse
+from mnist_dist.commands.shared import training_config
 from mnist_dist.record.wandb_mode import mode_asked
 
 KEY = "0123456789012345678901234567890123456789"

@@ -18,7 +18,8 @@ import pytest
 from support import ROOT, epoch_record, mnist_dist, records_of, result_of, run, run_summary
 from wandb_server import WandbServer
 
-from mnist_dist.cli import parse, training_config
+from mnist_dist.cli import parse
+from mnist_dist.commands.shared import training_config
 from mnist_dist.config import TrainConfig
 from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.record import wandb_run
