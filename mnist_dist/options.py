@@ -125,4 +125,4 @@ def shell_words(text: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
     except ValueError:  # a quotation mark without its twin
-        raise ValueError("options as a shell reads them, with every quotation closed") from None
+        raise ValueError("options of sbatch as a shell reads them, with every quotation closed") from None
