@@ -86,7 +86,7 @@ def step_ms(data_dir: str, batch_size: int) -> dict[str, list[float]]:
             seconds = []
             for step in range(STEPS):
                 begin = time.perf_counter()
-                trainer.step.take(step)
+                trainer.step.take(range(step, step + 1))
                 team.wait_for_device()
                 seconds.append(time.perf_counter() - begin)
             found[kind].append(1000 * statistics.median(seconds))

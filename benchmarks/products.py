@@ -195,7 +195,7 @@ def seconds_per_step(step: Step, epoch: int, number: int) -> float:
     step.begin(epoch, range(number))
     begin = time.perf_counter()
     for index in range(number):
-        step.take(index)
+        step.take(range(index, index + 1))
     step.flush(number)
     return (time.perf_counter() - begin) / number
 

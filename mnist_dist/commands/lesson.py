@@ -140,7 +140,7 @@ def moments_of(trainer: Trainer, samples: int, seconds: float) -> Iterator[Momen
         step.begin(epoch, range(batches.num_batches))
         begin = time.perf_counter()
         for number_of_step in range(batches.num_batches):
-            step.take(number_of_step)
+            step.take(range(number_of_step, number_of_step + 1))
             done += batches.count(number_of_step)
             is_over = spent + time.perf_counter() - begin >= seconds or done >= most
             if is_over or done >= next_look:

@@ -70,31 +70,32 @@ class GlobalBatchSampler:
         """This rank's share of the epoch's order: position p of the epoch is element p // size."""
         return np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler))
 
-    def __iter__(self) -> Iterator[Tensor]:
-        order = torch.from_numpy(self._order()).to(self.device)
-        size = self.sampler.num_replicas
-        for step in range(self.first_step, self.end_step):
-            own = self.own_positions(step)
-            cut, length = own.start // size, len(own)
-            for i in range(self.passes):
-                yield order[cut + length * i // self.passes : cut + length * (i + 1) // self.passes]
-
-    def rows(self, parts: int = 1) -> Tensor:
-        """All of the epoch's as rows of int64 [steps * passes * parts, longest], padded with `NO_INDEX`, on the host.
-        Each pass is cut into so many parts, of which those at its end may be empty.
-
-        The same as `__iter__`, computed on arrays: at batch 1 a Python loop over the steps takes as long as training.
-        By numpy, which has no threads: torch shares so little work out to 16 threads, which takes longer than an epoch
-        on a fast GPU (docs/performance.md).
-        """
+    def _cuts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each pass of each step [steps, passes], where it begins and ends in this rank's share of the order."""
         rank, size = self.sampler.rank, self.sampler.num_replicas
-        order = self._order()
         start = np.arange(self.num_batches) * self.global_batch_size
         stop = np.minimum(start + self.global_batch_size, self.num_samples)
         first = start + (rank - start) % size
         length = np.maximum((stop - first + size - 1) // size, 0)[:, None]
         cuts = (first // size)[:, None] + length * np.arange(self.passes + 1) // self.passes
-        begin, end = cuts[:, :-1].reshape(-1, 1), cuts[:, 1:].reshape(-1, 1)
+        return cuts[:, :-1], cuts[:, 1:]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        begin, end = (cuts[self.first_step : self.end_step].ravel() for cuts in self._cuts())
+        if not len(begin):
+            return iter(())
+        order = torch.from_numpy(self._order()[begin[0] : end[-1]]).to(self.device)
+        return iter(order.split((end - begin).tolist()))  # a pass begins where the one before ends
+
+    def rows(self, parts: int = 1) -> Tensor:
+        """All of the epoch's as rows of int64 [steps * passes * parts, longest], padded with `NO_INDEX`, on the host.
+        Each pass is cut into so many parts, of which those at its end may be empty.
+
+        By numpy, which has no threads: torch shares so little work out to 16 threads, which takes longer than an epoch
+        on a fast GPU (docs/performance.md).
+        """
+        order = self._order()
+        begin, end = (cuts.reshape(-1, 1) for cuts in self._cuts())
         longest = -(-(end - begin).max() // parts)
         places = begin + np.arange(parts * longest)
         rows = np.where(places < end, order[np.minimum(places, len(order) - 1)], NO_INDEX)

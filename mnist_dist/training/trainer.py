@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from mnist_dist.data import ImageSets, scale
 from mnist_dist.errors import Diverged
 from mnist_dist.processes.neighbours import Neighbours
 from mnist_dist.processes.team import Team
-from mnist_dist.training.metrics import Stopwatch, add_in_order, batch_sums, test_figures
+from mnist_dist.training.metrics import Stopwatch, Window, add_in_order, batch_sums, test_figures
 from mnist_dist.training.model import MLP
 from mnist_dist.training.noise_scale import NOT_KNOWN, noise_scale
 from mnist_dist.training.pauses import Pacer
@@ -88,7 +88,10 @@ class Trainer:
             self.parts = replace(self.parts, onednn_from=self.onednn_from)
             for layer in self.module.linears:
                 layer.function = partial(cpu_products.linear, least=self.onednn_from)
-        self._warm = 0  # warm-up steps done
+        # of an epoch with few steps, at most a quarter is warm-up, so that something is left to measure
+        self._warm_left = min(WARMUP_STEPS, self.batches.num_batches // 4)
+        self._clock = ExitStack()  # holds the open window
+        self._window: Window | None = None
 
     def _products(self, before: Mapping[str, Any] | None) -> int | None:
         """The least multiplications of a matrix product that is oneDNN's; None if none is. A run that is continued
@@ -125,47 +128,39 @@ class Trainer:
         """Make this run's kind of step; compiling it may take many seconds. Collective."""
         self.step = make_step(self.config, self.parts, warn, compiles=self.compiles, was_compiled=was_compiled)
 
-    def steps(self, epoch: int, steps: range, watch: Stopwatch, pacer: Pacer,
-              progress: Callable[[int], None] = lambda done: None) -> Iterator[int]:
-        """Run these steps of the epoch, on the clock of `watch`. Collective.
-
-        Yields the number of steps done in the epoch in each pause, off the clock, for a checkpoint or a stop; calls
-        `progress` with that number whenever the ranks have agreed whether to pause.
-        """
-        if not steps:
-            return
-        self.module.train()
-        # of an epoch with few steps, at most a quarter is warm-up, so that something is left to measure
-        warm_up = min(WARMUP_STEPS, self.batches.num_batches // 4)
-        looked_up = steps.start
-        stop = self._next_stop(epoch, looked_up, warm_up, steps, pacer)
-        with ExitStack() as clock:  # holds the open window
-            window = clock.enter_context(watch.window(warmup=self._warm < warm_up))
+    def begin(self, epoch: int, steps: range, watch: Stopwatch) -> None:
+        """Go to these steps of the epoch, on the clock of `watch`. Collective."""
+        self.epoch, self.left, self.watch = epoch, steps, watch
+        if steps:
+            self._open_window()
             self.step.begin(epoch, steps)
-            for step in steps:
-                waited = self.step.take(step)
-                window.lap(self.batches.count(step), waited)
-                done = step + 1
-                if done < stop:
-                    continue
-                self.step.flush(done)
-                pacer.poll(done - looked_up)
-                progress(done)
-                was_warm, self._warm = self._warm >= warm_up, self._warm + done - looked_up
-                pauses, ends = pacer.wants_pause(epoch, done), done == steps.stop
-                if pauses or ends or was_warm != (self._warm >= warm_up):
-                    self.step.pause()
-                    clock.close()
-                    if pauses and not ends:
-                        yield done
-                    if not ends:
-                        window = clock.enter_context(watch.window(warmup=self._warm < warm_up))
-                looked_up, stop = done, self._next_stop(epoch, done, warm_up, steps, pacer)
 
-    def _next_stop(self, epoch: int, step: int, warm_up: int, steps: range, pacer: Pacer) -> int:
-        """The step before which the loop looks up next: for the pacer, the end of the warm-up or of the steps."""
-        stop = min(steps.stop, pacer.next_stop(epoch, step))
-        return min(stop, step + warm_up - self._warm) if self._warm < warm_up else stop
+    def advance(self, pacer: Pacer) -> bool:
+        """Take steps up to the next stop: of the pacer, of the warm-up, or of all steps. The ranks then agree whether
+        to pause; returns whether they do. `left` are the steps that are left. Collective.
+
+        In a pause and at the end the clock stands still, and the weights may be read.
+        """
+        start = self.left.start
+        stop = min(self.left.stop, pacer.next_stop(self.epoch, start))
+        if was_warming := self._warm_left > 0:
+            stop = min(stop, start + self._warm_left)
+        window = self._window or self._open_window()
+        self.step.take(range(start, stop), window.lap)
+        self.step.flush(stop)
+        pacer.poll(stop - start)
+        self.left, self._warm_left = range(stop, self.left.stop), max(0, self._warm_left - (stop - start))
+        pauses = pacer.wants_pause(self.epoch, stop)
+        if pauses or not self.left or was_warming != (self._warm_left > 0):
+            self.step.pause()
+            self._clock.close()
+            self._window = None
+        return pauses
+
+    def _open_window(self) -> Window:
+        self.module.train()
+        self._window = self._clock.enter_context(self.watch.window(warmup=self._warm_left > 0))
+        return self._window
 
     def train_loss(self, epoch: int, num_steps: int) -> float:
         """Mean loss per sample of the epoch's steps so far. Raises `Diverged` with the first step whose loss is not

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
+from support import take_steps
 
 from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import Images, ImageSets, load
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         steps = range(trainer.batches.num_batches)
         figures = []
         for epoch in range(EPOCHS):
-            list(trainer.steps(epoch, steps, Stopwatch(team.synchronize), pacer))
+            take_steps(trainer, epoch, steps, Stopwatch(team.synchronize), pacer)
             figures.append({"train_loss": trainer.train_loss(epoch, len(steps)), **trainer.evaluate()})
             trainer.sums.zero_()
         if team.is_main:

@@ -30,14 +30,14 @@ def fail() -> None:
 
 def make_fail(kind: Any) -> None:
     """Steps of this kind fail at the sixth of an epoch."""
-    take = kind.take
+    take_one = kind.take_one
 
-    def failing(self: Any, step: int) -> float:
+    def failing(self: Any, step: int) -> Any:
         if step == 5:
             fail()
-        return take(self, step)
+        return take_one(self, step)
 
-    kind.take = failing
+    kind.take_one = failing
 
 
 def main(argv: Sequence[str]) -> int:

@@ -178,3 +178,10 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *needles: str,
     assert len(lines) == 1 and lines[0].startswith("mnist-dist: error: "), done.stderr
     for needle in needles:
         assert needle in lines[0], f"{needle!r} is not in: {lines[0]}"
+
+
+def take_steps(trainer: Any, epoch: int, steps: range, watch: Any, pacer: Any) -> None:
+    """Have a `Trainer` take these steps of the epoch, as the loop of a run does."""
+    trainer.begin(epoch, steps, watch)
+    while trainer.left:
+        trainer.advance(pacer)

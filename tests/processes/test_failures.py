@@ -17,7 +17,7 @@ from benchmarks.faults import named
 
 
 @pytest.mark.parametrize(("how", "own", "of_the_others"), [
-    ("memory", "mnist-dist: error: process 1 of 3 has no GPU memory left after step 0: give a smaller batch", "lost"),
+    ("memory", "mnist-dist: error: process 1 of 3 has no GPU memory left after step", "lost"),
     ("assert", "RuntimeError: CUDA error: device-side assert triggered", "lost"),
     ("kill", "", "lost"),
     pytest.param("hang", "", "waited in vain for", marks=pytest.mark.long),
@@ -33,7 +33,7 @@ def test_the_failure_of_a_rank(how, own, of_the_others, small_dir, tmp_path):
     assert not any("process 1 lost" in line or "process 1 waited" in line for line in errors), errors
     for rank in (0, 2):
         (line,) = [line for line in errors if f"error: process {rank} " in line]
-        assert of_the_others in line and "after step 0" in line
+        assert of_the_others in line and re.search("after step [0-5]", line), "the last one in which all took part"
     first = next(line for line in errors if "error: process 1 " not in line)
     assert f"{of_the_others} process 1 of 3 on {platform.node()}" in first, "the first to notice names it, and its host"
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from support import take_steps
 from thread_team import Fault, Meeting, run_ranks
 
 from mnist_dist.config import Every, TrainConfig
@@ -30,7 +31,7 @@ def train(team, sets):
         trainer = Trainer(TrainConfig(batch_size=97, lr=1e-3, reproducible=True), team, sets)
         trainer.make_step()
     pacer = Pacer(Every(0, "epochs"), trainer.batches.num_batches, team)
-    list(trainer.steps(0, range(STEPS), Stopwatch(team.synchronize), pacer))
+    take_steps(trainer, 0, range(STEPS), Stopwatch(team.synchronize), pacer)
     loss = trainer.train_loss(0, STEPS)
     return torch.cat([weight.detach().flatten() for weight in trainer.module.parameters()]), loss, trainer.evaluate()
 

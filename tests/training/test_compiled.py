@@ -110,7 +110,7 @@ def after_three_steps(small_dir, kind, *, dtype="float64", others_are_there=Fals
     steps = min(3, trainer.step.batches.num_batches)
     trainer.step.begin(0, range(steps))
     for step in range(steps):
-        trainer.step.take(step)
+        trainer.step.take(range(step, step + 1))
     trainer.step.flush(steps)
     return trainer
 
@@ -324,7 +324,7 @@ before = {{name: tensor.clone() for name, tensor in trainer.tensors().items()}}
 step = trainer.step
 step.begin(0, range(11))
 step.rows = [torch.full_like(row, -1) for row in step.rows]
-step.take(0)
+step.take(range(1))
 step.flush(1)
 for name, tensor in trainer.tensors().items():
     moved = 1.0 if name.endswith(".step") else 0.0

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from support import take_steps
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -159,7 +160,7 @@ def test_everything_stays_on_the_device(kind, options, make_trainer, monkeypatch
     watch = Stopwatch(lambda: None, marks=DeviceMarks(trainer.team.wait_for))
     pacer = Pacer(Every(0, "epochs"), trainer.batches.num_batches, trainer.team)
     with Crossings() as crossings:
-        list(trainer.steps(0, range(6), watch, pacer))
+        take_steps(trainer, 0, range(6), watch, pacer)
     copied_order = [] if kind == "compiled" else [ORDER]  # the compiled step copies it into a tensor that is there
     assert [found for found in crossings.found if found[0] != "aten.copy_.default"] == copied_order
     assert len(crossings.found) == 1, crossings.found
@@ -174,6 +175,6 @@ def test_step_times_are_the_devices(make_trainer, monkeypatch):
     monkeypatch.setattr(DeviceMarks, "every", 2)
     trainer = make_trainer(compile="on")
     watch = Stopwatch(lambda: None, marks=DeviceMarks(trainer.team.wait_for))
-    list(trainer.steps(0, range(6), watch, Pacer(Every(0, "epochs"), 6, trainer.team)))
+    take_steps(trainer, 0, range(6), watch, Pacer(Every(0, "epochs"), 6, trainer.team))
     # a window of one step of warm-up, and one of five: 2, 2 and 1 steps between events
     assert watch.step_seconds == pytest.approx([0.0015] * 4 + [0.003])

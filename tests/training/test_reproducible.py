@@ -191,7 +191,7 @@ def test_every_operation_is_one_that_all_devices_round_alike(small_dir):
     """
     trainer = trainer_at_its_first_step(small_dir)
     with Divisions() as divisions:
-        trainer.step.take(0)
+        trainer.step.take(range(1))
     assert divisions.bad == []
     assert {"mm", "div_", "mul_", "round"} <= divisions.seen
 
@@ -201,7 +201,7 @@ def test_the_bits_are_those_of_other_machines(dtype, digest, small_dir):
     """Written down on one machine: others, with other processors and versions of torch, must come to the same."""
     trainer = trainer_at_its_first_step(small_dir, dtype=dtype)
     for step in range(11):
-        trainer.step.take(step)
+        trainer.step.take(range(step, step + 1))
     found = hashlib.sha256()
     for weight in trainer.module.parameters():
         found.update(weight.detach().cpu().numpy().tobytes())

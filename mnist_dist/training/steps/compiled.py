@@ -28,7 +28,7 @@ from mnist_dist.text import first_line
 from mnist_dist.training.noise_scale import squared_norms
 from mnist_dist.training.sampling import NO_INDEX
 from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
-from mnist_dist.training.steps.step import StepParts
+from mnist_dist.training.steps.step import Lap, StepParts, no_lap
 
 # Adam's bias corrections are scalars, which inductor would otherwise compute again for every vector of 16 weights: this
 # makes it keep them, and halves a step at batch 1 (its default is 30). With 4, scaling the images takes two passes
@@ -328,22 +328,27 @@ class CompiledStep:
         return self.batches.rows(self.in_pass)
 
     @torch.no_grad()
-    def take(self, step: int) -> float:
-        """One optimizer step; returns the seconds waited for data: those of the order, at the first step."""
+    def take(self, steps: range, lap: Lap = no_lap) -> None:
+        """Optimizer steps. The first one of an epoch has waited for the order of the samples. Collective."""
+        for step in steps:
+            self.take_one(step)
+            lap(self.batches.count(step), self.waited)
+            self.waited = 0.0
+        if self.graph and steps.stop == self.batches.num_batches:
+            # the host has time while the GPU takes the steps
+            self.ahead = {self.epoch + 1: self._order_of(self.epoch + 1)}
+
+    def take_one(self, step: int) -> None:
+        """One optimizer step. Collective."""
         if self.graph:
             self.graph.replay()
-            if step == self.batches.num_batches - 1:
-                # the host has time while the GPU takes the steps
-                self.ahead = {self.epoch + 1: self._order_of(self.epoch + 1)}
-        else:
-            is_last = step == self.batches.num_batches - 1
-            rows: Sequence[Tensor] = self.rows[step * self.parts : (step + 1) * self.parts]
-            if is_last and self.flat is not None:
-                rows = [row for row in rows if row[0] != NO_INDEX]
-                self.recorded += [torch.zeros(3 if self.outputs else 1, dtype=self.dtype)] * (self.parts - len(rows))
-            self.recorded += self._one(rows, self.last if is_last else self.full)
-        waited, self.waited = self.waited, 0.0
-        return waited
+            return
+        is_last = step == self.batches.num_batches - 1
+        rows: Sequence[Tensor] = self.rows[step * self.parts : (step + 1) * self.parts]
+        if is_last and self.flat is not None:
+            rows = [row for row in rows if row[0] != NO_INDEX]
+            self.recorded += [torch.zeros(3 if self.outputs else 1, dtype=self.dtype)] * (self.parts - len(rows))
+        self.recorded += self._one(rows, self.last if is_last else self.full)
 
     def flush(self, step: int) -> None:
         """The sums recorded before step `step` go to their place."""

@@ -13,7 +13,7 @@ from torch.nn.functional import nll_loss
 from mnist_dist.data import scale
 from mnist_dist.training.noise_scale import EVERY, EVERY_SAMPLES, SampleNorms, gradient_norm
 from mnist_dist.training.sampling import make_loader
-from mnist_dist.training.steps.step import StepParts
+from mnist_dist.training.steps.step import Lap, StepParts, no_lap
 
 NO_SAMPLE = -100  # the label of a padding row: `nll_loss` and its gradient ignore it
 
@@ -58,7 +58,12 @@ class PlainStep:
         self.loader.set_epoch(epoch)  # type: ignore[attr-defined]  # Accelerate's loader sets the sampler's epoch again when it starts
         self.loaded = iter(self.loader)
 
-    def take(self, step: int) -> float:
+    def take(self, steps: range, lap: Lap = no_lap) -> None:
+        """Optimizer steps, each with a batch from the loader. Collective."""
+        for step in steps:
+            lap(self.batches.count(step), self.take_one(step))
+
+    def take_one(self, step: int) -> float:
         """One optimizer step; returns the seconds waited for data. Collective.
 
         DistributedDataParallel averages over P ranks and Accelerate over the passes; the ranks' shares of the batch

@@ -140,7 +140,7 @@ class ReproducibleStep(PlainStep):
         self.epoch = epoch
 
     @torch.no_grad()
-    def take(self, step: int) -> float:
+    def take_one(self, step: int) -> float:
         """One optimizer step; returns the seconds waited for data. Collective."""
         asked = time.perf_counter()
         images, labels = next(self.loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,8 +37,17 @@ class StepParts:
     onednn_from: int | None = None  # least multiplications of a matrix product that is oneDNN's; None: of none
 
 
+Lap = Callable[[int, float], None]  # samples of a step over all ranks, seconds of it that this rank waited for data
+
+
+def no_lap(samples: int, waited: float) -> None:
+    """For steps that nobody times."""
+
+
 class Step(Protocol):
-    """A kind of step. The trainer calls `begin`, then `take` for each step; `flush` and `pause` now and then."""
+    """A kind of step. The trainer calls `begin`, then `take` for consecutive ranges of steps, with `flush` after each,
+    and `pause` now and then.
+    """
 
     kind: str
     compile_seconds: float
@@ -45,8 +55,8 @@ class Step(Protocol):
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch."""
 
-    def take(self, step: int) -> float:
-        """One optimizer step; returns the seconds waited for data. Collective."""
+    def take(self, steps: range, lap: Lap = no_lap) -> None:
+        """Optimizer steps, without returning in between; `lap` is called after each. Collective."""
 
     def flush(self, step: int) -> None:
         """Called before step `step`, now and then: sums that are kept elsewhere go to `sums`."""

@@ -18,7 +18,7 @@ MOMENTS = {  # of a moment: the module, the function, and at which of its calls
     "joining": ("mnist_dist.processes.team", "join", 1),
     "data": ("mnist_dist.data", "obtain", 1),
     "compiling": ("mnist_dist.training.trainer", "Trainer.make_step", 1),
-    "step": ("mnist_dist.training.steps.reproducible", "ReproducibleStep.take", 30),
+    "step": ("mnist_dist.training.steps.reproducible", "ReproducibleStep.take_one", 30),
     "evaluation": ("mnist_dist.training.trainer", "Trainer.evaluate", 2),
     "checkpoint": ("mnist_dist.record.checkpoint", "_write_checkpoint", 2),
     "record": ("mnist_dist.record.run_folder", "append_metrics", 2),
