@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
 def test_every_module_is_in_the_wheel(wheel):
     there = {path.relative_to(wheel) for path in files_of(wheel)}
     assert there == {path.relative_to(ROOT) for path in files_of(ROOT)}
-    assert {path.suffix for path in there} == {".py", ".css"}
+    assert {path.suffix for path in there} == {".py", ".css", ".typed"}
 
 
 @pytest.mark.long

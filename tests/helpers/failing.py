@@ -13,6 +13,7 @@ import torch
 from mnist_dist import cli
 from mnist_dist.processes import heartbeat
 from mnist_dist.training.steps.compiled import CompiledStep
+from mnist_dist.training.steps.cuda_graph import GraphStep
 from mnist_dist.training.steps.plain import PlainStep
 
 
@@ -44,6 +45,6 @@ def main(argv: Sequence[str]) -> int:
     """As `mnist_dist.cli.main`."""
     heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = 0.1, 1.0  # sooner than in earnest
     if os.environ.get("RANK") == "1":
-        for kind in (PlainStep, CompiledStep):
+        for kind in (PlainStep, CompiledStep, GraphStep):
             make_fail(kind)
     return cli.main(argv)

@@ -31,7 +31,7 @@ from mnist_dist import cli
 from mnist_dist.processes import heartbeat, team
 from mnist_dist.processes.team import Team
 from mnist_dist.training import pauses
-from mnist_dist.training.steps.compiled import CompiledStep
+from mnist_dist.training.steps.cuda_graph import GraphStep
 
 RULE_BROKEN = 99
 
@@ -155,20 +155,20 @@ def put_in() -> None:
 
     for name in ("max", "share", "barrier"):  # over gloo, while the GPU works
         setattr(Team, name, on_host(getattr(Team, name)))
-    compile_step, record = CompiledStep._compile, CompiledStep.record
+    compile_step, record = GraphStep._compile, GraphStep.record
 
-    def compile_together(self: CompiledStep) -> None:
+    def compile_together(self: GraphStep) -> None:
         meet(self.team, "compiles")
         compile_step(self)
 
-    def record_together(self: CompiledStep) -> None:
+    def record_together(self: GraphStep) -> None:
         meet(self.team, "records")
         record(self)
         assert self.graph is not None
         self.graph.function = self._step_at_cursor  # type: ignore[attr-defined]
         Ordered().__enter__()  # until the process ends; not earlier, because a mode keeps torch from compiling
 
-    CompiledStep._compile, CompiledStep.record = compile_together, record_together  # type: ignore[method-assign]
+    GraphStep._compile, GraphStep.record = compile_together, record_together  # type: ignore[method-assign]
     end = Team.end
 
     def end_without_graphs(self: Team) -> None:

@@ -25,8 +25,9 @@ from mnist_dist.processes.team import Team
 from mnist_dist.record.environment import processor_family
 from mnist_dist.record.gains import Gain, keep_gain
 from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, cpu_products, wants_compiling
-from mnist_dist.training.steps.compiled import CompiledStep, compiler_failure
+from mnist_dist.training.steps.compiled import CompiledStep
 from mnist_dist.training.steps.graph_pass import GraphPass
+from mnist_dist.training.steps.inductor import compiler_failure
 from mnist_dist.training.trainer import Trainer
 
 LINEAR = "layers.1.weight"

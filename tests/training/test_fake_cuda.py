@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from support import take_steps
+from planted_faults import FAULTS
+from support import ROOT, take_steps
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -178,3 +179,9 @@ def test_step_times_are_the_devices(make_trainer, monkeypatch):
     take_steps(trainer, 0, range(6), watch, Pacer(Every(0, "epochs"), 6, trainer.team))
     # a window of one step of warm-up, and one of five: 2, 2 and 1 steps between events
     assert watch.step_seconds == pytest.approx([0.0015] * 4 + [0.003])
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_has_its_place(fault):
+    """planted_faults.py is run by hand: what it replaces is there, once, and its tests are."""
+    assert (ROOT / "mnist_dist" / fault.file).read_text().count(fault.text) == 1 and (ROOT / fault.tests).exists()

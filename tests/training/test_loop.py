@@ -35,8 +35,8 @@ def test_the_way_from_the_command_to_the_optimizer(small_dir, tmp_path, monkeypa
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mnist_dist.training.trainer.Adam.step", traced)
-    assert run_here(["train", "--data-dir", str(small_dir), "--max-steps", "3", "--batch-size", "97", "--compile", "off",
-                     "--gradient-accumulation-steps", "2", "--wandb", "disabled", "--output-dir", "run"]) == 0
+    assert run_here(["train", "--data-dir", str(small_dir), "--batch-size", "97", "--max-steps", "3", "--compile",
+                     "off", "--gradient-accumulation-steps", "2", "--wandb", "disabled", "--output-dir", "run"]) == 0
     assert len(stacks) == 3
     for stack in stacks:
         files = list(dict.fromkeys(path for path, *_ in stack))

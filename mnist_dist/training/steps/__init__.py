@@ -49,11 +49,12 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
     With `was_compiled` an earlier start of this launch has filled the compiler's cache: then no rank goes first.
     """
     from mnist_dist.training.steps.compiled import CompiledStep
+    from mnist_dist.training.steps.cuda_graph import GraphStep
     from mnist_dist.training.steps.plain import PlainStep
     from mnist_dist.training.steps.reproducible import ReproducibleStep
 
     if compiles:
-        build = functools.cache(lambda: CompiledStep(parts))
+        build = functools.cache(lambda: (GraphStep if parts.team.queues else CompiledStep)(parts))
         try:
             if not parts.team.queues and not was_compiled:
                 # once per machine first: the other ranks find its code in the compiler's cache. Code for a GPU they
@@ -65,7 +66,7 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
                 raise
             warn(f"{error}; continuing with the plain step")
         else:
-            if parts.team.queues:
+            if isinstance(step, GraphStep):
                 step.record()
             return step
     if config.reproducible:
