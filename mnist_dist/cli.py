@@ -107,19 +107,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             words[-1] += f"={word}"  # a negative number is a value: let its check speak of it
         else:
             words.append(word)
-    given, unknown = parser.parse_known_args(words)
-    if given.command is None:
+    args, unknown = parser.parse_known_args(words)
+    if args.command is None:
         parser.error(f"a command is needed: {', '.join(COMMANDS)}")
     if unknown:
         commands: Any = next(action.choices for action in parser._actions if action.dest == "command")
-        known = [flag for action in commands[given.command]._actions for flag in action.option_strings]
+        known = [flag for action in commands[args.command]._actions for flag in action.option_strings]
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE) or [
             flag for flag in known if len(name) > 3 and (flag.startswith(name) or flag.endswith(name[1:]))]
-        hint = f"did you mean {near[0]}?" if near else f"mnist-dist {given.command} --help lists the options"
+        hint = f"did you mean {near[0]}?" if near else f"mnist-dist {args.command} --help lists the options"
         raise UserError(f"unknown option {cut(unknown[0])}: {hint}")
-    given.rest = rest
-    return given
+    args.rest = rest
+    return args
 
 
 def _switch(word: str) -> str:
@@ -137,10 +137,10 @@ def run(argv: Sequence[str], launch: Launch | None = None) -> int:
 
     Raises `MnistDistError`.
     """
-    given = parse(argv)
+    args = parse(argv)
     if launch is None:
-        launch = read_launch() if COMMANDS[given.command].reads_launch else Launch()
-    return _module(given.command).run(given, argv, launch)
+        launch = read_launch() if COMMANDS[args.command].reads_launch else Launch()
+    return _module(args.command).run(args, argv, launch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

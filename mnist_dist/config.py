@@ -172,13 +172,13 @@ class TrainConfig:
     def targets(self) -> tuple[float, ...]:
         """The values of `target_nll`, the highest first."""
         try:
-            found = [float(part) for part in self.target_nll.split(",")] if self.target_nll else []
+            targets = [float(part) for part in self.target_nll.split(",")] if self.target_nll else []
         except ValueError:
-            found = [math.nan]
-        if not all(0 < value < math.inf for value in found):
+            targets = [math.nan]
+        if not all(0 < value < math.inf for value in targets):
             raise UserError("--target-nll must be a number above 0, or some separated by commas; got "
                             f"{_shown(self.target_nll)}")
-        return tuple(sorted(set(found), reverse=True))
+        return tuple(sorted(set(targets), reverse=True))
 
     @property
     def evaluation_samples(self) -> int | None:

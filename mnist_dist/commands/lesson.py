@@ -71,11 +71,11 @@ def add_options(parser: Parser) -> None:
     add_training(parser, SHARED)
 
 
-def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     """Give the lesson; returns the exit status. Raises `MnistDistError`."""
-    config = data_config(given)
-    check_alone(given, launch)
-    lesson(config, launch, Path(given.output_dir))
+    config = data_config(args)
+    check_alone(args, launch)
+    lesson(config, launch, Path(args.output_dir))
     return 0
 
 

@@ -42,16 +42,16 @@ def add_options(parser: Parser) -> None:
     add_training(parser, SHARED)
 
 
-def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     """Classify; returns the exit status. Raises `UserError`."""
-    folder = Path(given.run_dir)
-    if given.images:
-        data_config(given)  # for its errors
-        return predict_files(folder, list(map(Path, given.images)), given.output, given.json)
-    config = data_config(given, _data_of_run(folder))
-    if given.json:
+    folder = Path(args.run_dir)
+    if args.images:
+        data_config(args)  # for its errors
+        return predict_files(folder, list(map(Path, args.images)), args.output, args.json)
+    config = data_config(args, _data_of_run(folder))
+    if args.json:
         raise UserError("--json is of image files: name some")
-    predict_grid(config, folder, given.output)
+    predict_grid(config, folder, args.output)
     return 0
 
 

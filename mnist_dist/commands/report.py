@@ -61,16 +61,16 @@ def need_statistics() -> None:
         raise UserError("a study needs scipy for its intervals: pip install -e '.[study]'")
 
 
-def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     """Draw the report of a study again, or compare two studies; returns the exit status. Raises `UserError`."""
-    folders = [real(Path(folder)) for folder in given.folders]
+    folders = [real(Path(folder)) for folder in args.folders]
     if len(folders) > 2:
         raise UserError(f"report takes one study or two, got {len(folders)} folders: name one or two")
-    limit = given.fail_if_slower
+    limit = args.fail_if_slower
     if limit is not None and len(folders) != 2:
         raise UserError("--fail-if-slower compares two studies, got one folder: name the baseline and the study")
-    if given.junit is not None and limit is None:
-        raise UserError(f"--junit {given.junit} is for --fail-if-slower: add it, or drop this")
+    if args.junit is not None and limit is None:
+        raise UserError(f"--junit {args.junit} is for --fail-if-slower: add it, or drop this")
     need_statistics()
     from mnist_dist.study.report.report import write_comparison, write_report
 
@@ -78,7 +78,7 @@ def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
 
     try:
         if len(folders) == 1:
-            written = write_report(folders[0], tables[0], given.hold_out or hold_out_of(tables[0]))
+            written = write_report(folders[0], tables[0], args.hold_out or hold_out_of(tables[0]))
         else:
             written, comparison = write_comparison((folders[0], tables[0]), (folders[1], tables[1]))
     except OSError as error:
@@ -89,7 +89,7 @@ def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
                         f"({cause(error)}): run the study again, which makes it from its runs"
                         ) from error
     say(f"written: {', '.join(map(str, written))}")
-    return 0 if limit is None else _gate(comparison, limit, [folder.resolve().name for folder in folders], given.junit)
+    return 0 if limit is None else _gate(comparison, limit, [folder.resolve().name for folder in folders], args.junit)
 
 
 def _gate(comparison: Comparison, limit: float, names: Sequence[str], file: str | None) -> int:
@@ -105,4 +105,5 @@ def _gate(comparison: Comparison, limit: float, names: Sequence[str], file: str 
             replace_synced(Path(file), baseline.junit(comparison, limit, f"{names[1]} against {names[0]}").encode())
         except OSError as error:
             raise UserError(f"--junit {file} cannot be written ({error.strerror}): name another file") from None
-    return MnistDistError.exit_status if any(baseline.is_slower(one, limit) for one in comparison.differences) else 0
+    is_slower = any(baseline.is_slower(difference, limit) for difference in comparison.differences)
+    return MnistDistError.exit_status if is_slower else 0

@@ -58,13 +58,13 @@ def add_options(parser: Parser) -> None:
     add_training(parser, (*SHARED, "wandb"))
 
 
-def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     """Train both protocols; returns the exit status. Raises `MnistDistError`."""
-    data_config(given)  # for its errors, before anything is trained
-    check_alone(given, launch)
-    options = {name: value for name, value in typed_options(given).items() if name != "output_dir"}
+    data_config(args)  # for its errors, before anything is trained
+    check_alone(args, launch)
+    options = {name: value for name, value in typed_options(args).items() if name != "output_dir"}
     with interrupting():
-        reproduce(options, output_dir=given.output_dir)
+        reproduce(options, output_dir=args.output_dir)
     return 0
 
 

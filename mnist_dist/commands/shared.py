@@ -31,24 +31,24 @@ def writing_to(output_dir: Path) -> Iterator[None]:
         raise UserError(f"--output-dir {output_dir} cannot be written ({error.strerror}): give another") from None
 
 
-def check_alone(given: argparse.Namespace, launch: Launch) -> None:
+def check_alone(args: argparse.Namespace, launch: Launch) -> None:
     """Raises `UserError` if a launcher has started a command that starts the processes of its runs itself."""
     if launch.size > 1:
-        raise UserError(f"mnist-dist {given.command} starts its processes itself, and {launch.variables} says that "
+        raise UserError(f"mnist-dist {args.command} starts its processes itself, and {launch.variables} says that "
                         f"this is process {launch.rank} of {launch.size}: start it without a launcher, or unset these")
 
 
-def typed_options(given: argparse.Namespace) -> dict[str, Any]:
+def typed_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of training that the command line has."""
     names = {option.name for option in fields(TrainConfig)}
-    return {name: value for name, value in vars(given).items() if name in names}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
-def data_config(given: argparse.Namespace, of_run: Mapping[str, Any] | None = None) -> TrainConfig:
+def data_config(args: argparse.Namespace, of_run: Mapping[str, Any] | None = None) -> TrainConfig:
     """The config of a command that reads images and trains no run: the data of `of_run`, if it is given, else the
     defaults, then the environment and the command line. Raises `UserError`.
     """
-    options = {name: value for name, value in typed_options(given).items() if name in (*SHARED, "wandb")}
+    options = {name: value for name, value in typed_options(args).items() if name in (*SHARED, "wandb")}
     return merged(of_run or {}, from_environment("mirror"), options)
 
 
@@ -63,12 +63,12 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
                         f"{PORT} unless given)")
 
 
-def training_config(given: argparse.Namespace) -> TrainConfig:
+def training_config(args: argparse.Namespace) -> TrainConfig:
     """The config from defaults, the run that is continued, the environment, the file that --config names, and the
     command line. Raises `UserError`.
     """
-    from_file = read_config(Path(given.config)) if getattr(given, "config", None) else {}
-    flags = typed_options(given)
+    from_file = read_config(Path(args.config)) if getattr(args, "config", None) else {}
+    flags = typed_options(args)
     return merged(_of_continued_run({**from_file, **flags}), from_environment(), from_file, flags)
 
 
@@ -85,18 +85,18 @@ def _of_continued_run(values: Mapping[str, Any]) -> dict[str, Any]:
     return before
 
 
-def spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int | None:
+def spawned(args: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int | None:
     """Start the processes that the command line asks for, here and on other machines, if no launcher has done so; the
     exit status, or None if this process is one of the run. Raises `UserError`.
     """
-    asked, wanted_restarts = given.processes, getattr(given, "max_restarts", None)
-    if getattr(given, "launcher", "torch") == "ray":
+    asked, wanted_restarts = args.processes, getattr(args, "max_restarts", None)
+    if getattr(args, "launcher", "torch") == "ray":
         if not launch.is_launched:
-            return _on_ray(given, argv, launch, config)
+            return _on_ray(args, argv, launch, config)
         asked = wanted_restarts = None  # this is a process that Ray has started
     if asked is not None and not 0 < (whole(asked) or 0) <= MOST_PROCESSES:
         raise UserError(f"--processes must be a whole number from 1 to {MOST_PROCESSES:,}, got {cut(asked)!r}")
-    restarts, machines = wanted_restarts or 0, read_machines(given.machines, given.machine_rank, given.address)
+    restarts, machines = wanted_restarts or 0, read_machines(args.machines, args.machine_rank, args.address)
     if launch.is_launched:
         started = launch.size if machines.number == 1 else launch.local_size
         if asked is not None and int(asked) != started:
@@ -120,14 +120,14 @@ def spawned(given: argparse.Namespace, argv: Sequence[str], launch: Launch, conf
                      options=config.common)
 
 
-def _on_ray(given: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int:
+def _on_ray(args: argparse.Namespace, argv: Sequence[str], launch: Launch, config: TrainConfig) -> int:
     """Start the processes on a Ray cluster; the exit status. Raises `UserError`."""
     from mnist_dist.processes import ray_launcher
 
-    if (several := ray_launcher.least_and_most(given.processes or "1")) is None:
-        raise UserError(f"--processes must be a whole number at least 1, or LEAST:MOST, got {cut(given.processes)!r}")
-    (least, most), restarts = several, given.max_restarts or 0
-    if given.machines or given.machine_rank or given.address:
+    if (several := ray_launcher.least_and_most(args.processes or "1")) is None:
+        raise UserError(f"--processes must be a whole number at least 1, or LEAST:MOST, got {cut(args.processes)!r}")
+    (least, most), restarts = several, args.max_restarts or 0
+    if args.machines or args.machine_rank or args.address:
         raise UserError("--launcher ray has the cluster's machines: remove --machines, --machine-rank and --address")
     if config.output_dir is None:
         raise UserError("--launcher ray needs --output-dir: a folder that all nodes of the cluster share")

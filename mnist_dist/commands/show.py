@@ -30,9 +30,9 @@ def add_options(parser: Parser) -> None:
     add_training(parser, SHARED)
 
 
-def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     """Show the data and the model; returns the exit status. Raises `UserError`."""
-    show(data_config(given), Path(given.output_dir))
+    show(data_config(args), Path(args.output_dir))
     return 0
 
 

@@ -121,110 +121,110 @@ def rate_pattern(text: str) -> str:
     return pattern_of(text) and text
 
 
-def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     """Run, continue or print a study; returns the exit status. Raises `MnistDistError`."""
-    check_alone(given, launch)
+    check_alone(args, launch)
     with interrupting():
-        request = request_from(given, argv)
+        request = request_from(args, argv)
         need_statistics()
-        machine = look_at_machine(launch.use_cpu) if given.launcher == "torch" else Machine(0, 0, given.launcher)
-        if given.print:
+        machine = look_at_machine(launch.use_cpu) if args.launcher == "torch" else Machine(0, 0, args.launcher)
+        if args.print:
             print_scripts(request, machine)
             return 0
-        return run_study(request, machine, dry_run=given.dry_run)
+        return run_study(request, machine, dry_run=args.dry_run)
 
 
-def request_from(given: argparse.Namespace, argv: Sequence[str]) -> Request:
+def request_from(args: argparse.Namespace, argv: Sequence[str]) -> Request:
     """What the command line asks for. Raises `UserError`."""
-    training = {name: value for name, value in typed_options(given).items() if name != "output_dir"}
-    program = Program(given.script, given.command_line, _printed(given))
-    _refuse_conflicts(given, program)
-    if given.quick:
+    training = {name: value for name, value in typed_options(args).items() if name != "output_dir"}
+    program = Program(args.script, args.command_line, _printed(args))
+    _refuse_conflicts(args, program)
+    if args.quick:
         for name, value in OPTIONS_OF_QUICK.items():
             training.setdefault(name, value)
-    grid = Grid(batch_sizes=given.batch_sizes or (200,), processes=given.processes or (1,),
-                scaling=given.scaling or ("strong",), axes=_axes(given, program, training),
-                repeats=FIRST_REPEATS if given.precision else given.repeats or 5)
+    grid = Grid(batch_sizes=args.batch_sizes or (200,), processes=args.processes or (1,),
+                scaling=args.scaling or ("strong",), axes=_axes(args, program, training),
+                repeats=FIRST_REPEATS if args.precision else args.repeats or 5)
     if program.command is not None:
         check_command(program.command, grid, needs_folder=program.printed is None)
-    folder, rest = Path(given.output_dir), tuple(given.rest)
+    folder, rest = Path(args.output_dir), tuple(args.rest)
     of_study = {"wandb_group": folder.resolve().name}
     tracking = {name: value for name, value in training.items() if name in TRACKING}
     fixed = {flag_of(name): without_passwords(value) if isinstance(value, str) else value
              for name, value in training.items() if name not in TRACKING}
-    if given.launcher != "torch":
-        fixed["--launcher"] = given.launcher
+    if args.launcher != "torch":
+        fixed["--launcher"] = args.launcher
     if program.is_ours:
         TrainConfig(**training)  # what is wrong for every cell is an error
         # on nodes without data and without a network "auto" would train on the embedded digits, unseen
-        of_jobs = {"dataset": "mnist"} if given.launcher != "torch" else {}
+        of_jobs = {"dataset": "mnist"} if args.launcher != "torch" else {}
         words = {"checkpoint_every": "never", **of_study, **of_jobs, **training}
     else:
         words = {name: value for name, value in training.items() if name not in TRACKING}
     return Request(
         grid=grid, folder=folder, options=(*(_word(name, value) for name, value in words.items()), *rest),
-        fixed={**fixed, **({"--": list(rest)} if rest else {})}, program=program, hold_out=given.hold_out,
-        command=without_passwords(shlex.join(["mnist-dist", *argv])), seed=given.order_seed,
-        cell_timeout=given.cell_timeout, oversubscribe=given.oversubscribe, quick=given.quick,
-        precision=given.precision, seconds=given.budget or math.inf, sbatch=given.sbatch,
+        fixed={**fixed, **({"--": list(rest)} if rest else {})}, program=program, hold_out=args.hold_out,
+        command=without_passwords(shlex.join(["mnist-dist", *argv])), seed=args.order_seed,
+        cell_timeout=args.cell_timeout, oversubscribe=args.oversubscribe, quick=args.quick,
+        precision=args.precision, seconds=args.budget or math.inf, sbatch=args.sbatch,
         tracking=TrainConfig(**{**of_study, **from_environment("wandb_project", "tags"), **tracking}),
         check=_check(training) if program.is_ours else lambda cell: None,
     )
 
 
-def _refuse_conflicts(given: argparse.Namespace, program: Program) -> None:
+def _refuse_conflicts(args: argparse.Namespace, program: Program) -> None:
     """Raises `UserError` if two options say different things."""
-    if given.quick:
-        _refuse_beside_quick(given)
+    if args.quick:
+        _refuse_beside_quick(args)
     if program.script is not None and program.command is not None:
         raise UserError(f"--script {program.script} and --command say two things: give one of them")
-    if given.launcher != "torch" and (given.quick or program.script is not None):
-        raise UserError(f"--launcher {given.launcher} is for mnist-dist's own training or a --command, got "
-                        f"{'--quick' if given.quick else f'--script {program.script}'}: drop one of the two")
-    if given.launcher != "slurm" and (given.sbatch or given.print):
-        raise UserError(f"{'--sbatch' if given.sbatch else '--print'} is for --launcher slurm: add it, or drop this")
-    if given.precision is not None and given.repeats is not None:
-        raise UserError(f"--precision {100 * given.precision:g}% chooses the repeats, got --repeats {given.repeats}: "
+    if args.launcher != "torch" and (args.quick or program.script is not None):
+        raise UserError(f"--launcher {args.launcher} is for mnist-dist's own training or a --command, got "
+                        f"{'--quick' if args.quick else f'--script {program.script}'}: drop one of the two")
+    if args.launcher != "slurm" and (args.sbatch or args.print):
+        raise UserError(f"{'--sbatch' if args.sbatch else '--print'} is for --launcher slurm: add it, or drop this")
+    if args.precision is not None and args.repeats is not None:
+        raise UserError(f"--precision {100 * args.precision:g}% chooses the repeats, got --repeats {args.repeats}: "
                         "drop one of the two")
-    if given.budget is not None and given.launcher == "slurm":
+    if args.budget is not None and args.launcher == "slurm":
         raise UserError("--budget is for runs one at a time, and --launcher slurm starts many: limit each with "
                         "--sbatch='--time=00:20:00'")
-    if program.is_ours and given.rest:
-        raise UserError(f"words after -- are for a --script or a --command, got {shlex.join(given.rest)}: drop them, "
+    if program.is_ours and args.rest:
+        raise UserError(f"words after -- are for a --script or a --command, got {shlex.join(args.rest)}: drop them, "
                         "or name one of the two")
     if program.script is not None and not Path(program.script).is_file():
         raise UserError(f"--script {program.script} is not a file: name the training to study")
 
 
-def _refuse_beside_quick(given: argparse.Namespace) -> None:
+def _refuse_beside_quick(args: argparse.Namespace) -> None:
     """Raises `UserError` if the command line says what `--quick` chooses."""
     for name in ("batch_sizes", "processes", "scaling", "repeats", "precision", "budget", "script", "axis",
                  "command_line", *AXES):
-        if (value := getattr(given, name)) is not None:
+        if (value := getattr(args, name)) is not None:
             flag = "--command" if name == "command_line" else flag_of(name)
             typed = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
             said = flag if isinstance(value, float) else f"{flag} {typed}"
             raise UserError(f"--quick chooses the grid by itself, got {said}: drop one of the two")
 
 
-def _printed(given: argparse.Namespace) -> Printed | None:
+def _printed(args: argparse.Namespace) -> Printed | None:
     """What `--rate-from` and its companions say. Raises `UserError`."""
-    if given.rate_from is None:
+    if args.rate_from is None:
         for name in ("rate_at", "rate_of", "unit"):
-            if getattr(given, name) is not None:
+            if getattr(args, name) is not None:
                 raise UserError(f"{flag_of(name)} is for --rate-from: add it, or drop this")
         return None
-    if given.script is None and given.command_line is None:
-        raise UserError(f"--rate-from {cut(given.rate_from)!r} is for a --command or a --script: name one of them")
-    return Printed(given.rate_from, given.rate_at or RATE_AT[0], given.rate_of or RATE_OF[0],
-                   *(given.unit or (SAMPLES, 1.0)))
+    if args.script is None and args.command_line is None:
+        raise UserError(f"--rate-from {cut(args.rate_from)!r} is for a --command or a --script: name one of them")
+    return Printed(args.rate_from, args.rate_at or RATE_AT[0], args.rate_of or RATE_OF[0],
+                   *(args.unit or (SAMPLES, 1.0)))
 
 
-def _axes(given: argparse.Namespace, program: Program, training: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def _axes(args: argparse.Namespace, program: Program, training: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """The values of each further axis. Raises `UserError`."""
-    axes = {option: _values(flag_of(axis), getattr(given, axis).split(","), option, program)
-            for axis, option in AXES.items() if getattr(given, axis) is not None}
-    for name, values in read_axes(given.axis or ()).items():
+    axes = {option: _values(flag_of(axis), getattr(args, axis).split(","), option, program)
+            for axis, option in AXES.items() if getattr(args, axis) is not None}
+    for name, values in read_axes(args.axis or ()).items():
         option = _axis(name, program)
         if option in axes:
             raise UserError(f"--axis {name} is an axis already: give its values once")

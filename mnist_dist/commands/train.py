@@ -26,13 +26,13 @@ def add_options(parser: Parser) -> None:
     add_training(parser, [option.name for option in fields(TrainConfig)])
 
 
-def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     """Train, in this process or in those that it starts; returns the exit status. Raises `MnistDistError`."""
     # imported modules stay: searching them for garbage, again and again, takes a tenth of the start-up
     gc.set_threshold(100_000, 50, 100)
-    config = training_config(given)
+    config = training_config(args)
     check_place(config)  # before any process is started, or anything downloaded
-    if (status := spawned(given, argv, launch, config)) is not None:
+    if (status := spawned(args, argv, launch, config)) is not None:
         return status
     from mnist_dist.training.run import train
 

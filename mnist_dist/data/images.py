@@ -62,11 +62,11 @@ class ImageSets(NamedTuple):
 
     def digest(self) -> str:
         """SHA-256 of all images and labels, hexadecimal: the same for the same data, however it is stored."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for part in (self.train, self.test):
             for tensor in (part.images, part.labels):
-                found.update(tensor.contiguous().numpy().data)
-        return found.hexdigest()
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     @property
     def summary(self) -> dict[str, str | int]:

@@ -47,10 +47,10 @@ def find(data_dir: Path, torchvision_name: str) -> Files | None:
         raise UserError(f"--data-dir {data_dir} is not a folder: give a folder that contains the IDX files, or an "
                         "empty one to download into")
     for folder in (data_dir / torchvision_name / "raw", data_dir / "raw", data_dir):
-        found = {key: next((path for path in _places(folder, stem) if path.is_file()), None)
+        files = {key: next((path for path in _places(folder, stem) if path.is_file()), None)
                  for key, stem in STEMS.items()}
-        if any(found.values()):
-            return Files(folder, {key: path or folder / STEMS[key] for key, path in found.items()})
+        if any(files.values()):
+            return Files(folder, {key: path or folder / STEMS[key] for key, path in files.items()})
         if (folder / NPZ).is_file():
             return Files(folder, {}, folder / NPZ)
     return None
@@ -87,8 +87,8 @@ def known_name(digest: str, files: Files) -> str | None:
 
 
 def _md5(path: Path) -> str:
-    found = hashlib.md5(usedforsecurity=False)
+    digest = hashlib.md5(usedforsecurity=False)
     with opened_regular(path) as file:
         while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -209,9 +209,9 @@ def _draw(bits: PCG64, style: NDArray[np.intp], styles: Styles) -> tuple[F32, ..
     points, knots, weights = styles[0][style], styles[1][style], styles[2][style]
     untidy = _uniform(bits, len(style), 1)
     size = 0.06 + 0.09 * untidy * untidy
-    own = _bell(bits, len(style), points.shape[1] + 2, 3)
+    shake = _bell(bits, len(style), points.shape[1] + 2, 3)
     # Points that follow each other move together, else curves become polygons; 0.8165 restores the variance.
-    x, y, pressure = np.moveaxis((own[:, 1:-1] + 0.5 * (own[:, :-2] + own[:, 2:])) * 0.8165, 2, 0)
+    x, y, pressure = np.moveaxis((shake[:, 1:-1] + 0.5 * (shake[:, :-2] + shake[:, 2:])) * 0.8165, 2, 0)
     curves = []
     for value in (points[..., 0] + x * size, points[..., 1] + y * size, pressure):
         a, b, c, d = (np.take_along_axis(value, knots[..., i], 1) * weights[..., i] for i in range(4))

@@ -27,8 +27,8 @@ def choose_interface(launch: Launch, environment: MutableMapping[str, str] = os.
     """
     if launch.size == 1:
         return None
-    if given := environment.get(VARIABLE):
-        _check(given, launch)
+    if named := environment.get(VARIABLE):
+        _check(named, launch)
         return None
     if launch.is_one_machine:
         environment[VARIABLE] = _loopback()
@@ -36,10 +36,10 @@ def choose_interface(launch: Launch, environment: MutableMapping[str, str] = os.
     places = [launch.master_address]
     if launch.num_machines > 1:
         places.append(ELSEWHERE)
-    found = next((name for place in places for name in interfaces_to(place)), None)
-    if found:
-        environment[VARIABLE] = found
-    return found
+    name_of_interface = next((name for place in places for name in interfaces_to(place)), None)
+    if name_of_interface:
+        environment[VARIABLE] = name_of_interface
+    return name_of_interface
 
 
 def _loopback() -> str:
@@ -49,13 +49,13 @@ def _loopback() -> str:
                  if "127.0.0.1" in [address.address for address in addresses]), "lo")
 
 
-def _check(given: str, launch: Launch) -> None:
+def _check(named: str, launch: Launch) -> None:
     import psutil
 
     there = sorted(psutil.net_if_addrs())
-    if missing := [name for name in given.split(",") if name not in there]:
+    if missing := [name for name in named.split(",") if name not in there]:
         kind = NotJoined if launch.local_rank == 0 else UserError  # a machine says it once
-        raise kind(f"{VARIABLE} is {given}, but {socket.gethostname()} has no interface {missing[0]}: name one of "
+        raise kind(f"{VARIABLE} is {named}, but {socket.gethostname()} has no interface {missing[0]}: name one of "
                    f"{', '.join(there)}, or unset it")
 
 
@@ -84,4 +84,4 @@ def interfaces_to(host: str) -> Iterator[str]:
             continue
         if not ipaddress.ip_address(own).is_loopback:
             yield from (name for name, its in psutil.net_if_addrs().items()
-                        if any(one.family == family and one.address.split("%")[0] == own for one in its))
+                        if any(it.family == family and it.address.split("%")[0] == own for it in its))

@@ -215,13 +215,13 @@ def _connect(group: Group) -> None:
 
     _shorten()
     address = os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {} if address else {
+    options: dict[str, Any] = {} if address else {
         "address": "local", "num_cpus": max(group.most, num_cores()), "include_dashboard": False}
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
         if port.isdecimal():  # Ray itself tries for minutes
             socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-        ray.init(**own, logging_level=logging.ERROR, log_to_driver=False,
+        ray.init(**options, logging_level=logging.ERROR, log_to_driver=False,
                  runtime_env={"env_vars": {"PYTHONPATH": child_environment()["PYTHONPATH"]}})
     except (OSError, RuntimeError, ValueError) as error:
         reason = first_line(error)
@@ -305,13 +305,13 @@ def _follow(trainer: Any, board: Any, max_restarts: int, wait: Wait, group: Grou
             time.sleep(POLL_SECONDS)
     if signals.number:
         return 128 + signals.number
-    found = {rank: status for rank, status in (starts[-1] if starts else {}).items() if status}
-    if not failed and not found:
+    failures = {rank: status for rank, status in (starts[-1] if starts else {}).items() if status}
+    if not failed and not failures:
         return 0
-    if ended := [status for _, status in sorted(found.items()) if status > 0]:
+    if ended := [status for _, status in sorted(failures.items()) if status > 0]:
         return MnistDistError.exit_status if ended[0] == OTHER else ended[0]
-    if found:
-        rank, status = next(iter(found.items()))
+    if failures:
+        rank, status = next(iter(failures.items()))
         raise MnistDistError(f"process {rank} was ended by {signal.Signals(-status).name}")
     reason = " ".join(str(failed[0]).split())[:300]
     raise MnistDistError(f"Ray gave up after {len(starts)} starts ({reason}): see `ray status`, and Ray's logs on "

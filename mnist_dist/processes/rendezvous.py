@@ -200,22 +200,22 @@ def _resolved(address: str, setting: str, why: str) -> list[str]:
 class Meeting:
     """One process, or machine, among the `number` that meet in the store. Every method raises `UserError`."""
 
-    def __init__(self, store: Any, own: int, number: int, timeout_s: float, kind: str = "process", why: str = "",
+    def __init__(self, store: Any, own_number: int, number: int, timeout_s: float, kind: str = "process", why: str = "",
                  ) -> None:
         from torch.distributed import PrefixStore
 
         self.store = PrefixStore(f"mnist_dist/{kind}", store)
-        self.own, self.number, self.timeout_s, self.kind, self.why = own, number, timeout_s, kind, why
+        self.own, self.number, self.timeout_s, self.kind, self.why = own_number, number, timeout_s, kind, why
         self.worker = Worker()
 
-    def facts(self, own: Facts) -> list[Facts]:
+    def facts(self, facts_here: Facts) -> list[Facts]:
         """Bring this one's facts; those of all, in their order, once all are there and like each other."""
-        name = f"{own.host} {uuid.uuid4().hex}"
+        name = f"{facts_here.host} {uuid.uuid4().hex}"
         first = self._ask(lambda: self.store.compare_set(f"{self.own}/name", "", name)).decode()
         if first != name:
-            raise UserError(self._twice(first.rpartition(" ")[0], own.host))
-        self._bring("facts", [own.host, dict(own.versions), dict(own.options)])
-        found = self._all("facts")
+            raise UserError(self._twice(first.rpartition(" ")[0], facts_here.host))
+        self._bring("facts", [facts_here.host, dict(facts_here.versions), dict(facts_here.options)])
+        facts_of_all = self._all("facts")
         self._bring("clock", time.time())  # all write it at the same time
         clocks = self._all("clock")
         self._bring("read", True)
@@ -223,7 +223,7 @@ class Meeting:
             self._all("read")  # the store may end with this process
         self.worker.close()
         all_facts = [Facts(host, versions, options, clock)
-                     for (host, versions, options), clock in zip(found, clocks, strict=True)]
+                     for (host, versions, options), clock in zip(facts_of_all, clocks, strict=True)]
         if problem := difference(all_facts):
             raise UserError(problem)
         return all_facts

@@ -27,7 +27,7 @@ class Starts:
                                hosts_it=launch.rank == 0 and not launch.has_store,
                                is_elsewhere=launch.rank >= launch.local_size)
 
-    def meet(self, own: Facts, backend: str) -> list[Facts]:
+    def meet(self, facts_here: Facts, backend: str) -> list[Facts]:
         """Make the process group of this start, which Accelerate takes as it is. The facts of all ranks. Raises
         `UserError` if one does not come, or is not like the others. Collective.
         """
@@ -37,10 +37,10 @@ class Starts:
         # launchers have counted differently
         start = self.launch.restart if self.launch.has_store else 0
         store = PrefixStore(f"start-{start}", self._store)
-        found = Meeting(store, self.launch.rank, self.launch.size, self.timeout_s, why=self._why).facts(own)
+        facts = Meeting(store, self.launch.rank, self.launch.size, self.timeout_s, why=self._why).facts(facts_here)
         init_process_group(backend, store=store, rank=self.launch.rank, world_size=self.launch.size,
                            timeout=timedelta(seconds=self.timeout_s))
-        return found
+        return facts
 
     @property
     def folder(self) -> str | None:

@@ -55,7 +55,7 @@ class Team:
         self._releases: list[Callable[[], None]] = []
         # spent exchanging tensors, which is mostly waiting for slower ranks; 0 if the host does not wait
         self.exchange_seconds = 0.0
-        self.hosts = [one.host for one in facts] or [platform.node()]  # of each rank
+        self.hosts = [fact.host for fact in facts] or [platform.node()]  # of each rank
         self.clocks_apart = clocks_apart(facts) if facts else None  # which are, in a line
         if self.size > 1:
             store = dist.distributed_c10d._get_default_store()

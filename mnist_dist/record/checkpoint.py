@@ -177,7 +177,7 @@ def _remove_left(root: Path) -> None:
 def _drop_old(root: Path, step: int, keep: int) -> None:
     """Drop all but the newest `keep` up to this step: a later one is damaged, or it would have been resumed from."""
     with contextlib.suppress(OSError):  # what cannot be dropped today is dropped another time
-        for old in [one for one in _newest_first(root) if 0 <= _step_of(one) < step][keep - 1 :]:
+        for old in [folder for folder in _newest_first(root) if 0 <= _step_of(folder) < step][keep - 1 :]:
             remove_tree(old)
 
 
@@ -194,8 +194,8 @@ def _newest_first(root: Path) -> list[Path]:
 
 def _step_of(folder: Path) -> int:
     """The step that the name says; -1 if it says none."""
-    found = re.fullmatch(r"step-(\d{9,18})", folder.name, re.ASCII)
-    return int(found[1]) if found else -1
+    match = re.fullmatch(r"step-(\d{9,18})", folder.name, re.ASCII)
+    return int(match[1]) if match else -1
 
 
 def load_newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -40,8 +40,8 @@ def merged(*layers: Mapping[str, Any]) -> TrainConfig:
 
 def from_environment(*names: str) -> dict[str, str]:
     """The options that the environment sets, of these names or of all."""
-    found = {name: os.environ.get(variable, "") for name, variable in VARIABLES.items() if not names or name in names}
-    return {name: value for name, value in found.items() if value.strip()}
+    values = {name: os.environ.get(variable, "") for name, variable in VARIABLES.items() if not names or name in names}
+    return {name: value for name, value in values.items() if value.strip()}
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def grouped(record: EpochRecord) -> dict[str, Any]:
     if ranks["count"] > 1:
         for name, value in ranks.items():
             if isinstance(value, dict):
-                named |= {f"ranks/{name}_{which}": own for which, own in value.items()}
+                named |= {f"ranks/{name}_{which}": inner for which, inner in value.items()}
             else:
                 named[f"ranks/{name}"] = value
     return named
@@ -129,31 +129,31 @@ def samples_at(step: int, num_train: int, batch: int) -> int:
 
 def evaluations_of(records: Sequence[EpochRecord], num_train: int, batch: int) -> list[dict[str, Any]]:
     """Every evaluation of a run in its order, within the epochs and at their ends. An epoch has `num_train` samples."""
-    found, seconds = [], 0.0
+    evaluations, seconds = [], 0.0
     for record in records:
-        found += [dict(one) for one in record.evaluations]
+        evaluations += [dict(evaluation) for evaluation in record.evaluations]
         seconds += record.train_seconds
-        found.append({"step": record.step, "samples": samples_at(record.step, num_train, batch),
+        evaluations.append({"step": record.step, "samples": samples_at(record.step, num_train, batch),
                       "train_seconds": seconds, "test_nll": record.test_nll, "test_accuracy": record.test_accuracy})
-    return found
+    return evaluations
 
 
 def reached(targets: Sequence[float], evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each target the first evaluation at or below it."""
     names = ("step", "samples", "train_seconds", "test_nll")
-    found = []
+    times = []
     for target in targets:
-        first = next((one for one in evaluations if one["test_nll"] <= target), {})
-        found.append({"target_nll": target, **{name: first.get(name) for name in names}})
-    return found
+        first = next((evaluation for evaluation in evaluations if evaluation["test_nll"] <= target), {})
+        times.append({"target_nll": target, **{name: first.get(name) for name in names}})
+    return times
 
 
 def summarise(records: Sequence[EpochRecord], targets: Sequence[float], num_train: int, batch: int) -> dict[str, Any]:
     """The part of `RunSummary` that follows from the epochs, each of `num_train` samples in batches of `batch`. Rates
     are not averaged: samples are divided by seconds.
     """
-    found = reached(targets, evaluations_of(records, num_train, batch))
-    last = found[-1] if found else {"step": None, "train_seconds": None}
+    targets_reached = reached(targets, evaluations_of(records, num_train, batch))
+    last = targets_reached[-1] if targets_reached else {"step": None, "train_seconds": None}
     seconds = sum(record.measured_seconds for record in records if record.measured_samples)
     return {
         "samples_per_second": sum(record.measured_samples for record in records) / seconds if seconds else None,
@@ -162,7 +162,7 @@ def summarise(records: Sequence[EpochRecord], targets: Sequence[float], num_trai
         "final_test_nll": records[-1].test_nll if records else None,
         "seconds_to_target": last["train_seconds"],
         "steps_to_target": last["step"],
-        "targets": found,
+        "targets": targets_reached,
     }
 
 

@@ -146,10 +146,10 @@ def key_of(settings: Any) -> str | None:
     if settings.api_key:
         return settings.api_key
     try:
-        found = netrc().authenticators(urlsplit(settings.base_url).hostname or "")
+        login = netrc().authenticators(urlsplit(settings.base_url).hostname or "")
     except (OSError, NetrcParseError):
         return None
-    return found[2] if found else None
+    return login[2] if login else None
 
 
 def _one_line(error: Exception) -> str:

@@ -65,7 +65,7 @@ class Progress:
             if not all(isinstance(value, (int, float)) for value in self.watch.values()):
                 raise TypeError("its stopwatch has values that are not numbers")
             Stopwatch(lambda: None, **self.watch)  # it has these names
-            self.evaluations = [dict(one) for one in state["evaluations"]]
+            self.evaluations = [dict(evaluation) for evaluation in state["evaluations"]]
             json.dumps(self.state(), allow_nan=False)  # or the next checkpoint would find a number that is not finite
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{kept.folder} is not a checkpoint of this program ({cause(error)}): "

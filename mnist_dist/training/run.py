@@ -110,10 +110,10 @@ def common_digest(team: Team, digest: str | None) -> str:
     """The digest of the data; the first process of each machine brings that of its copy. Raises `UserError` if the
     copies differ. Collective.
     """
-    first, *others = [(found, host) for found, host in zip(team.share(digest), team.hosts, strict=True) if found]
-    for found, host in others:
-        if found != first[0]:
-            raise UserError(f"the data set is {first[0][:12]} on {first[1]} and {found[:12]} on {host}: copy the same "
+    first, *others = [(copy, host) for copy, host in zip(team.share(digest), team.hosts, strict=True) if copy]
+    for copy, host in others:
+        if copy != first[0]:
+            raise UserError(f"the data set is {first[0][:12]} on {first[1]} and {copy[:12]} on {host}: copy the same "
                             "files to every machine")
     return first[0]
 

@@ -18,11 +18,11 @@ def add_options(parser: Parser) -> None:
     add_training(parser, (*SHARED, "output_dir", "timeout", "wandb"))
 
 
-def run(given: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
+def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     """Examine this machine, or this launch; returns the exit status. Raises `MnistDistError`."""
-    config = training_config(given)
-    if (status := spawned(given, argv, launch, config)) is not None:
+    config = training_config(args)
+    if (status := spawned(args, argv, launch, config)) is not None:
         return status
     from mnist_dist.commands.doctor.doctor import doctor
 
-    return doctor(config, launch, given.json)
+    return doctor(config, launch, args.json)

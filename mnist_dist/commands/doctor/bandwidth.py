@@ -36,15 +36,15 @@ class AllReduce:
 
 def all_reduces(team: Team, sizes: Sequence[int] = SIZES) -> list[AllReduce]:
     """One of each size, but none that would take long over a slow network. Collective."""
-    found = []
+    reduced = []
     for size in sizes:
         tensor = torch.zeros(size // 4, device=team.device)
         seconds = _median_seconds(team, functools.partial(team.sum, tensor))
         algorithm = size / seconds
-        found.append(AllReduce(size, seconds, algorithm, algorithm * 2 * (team.size - 1) / team.size))
+        reduced.append(AllReduce(size, seconds, algorithm, algorithm * 2 * (team.size - 1) / team.size))
         if 4 * seconds * (2 + FEWEST_TIMES) > LONGEST_SECONDS:  # of the next size: every rank has the same time
             break
-    return found
+    return reduced
 
 
 def _median_seconds(team: Team, exchange: Callable[[], object]) -> float:
@@ -76,15 +76,15 @@ def pair_bandwidths(team: Team) -> dict[tuple[str, str], float]:
     """Bytes per second between each pair of hosts, there and back; on every rank. Collective."""
     hosts = list(dict.fromkeys(team.hosts))
     firsts = [team.hosts.index(host) for host in hosts]  # the rank that speaks for its host
-    own = firsts.index(team.rank) if team.rank in firsts else None
-    found: dict[tuple[str, str], float] = {}
+    host_number = firsts.index(team.rank) if team.rank in firsts else None
+    bandwidths: dict[tuple[str, str], float] = {}
     for pairs in rounds(len(hosts)):
         team.barrier()
         for a, b in pairs:
-            if own in (a, b):
-                found[hosts[a], hosts[b]] = _bandwidth(team, firsts[b if own == a else a])
+            if host_number in (a, b):
+                bandwidths[hosts[a], hosts[b]] = _bandwidth(team, firsts[b if host_number == a else a])
     together: dict[tuple[str, str], float] = {}
-    for part in team.share(found):
+    for part in team.share(bandwidths):
         for pair, bandwidth in part.items():
             together[pair] = min(bandwidth, together.get(pair, bandwidth))
     return together
@@ -97,8 +97,8 @@ def _bandwidth(team: Team, partner: int) -> float:
         begin = time.perf_counter()
         team.swap(tensor, partner)
         team.wait_for_device()
-        own = torch.tensor([time.perf_counter() - begin], dtype=torch.float64, device=team.device)
-        return max(own.item(), team.swap(own, partner).item())
+        elapsed = torch.tensor([time.perf_counter() - begin], dtype=torch.float64, device=team.device)
+        return max(elapsed.item(), team.swap(elapsed, partner).item())
 
     seconds(SMALL_BYTES)
     size = int(min(LARGE_BYTES, SMALL_BYTES * max(1.0, PAIR_SECONDS / seconds(SMALL_BYTES)))) // 4 * 4

@@ -55,7 +55,7 @@ def _gradient_and_clock(team: Team) -> tuple[torch.Tensor, float]:
         loss = loss_sum(module, images, labels, torch.float32)
         return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(module.parameters()))])
 
-    found, medians = gradient(), []
+    first_gradient, medians = gradient(), []
     for _ in range(ROUNDS):
         team.barrier()
         seconds = []
@@ -65,7 +65,7 @@ def _gradient_and_clock(team: Team) -> tuple[torch.Tensor, float]:
             team.wait_for_device()
             seconds.append(time.perf_counter() - begin)
         medians.append(1000 * statistics.median(seconds))
-    return found, min(medians)
+    return first_gradient, min(medians)
 
 
 def _place(team: Team, rank: int) -> str:
@@ -104,35 +104,37 @@ def _size(number: int) -> str:
 
 def _fabric(team: Team, interface: str | None) -> Iterator[Finding]:
     """Latency and bandwidth of what joins the ranks. Collective."""
-    found = all_reduces(team)
+    points = all_reduces(team)
     over = f" over {interface}" if interface else ""
-    yield Finding("all-reduce", f"latency {1e6 * found[0].seconds:,.0f} us, bus bandwidth up to "
-                  f"{max(one.bus_bandwidth for one in found) / 1e9:.3g} GB/s ({team.size} processes{over})",
-                  [asdict(one) for one in found], details=("     size   time, us  algorithm, GB/s  bus, GB/s", *(
-                      f"{_size(one.bytes):>9} {1e6 * one.seconds:10,.1f} {one.algorithm_bandwidth / 1e9:16.4f} "
-                      f"{one.bus_bandwidth / 1e9:10.4f}" for one in found)))
+    yield Finding("all-reduce", f"latency {1e6 * points[0].seconds:,.0f} us, bus bandwidth up to "
+                  f"{max(point.bus_bandwidth for point in points) / 1e9:.3g} GB/s ({team.size} processes{over})",
+                  [asdict(point) for point in points], details=("     size   time, us  algorithm, GB/s  bus, GB/s", *(
+                      f"{_size(point.bytes):>9} {1e6 * point.seconds:10,.1f} {point.algorithm_bandwidth / 1e9:16.4f} "
+                      f"{point.bus_bandwidth / 1e9:10.4f}" for point in points)))
     pairs = pair_bandwidths(team)
     if not pairs:
         return
     hosts = list(dict.fromkeys(team.hosts))
     # of each host its best pair: of three hosts a slow one slows two of three pairs
-    problem, usual = None, statistics.median(max(one for pair, one in pairs.items() if host in pair) for host in hosts)
-    slow = {pair: one for pair, one in pairs.items() if one < SLOW_LINK * usual}
+    problem = None
+    usual = statistics.median(max(rate for pair, rate in pairs.items() if host in pair) for host in hosts)
+    slow = {pair: rate for pair, rate in pairs.items() if rate < SLOW_LINK * usual}
     of_host = [host for host in hosts if all(pair in slow for pair in pairs if host in pair)]
     if not slow and usual < SLOW_NETWORK:
         problem = f"{8 * usual / 1e6:.0f} Mbit/s between the hosts is slow for a cluster"
     elif slow:
         what = f"the link of {of_host[0]}" if of_host else " and ".join(f"the link {a} - {b}" for a, b in slow)
         problem = f"{what} has {8 * min(slow.values()) / 1e6:,.0f} Mbit/s, the others {8 * usual / 1e6:,.0f}"
-    yield Finding("links", ", ".join(f"{a} - {b} {8 * one / 1e6:,.0f} Mbit/s" for (a, b), one in pairs.items()),
-                  [{"hosts": pair, "bytes_per_second": one} for pair, one in pairs.items()], problem,
+    yield Finding("links", ", ".join(f"{a} - {b} {8 * point / 1e6:,.0f} Mbit/s" for (a, b), point in pairs.items()),
+                  [{"hosts": pair, "bytes_per_second": point} for pair, point in pairs.items()], problem,
                   problem and "check the cable, the port and the switch, and that GLOO_SOCKET_IFNAME (on GPUs "
                               "NCCL_SOCKET_IFNAME) names the fast interface")
 
 
 def _differences(by_host: dict[str, list[Finding]]) -> Iterator[Finding]:
     """What must be the same on all hosts."""
-    digests = {host: next((one.value for one in found if one.name == "data"), None) for host, found in by_host.items()}
+    digests = {host: next((finding.value for finding in findings if finding.name == "data"), None)
+               for host, findings in by_host.items()}
     if len({digest for digest in digests.values() if digest is not None}) > 1:
         says = ", ".join(f"{digest and digest[:12]} on {host}" for host, digest in digests.items())
         yield Finding("data", says, digests, f"the data differs: {says}", "copy the same files to every machine")
@@ -145,11 +147,11 @@ def examine(config: TrainConfig, launch: Launch) -> list[Finding]:
     team = join(launch, timeout_s=config.timeout, options=config.common, mixed_precision="no", dynamo_backend="no")
     here = _here(config, launch) if launch.local_rank == 0 else []
     by_host: dict[str, list[Finding]] = {}
-    for host, found in zip(team.hosts, team.share(here), strict=True):
-        by_host.setdefault(host, []).extend(found)
+    for host, of_host in zip(team.hosts, team.share(here), strict=True):
+        by_host.setdefault(host, []).extend(of_host)
     findings = [replace(one, says=f"{host}: {one.says}" if len(by_host) > 1 else one.says,
                         problem=one.problem and f"on {host}: {one.problem}")
-                for host, found in by_host.items() for one in found]
+                for host, of_host in by_host.items() for one in of_host]
     backend = torch.distributed.get_backend() if team.size > 1 else "alone"
     device = str(team.device) if team.queues else team.device.type  # the CPU has no number
     ranks = [{"rank": rank, "host": host, **described} for rank, (host, described) in enumerate(zip(
@@ -167,7 +169,7 @@ def examine(config: TrainConfig, launch: Launch) -> list[Finding]:
 def doctor(config: TrainConfig, launch: Launch, as_json: bool) -> int:
     """Examine and print; 1 if anything is wrong, else 0. Raises `UserError` if the processes cannot be joined."""
     findings = examine(config, launch)
-    problems = sum(one.problem is not None for one in findings)
+    problems = sum(finding.problem is not None for finding in findings)
     if findings and as_json:
         say(json.dumps({"healthy": not problems, "findings": list(map(asdict, findings))}, indent=1))
     elif findings:

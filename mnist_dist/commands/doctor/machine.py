@@ -60,14 +60,14 @@ class Finding:
 
 def versions() -> Iterator[Finding]:
     """Versions of what the figures depend on."""
-    found: dict[str, str | None] = {"Python": platform.python_version()}
+    installed: dict[str, str | None] = {"Python": platform.python_version()}
     for name in ("torch", "accelerate", "numpy", "wandb"):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    yield Finding("versions", ", ".join(f"{name} {version or '(not installed)'}" for name, version in found.items()),
-                  found)
+            installed[name] = None
+    said = ", ".join(f"{name} {version or '(not installed)'}" for name, version in installed.items())
+    yield Finding("versions", said, installed)
 
 
 def _burnt(block: bytes) -> tuple[int, float]:
@@ -147,25 +147,25 @@ def gpus() -> Iterator[Finding]:
                       "start the driver, or the machine, again")
         return
     for number, line in enumerate(done.stdout.strip().splitlines()):
-        one = dict(zip(GPU_FIELDS, (part.strip() for part in line.split(",")), strict=False))
-        yield _gpu(number, one)
+        fields = dict(zip(GPU_FIELDS, (part.strip() for part in line.split(",")), strict=False))
+        yield _gpu(number, fields)
     if "GPU1" in topology:
         yield Finding("joined by", "nvidia-smi topo -m", topology, details=tuple(topology.splitlines()))
 
 
-def _gpu(number: int, one: dict[str, str]) -> Finding:
-    says = (f"{one['name']}, driver {one['driver_version']}, {one['memory.used']} of {one['memory.total']} MiB in use, "
-            f"{one['temperature.gpu']} C, PCIe x{one['pcie.link.width.current']} of x{one['pcie.link.width.max']}")
+def _gpu(number: int, gpu: dict[str, str]) -> Finding:
+    says = (f"{gpu['name']}, driver {gpu['driver_version']}, {gpu['memory.used']} of {gpu['memory.total']} MiB in use, "
+            f"{gpu['temperature.gpu']} C, PCIe x{gpu['pcie.link.width.current']} of x{gpu['pcie.link.width.max']}")
     problem = remedy = None
-    if "Active" in (one.get(GPU_FIELDS[8]), one.get(GPU_FIELDS[9])):
+    if "Active" in (gpu.get(GPU_FIELDS[8]), gpu.get(GPU_FIELDS[9])):
         problem, remedy = "it is slowed down because of heat or power", "check its cooling and its power supply"
-    elif one.get(GPU_FIELDS[7], "0") not in ("0", "[N/A]"):
-        problem = f"{one[GPU_FIELDS[7]]} uncorrected memory errors"
+    elif gpu.get(GPU_FIELDS[7], "0") not in ("0", "[N/A]"):
+        problem = f"{gpu[GPU_FIELDS[7]]} uncorrected memory errors"
         remedy = "reset it, and have it replaced if they return"
-    elif one["pcie.link.width.current"] != one["pcie.link.width.max"]:
+    elif gpu["pcie.link.width.current"] != gpu["pcie.link.width.max"]:
         problem = "its PCIe link is narrower than it can be"
         remedy = "look again while it works, then reseat it or try another slot"
-    return Finding(f"GPU {number}", says, one, problem, remedy)
+    return Finding(f"GPU {number}", says, gpu, problem, remedy)
 
 
 def data(dataset: str, data_dir: str, mirror: str | None = None) -> Iterator[Finding]:
@@ -249,10 +249,10 @@ def _refused() -> str | None:
 
 def lines(findings: Sequence[Finding]) -> list[str]:
     """For people: a line for each finding, and under it what is wrong and what to do."""
-    found = []
-    for one in findings:
-        found.append(f"{'ok  ' if one.problem is None else 'LOOK'}  {one.name:10} {one.says}")
-        found += [f"      {line}" for line in one.details]
-        if one.problem is not None:
-            found += [f"      problem: {one.problem}", f"      remedy:  {one.remedy}"]
-    return found
+    shown = []
+    for finding in findings:
+        shown.append(f"{'ok  ' if finding.problem is None else 'LOOK'}  {finding.name:10} {finding.says}")
+        shown += [f"      {line}" for line in finding.details]
+        if finding.problem is not None:
+            shown += [f"      problem: {finding.problem}", f"      remedy:  {finding.remedy}"]
+    return shown

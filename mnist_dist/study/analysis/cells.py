@@ -140,7 +140,7 @@ class CellFigures:
     @property
     def exchange_ms(self) -> float | None:
         """Milliseconds of a step that are the exchange of gradients, the median over runs; None if no run has that."""
-        each = [one["step_ms"]["median"] - one["own_ms"]["median"] for one in self.ranks if one.get("step_ms")]
+        each = [rank["step_ms"]["median"] - rank["own_ms"]["median"] for rank in self.ranks if rank.get("step_ms")]
         return statistics.median(each) if each else None
 
     @property
@@ -164,12 +164,12 @@ class Analysis:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.runs = [run for row in rows if (run := measured(row))]
-        found: dict[Cell, CellFigures] = {}
+        cells: dict[Cell, CellFigures] = {}
         for run in self.runs:
             if run.row["role"] == "repeat":
                 cell = cell_of(run.row)
-                found.setdefault(cell, CellFigures(cell, self.precision)).repeats.append(run)
-        self.cells = {cell: found[cell] for cell in sorted(found, key=lambda cell: cell.place)}
+                cells.setdefault(cell, CellFigures(cell, self.precision)).repeats.append(run)
+        self.cells = {cell: cells[cell] for cell in sorted(cells, key=lambda cell: cell.place)}
 
     @cached_property
     def precision(self) -> float:
@@ -234,26 +234,26 @@ class Analysis:
     @cached_property
     def marks(self) -> list[tuple[Row, str]]:
         """Completed runs that are not as they should be, with what was seen."""
-        found = []
+        rows = []
         for row in self.rows:
             if row["status"] == "completed" and rate_of(row) is None:
-                found.append((row, "no step was measured: give more --epochs or --max-steps"))
+                rows.append((row, "no step was measured: give more --epochs or --max-steps"))
         for run in self.runs:
             steady = steadiness(run.windows)
             if steady.kind == "jump" and steady.warmup_steps:
-                found.append((run.row, f"the warm-up needed {steady.warmup_steps:,} steps more than were left out: "
+                rows.append((run.row, f"the warm-up needed {steady.warmup_steps:,} steps more than were left out: "
                                        f"after them a step takes {100 * steady.change:+.0f} %"))
             elif steady.kind == "jump":
-                found.append((run.row, f"the step time jumps by {100 * steady.change:+.0f} % after {steady.step:,} "
+                rows.append((run.row, f"the step time jumps by {100 * steady.change:+.0f} % after {steady.step:,} "
                                        "measured steps"))
             elif steady.kind == "drift":
-                found.append((run.row, f"the step time drifts by {100 * steady.change:+.0f} % over the run"))
+                rows.append((run.row, f"the step time drifts by {100 * steady.change:+.0f} % over the run"))
             if 0 < (run.row["summary"].get("printed_rates") or 0) < LEAST_WINDOWS:
-                found.append((run.row, f"it printed {counted(run.row['summary']['printed_rates'], 'rate')}, too few to "
+                rows.append((run.row, f"it printed {counted(run.row['summary']['printed_rates'], 'rate')}, too few to "
                                        f"tell which belong to the warm-up: let it print {LEAST_WINDOWS} or more"))
             if slow := straggler(run.row):
-                found.append((run.row, slow))
-        return found + [outlier for figures in self.cells.values() for outlier in _outliers(figures)]
+                rows.append((run.row, slow))
+        return rows + [outlier for figures in self.cells.values() for outlier in _outliers(figures)]
 
     @property
     def failed(self) -> list[Row]:
@@ -267,12 +267,12 @@ class Analysis:
         """
         varied = {"step"} if any("compile" in dict(cell.options) for cell in self.cells) else set()
         shown = [name for name in SHOWN_OF_ENVIRONMENT if name not in varied]
-        found: dict[tuple[tuple[str, str], ...], int] = {}
+        groups: dict[tuple[tuple[str, str], ...], int] = {}
         for run in self.runs:
-            own = run.row.get("environment") or {}
-            key = tuple((name, str(own[name])) for name in shown if own.get(name) is not None)
-            found[key] = found.get(key, 0) + 1
-        return found
+            environment = run.row.get("environment") or {}
+            key = tuple((name, str(environment[name])) for name in shown if environment.get(name) is not None)
+            groups[key] = groups.get(key, 0) + 1
+        return groups
 
 
 def _outliers(figures: CellFigures) -> list[tuple[Row, str]]:
@@ -292,9 +292,9 @@ def _outliers(figures: CellFigures) -> list[tuple[Row, str]]:
 def straggler(row: Row) -> str:
     """The rank that the others wait for in every epoch, in words; "" if there is none."""
     ranks = [epoch["ranks"] for epoch in row["epochs"] if epoch["measured_samples"] and epoch.get("ranks")]
-    slowest = {one["slowest_rank"] for one in ranks}
-    if len(slowest) != 1 or any(one["count"] < 2 or one["own_ms"]["max"] <= STRAGGLER * usual_own_ms(one)
-                                for one in ranks):
+    slowest = {rank["slowest_rank"] for rank in ranks}
+    if len(slowest) != 1 or any(rank["count"] < 2 or rank["own_ms"]["max"] <= STRAGGLER * usual_own_ms(rank)
+                                for rank in ranks):
         return ""
     last = ranks[-1]
     return (f"rank {last['slowest_rank']} on {last['slowest_host']} is a straggler: {last['own_ms']['max']:.2f} ms of "
@@ -334,7 +334,7 @@ class Comparison:
         """The smallest change of the throughput that a cell can show, as a part of it: in the median over cells, and in
         the cell where that is most. None with too few repeats.
         """
-        factors = [one.throughput for one in self.differences]
+        factors = [difference.throughput for difference in self.differences]
         if not factors or any(factor.n < LEAST_CONCLUSIVE for factor in factors):
             return None
         changes = [1 - factor.low / factor.value for factor in factors]
@@ -343,12 +343,12 @@ class Comparison:
     @property
     def slower(self) -> list[Difference]:
         """Cells whose throughput is shown to be lower in the second study."""
-        return [one for one in self.differences if one.throughput.is_below(1.0)]
+        return [difference for difference in self.differences if difference.throughput.is_below(1.0)]
 
     @property
     def faster(self) -> list[Difference]:
         """The same, higher."""
-        return [one for one in self.differences if one.throughput.is_above(1.0)]
+        return [difference for difference in self.differences if difference.throughput.is_above(1.0)]
 
 
 def compare(before: Analysis, after: Analysis) -> Comparison:

@@ -52,13 +52,13 @@ def critical(samples: Mapping[int, tuple[Estimate, float]], noise_scales: Mappin
     known, doubts = zip(*(samples[batch] for batch in sorted(samples)), strict=True)
     random = np.random.default_rng(0)
     # the first row is what was measured
-    rows = np.exp(np.vstack([[one.mean for one in known],
+    rows = np.exp(np.vstack([[estimate.mean for estimate in known],
                              draw(known, DRAWS, random) + random.uniform(-1, 1, (DRAWS, len(known))) * doubts]))
     leasts = rows[:, 0] - (rows[:, 1] - rows[:, 0]) * batches[0] / (batches[1] - batches[0])
     if not 0.5 * rows[0, 0] <= leasts[0]:
         return f"runs take more than twice the least samples at batch {batches[0]:,.0f} already: run smaller ones"
     leasts = np.maximum(leasts, 0.01 * rows[:, 0])
-    runs = min(one.n for one in known)
+    runs = min(estimate.n for estimate in known)
 
     def interval(values: np.ndarray, runs: int = runs) -> Interval:
         return interval_of_draws(values[0], values[1:], runs)
@@ -67,8 +67,9 @@ def critical(samples: Mapping[int, tuple[Estimate, float]], noise_scales: Mappin
     noises: dict[str, Interval] = {}
     if scales := [values for values in (noise_scales or {}).values() if len(values)]:
         measured = estimates(scales)
-        noise = np.exp(np.vstack([[one.mean for one in measured], draw(measured, DRAWS, random)]).mean(axis=1))
-        fewest = min(one.n for one in measured)
+        means = [estimate.mean for estimate in measured]
+        noise = np.exp(np.vstack([means, draw(measured, DRAWS, random)]).mean(axis=1))
+        fewest = min(estimate.n for estimate in measured)
         noises["noise"] = interval(noise, fewest)
         if math.isfinite(twice[0]):
             noises["noise_ratio"] = interval(noise / twice, min(fewest, runs))

@@ -34,7 +34,7 @@ class LeftOut:
 
 def worst_of(left_out: Sequence[LeftOut]) -> LeftOut | None:
     """What is predicted worst; None if nothing is."""
-    return max((one for one in left_out if not one.reason), key=lambda one: abs(one.error), default=None)
+    return max((check for check in left_out if not check.reason), key=lambda check: abs(check.error), default=None)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Judged:
     @cached_property
     def places(self) -> dict[Cell, Place]:
         """Where the cells are in the model."""
-        return dict(zip((one.cell for one in self.members), _places(self.members), strict=True))
+        return dict(zip((member.cell for member in self.members), _places(self.members), strict=True))
 
     def beyond(self, batches: Sequence[int]) -> dict[int, list[Place]]:
         """Where there is a forecast for these global batches: more processes than were run, machines filled as before.
@@ -67,7 +67,7 @@ class Judged:
 
         Processes that share a machine's cores have fewer threads the more they are, and one at least.
         """
-        largest = max(self.members, key=lambda one: one.cell.processes)
+        largest = max(self.members, key=lambda member: member.cell.processes)
         place, shared = self.places[largest.cell], min(place.speed for place in self.places.values()) < 1
         further = FURTHER if isinstance(self.model, Model) and len(self.model.laws) == 1 else FURTHER[:1]
         factors = [factor for factor in further if place.processes > 1 and not (shared and factor > largest.threads)]
@@ -78,7 +78,7 @@ class Judged:
 
     def devices(self, place: Place) -> int:
         """GPUs, or cores of CPUs, that the processes of a place occupy."""
-        return round(place.processes * place.speed * max(one.threads for one in self.members))
+        return round(place.processes * place.speed * max(member.threads for member in self.members))
 
 
 def judge(cells: Mapping[Cell, CellFigures], hold_out: HoldOut, fabric: Fabric | None = None) -> dict[Options, Judged]:
@@ -88,16 +88,16 @@ def judge(cells: Mapping[Cell, CellFigures], hold_out: HoldOut, fabric: Fabric |
     groups: dict[Options, list[CellFigures]] = {}
     for figures in _merged(cells):
         groups.setdefault(figures.cell.options, []).append(figures)
-    found = {}
+    judged = {}
     for options, members in groups.items():
-        own = [figures.cell for figures in members]
-        left_out = [hold_out.leaves_out(cell, own) for cell in own]
+        cells_of_group = [figures.cell for figures in members]
+        left_out = [hold_out.leaves_out(cell, cells_of_group) for cell in cells_of_group]
         timed = _cells(members)
         model = fit(timed, ring)
-        found[options] = Judged(members, model, list(compress(own, left_out)),
+        judged[options] = Judged(members, model, list(compress(cells_of_group, left_out)),
                                 "there is no model" if isinstance(model, str) else check(timed, left_out, ring),
-                                () if isinstance(model, str) else _leave_one_out(own, timed, model, ring))
-    return found
+                                () if isinstance(model, str) else _leave_one_out(cells_of_group, timed, model, ring))
+    return judged
 
 
 def _leave_one_out(members: Sequence[Cell], timed: Cells, model: Model, ring: tuple[float, float] | None
@@ -116,7 +116,7 @@ def forecasts_of(judged: Judged, options: Options) -> list[dict[str, Any]]:
     """The forecasts for programs: a row for each batch size and number of processes, seconds of a step."""
     if isinstance(judged.model, str):
         return []
-    ahead = judged.beyond(sorted({one.cell.global_batch_size for one in judged.members}))
+    ahead = judged.beyond(sorted({member.cell.global_batch_size for member in judged.members}))
     return [{"options": json.dumps(dict(options)), "batch_size": batch, "processes": place.processes,
              "step_seconds": step.value, "low": step.low, "high": step.high, "trusted": judged.is_trusted}
             for batch, places in ahead.items()
@@ -130,19 +130,19 @@ def as_timed(cell: Cell) -> Cell:
 
 def _merged(cells: Mapping[Cell, CellFigures]) -> list[CellFigures]:
     """The cells, of which those that differ in nothing that takes time are one."""
-    found: dict[Cell, CellFigures] = {}
+    figures_of: dict[Cell, CellFigures] = {}
     for cell, figures in cells.items():
         timed = as_timed(cell)
-        found.setdefault(timed, CellFigures(timed)).repeats.extend(figures.repeats)
-    return list(found.values())
+        figures_of.setdefault(timed, CellFigures(timed)).repeats.extend(figures.repeats)
+    return list(figures_of.values())
 
 
 def _cells(members: Sequence[CellFigures]) -> Cells:
-    return Cells(_places(members), [one.steps_ms / 1000 for one in members])
+    return Cells(_places(members), [member.steps_ms / 1000 for member in members])
 
 
 def _places(members: Sequence[CellFigures]) -> list[Place]:
     """Where the cells are in the model. If runs say nothing of machines and threads: on one machine, all as fast."""
-    most = max(one.threads for one in members)
-    return [Place(-(-one.cell.global_batch_size // one.cell.processes), one.cell.processes,
-                  one.environment.get("num_machines") or 1, one.threads / most) for one in members]
+    most = max(member.threads for member in members)
+    return [Place(-(-member.cell.global_batch_size // member.cell.processes), member.cell.processes,
+                  member.environment.get("num_machines") or 1, member.threads / most) for member in members]

@@ -157,14 +157,15 @@ def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int 
     Its level is at most that at which the ranges of two samples of so few repeats separate by chance, which needs no
     assumption. With one repeat it has no width, and a level of 0.
     """
-    above, below = [one for one in top if one not in bottom], [one for one in bottom if one not in top]
-    value = math.exp(sum(one.mean for one in above) - sum(one.mean for one in below))
+    above = [estimate for estimate in top if estimate not in bottom]
+    below = [estimate for estimate in bottom if estimate not in top]
+    value = math.exp(sum(estimate.mean for estimate in above) - sum(estimate.mean for estimate in below))
     errors: dict[object, float] = {}
     freedoms: dict[object, float] = {}
-    for one in (*above, *below):
-        errors[one.pool] = errors.get(one.pool, 0.0) + one.error
-        freedoms[one.pool] = one.freedom
-    n, error = min(one.n for one in (*top, *bottom)), sum(errors.values())
+    for estimate in (*above, *below):
+        errors[estimate.pool] = errors.get(estimate.pool, 0.0) + estimate.error
+        freedoms[estimate.pool] = estimate.freedom
+    n, error = min(estimate.n for estimate in (*top, *bottom)), sum(errors.values())
     if n < 2 or not all(freedoms.values()):
         return Interval(value, value, value, 0.0, 1)
     freedom = error**2 / max(TINY, sum(part**2 / freedoms[pool] for pool, part in errors.items()))
@@ -185,12 +186,13 @@ def draw(quantities: Sequence[Estimate], count: int, random: np.random.Generator
     """
     drawn = np.empty((count, len(quantities)))
     spreads: dict[object, np.ndarray] = {}
-    for place, one in enumerate(quantities):
-        if one.pool not in spreads:  # with one repeat the error is 0
-            freedom = one.freedom or math.inf
-            spreads[one.pool] = np.sqrt(freedom / random.chisquare(freedom, count)) if freedom < math.inf else np.ones(
-                count)
-        drawn[:, place] = one.mean + math.sqrt(one.error) * spreads[one.pool] * random.standard_normal(count)
+    for place, estimate in enumerate(quantities):
+        if estimate.pool not in spreads:  # with one repeat the error is 0
+            freedom = estimate.freedom or math.inf
+            is_known = freedom == math.inf
+            spreads[estimate.pool] = np.ones(count) if is_known else np.sqrt(freedom / random.chisquare(freedom, count))
+        spread = math.sqrt(estimate.error) * spreads[estimate.pool]
+        drawn[:, place] = estimate.mean + spread * random.standard_normal(count)
     return drawn
 
 

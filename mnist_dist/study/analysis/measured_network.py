@@ -48,25 +48,25 @@ def fabric_of(values: Any) -> Fabric | None:
     """What `as_row` gave; None if it is none, or damaged."""
     try:
         points = sorted((int(size), float(seconds)) for size, seconds in values["all_reduce"])
-        found = Fabric(int(values["processes"]), int(values["machines"]), str(values["name"]),
+        fabric = Fabric(int(values["processes"]), int(values["machines"]), str(values["name"]),
                        int(values["gradient_bytes"]), points)
     except (TypeError, ValueError, KeyError, OverflowError):
         return None
     sizes, times = zip(*points, strict=True) if points else ((), ())
     is_whole = len(set(sizes)) == len(points) >= 2 and all(0 < time < math.inf for time in times)
-    return found if is_whole and found.processes > 1 <= found.machines and found.gradient_bytes > 0 else None
+    return fabric if is_whole and fabric.processes > 1 <= fabric.machines and fabric.gradient_bytes > 0 else None
 
 
 def from_doctor(findings: Sequence[Mapping[str, Any]], dtype: str) -> Fabric | None:
     """What the findings of `mnist-dist doctor --json` say of it; None if they say nothing."""
-    found = {one.get("name"): one for one in findings}
+    by_name = {finding.get("name"): finding for finding in findings}
     try:
-        ranks, reduced = found["processes"]["value"], found["all-reduce"]["value"]
+        ranks, reduced = by_name["processes"]["value"], by_name["all-reduce"]["value"]
         hosts, backends = ({rank[what] for rank in ranks} for what in ("host", "backend"))
         over = f" over {ranks[0]['interface']}" if ranks[0]["interface"] else ""
         return fabric_of({
             "processes": len(ranks), "machines": len(hosts), "gradient_bytes": GRADIENT_NUMBERS * FLOATS[dtype],
             "name": f"{', '.join(sorted(backends))}{over}",
-            "all_reduce": [(one["bytes"], one["seconds"]) for one in reduced]})
+            "all_reduce": [(point["bytes"], point["seconds"]) for point in reduced]})
     except (KeyError, TypeError, AttributeError, IndexError):
         return None

@@ -219,7 +219,7 @@ class Cells:
     @cached_property
     def means(self) -> np.ndarray:
         """[places] logarithms."""
-        return np.array([one.mean for one in self.estimates])
+        return np.array([estimate.mean for estimate in self.estimates])
 
     @cached_property
     def errors(self) -> np.ndarray:
@@ -265,7 +265,7 @@ def fit(cells: Cells, ring: tuple[float, float] | None = None) -> Model | str:
         return left
     random = np.random.default_rng(0)
     count = max(LEAST_DRAWS, DRAWS // len(left))
-    fits = [_with_undecided(cells, one, _draws(cells, one, count, random), random, ring) for one in left]
+    fits = [_with_undecided(cells, solved, _draws(cells, solved, count, random), random, ring) for solved in left]
     return Model(fits, _describes(cells, left[0]), min(map(len, cells.runs)),
                  max(place.processes for place in cells.places))
 
@@ -292,14 +292,14 @@ def _left(cells: Cells, ring: tuple[float, float] | None, among: Sequence[Hypoth
     is_alone = all(place.processes == 1 for place in cells.places)
     # rounded, because two laws with one free parameter each differ by rounding alone: then the first is the closest
     solved = sorted((_solve(cells, hypothesis, ring) for hypothesis in ([PLAIN] if is_alone else among)),
-                    key=lambda one: round(one.distance, 3))
-    return [one for one in solved if one.distance <= solved[0].distance + WORSE]
+                    key=lambda candidate: round(candidate.distance, 3))
+    return [candidate for candidate in solved if candidate.distance <= solved[0].distance + WORSE]
 
 
 def _describes(cells: Cells, solved: _Solved) -> bool:
     """Whether chance makes the closest hypothesis so far off the cells as it is; not known of single runs."""
     left = len(cells.places) - len(solved.free)
-    known = [one.freedom for one in cells.estimates if one.freedom]
+    known = [estimate.freedom for estimate in cells.estimates if estimate.freedom]
     if left < 1 or not known:
         return True
     return bool(stats.f.sf(solved.distance / left, left, max(known)) >= REFUTED)
@@ -313,7 +313,7 @@ def _solve(cells: Cells, hypothesis: Hypothesis, ring: tuple[float, float] | Non
     # an exchange that is hidden everywhere may be of any length up to that: a search from a short and from a long one
     starts = [_start(cells, 0.0, ring, is_long) for is_long in ((False, True) if hypothesis.hidden else (False,))]
     searches = [_search(shape, cells.means, cells.errors, start, without) for start in starts]
-    best = min(searches, key=lambda one: one.cost)
+    best = min(searches, key=lambda search: search.cost)
     if FLOOR in free:
         inner = sorted({place.batch for place in cells.places})[1:-1]
         searched = [_search(shape, cells.means, cells.errors, _start(cells, floor, ring, False), free)
@@ -421,7 +421,7 @@ class Check:
     @property
     def width(self) -> float:
         """Half the width of a band as a part of the prediction, in the median over cells."""
-        return float(np.median([one.half_width for one in self.predicted]))
+        return float(np.median([band.half_width for band in self.predicted]))
 
     @property
     def holds(self) -> bool:
@@ -450,9 +450,9 @@ def check(cells: Cells, left_out: Sequence[bool], ring: tuple[float, float] | No
         return f"the cells that are left out are the only ones {unseen}"
     random = np.random.default_rng(1)
     lows, highs = [], []
-    for one in model.fits:
-        predicted = np.log(seconds(one.values, held.places, one.hypothesis))
-        off = np.log(seconds(one.draws, held.places, one.hypothesis)) - predicted
+    for hypothesis_fit in model.fits:
+        predicted = np.log(seconds(hypothesis_fit.values, held.places, hypothesis_fit.hypothesis))
+        off = np.log(seconds(hypothesis_fit.draws, held.places, hypothesis_fit.hypothesis)) - predicted
         off -= held.drawn(len(off), random) - held.means
         spread = np.maximum(off.std(axis=0), 1e-12)
         width = spread * np.quantile(np.abs(off / spread).max(axis=1), CAUTIOUS)

@@ -96,7 +96,7 @@ class TimeTo:
     @property
     def typical(self) -> float:
         """Seconds: the geometric mean, by which cells are compared."""
-        return math.exp(sum(one.mean for one in self.above) - sum(one.mean for one in self.below))
+        return math.exp(sum(estimate.mean for estimate in self.above) - sum(estimate.mean for estimate in self.below))
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class Target:
     learnt: list[Learnt]
     times: list[TimeTo]
 
-    def ratio(self, one: TimeTo, than: TimeTo) -> Interval:
+    def ratio(self, time: TimeTo, than: TimeTo) -> Interval:
         """How many times as long one takes. The intervals of all pairs of cells hold their truths together, so that the
         cell that happens to be the soonest may be compared with all others.
         """
-        return ratio((*one.above, *than.below), (*one.below, *than.above), among=len(self.times))
+        return ratio((*time.above, *than.below), (*time.below, *than.above), among=len(self.times))
 
 
 def targets_of(analysis: Analysis) -> list[Target]:
@@ -187,8 +187,8 @@ def _evaluations(row: Mapping[str, Any], key: str) -> list[tuple[float, float, f
     evaluations = []
     batch, train = row["global_batch_size"], (row.get("dataset") or {}).get("train")
     for epoch in row["epochs"]:
-        evaluations += [(one["step"], one["samples"], one[key]) for one in epoch.get("evaluations") or []
-                        if one.get(key) is not None]
+        evaluations += [(evaluation["step"], evaluation["samples"], evaluation[key])
+                        for evaluation in epoch.get("evaluations") or [] if evaluation.get(key) is not None]
         if epoch.get(key) is not None and epoch.get("step"):
             samples = samples_at(int(epoch["step"]), train, batch) if train else epoch["step"] * batch
             evaluations.append((epoch["step"], samples, epoch[key]))
@@ -209,14 +209,14 @@ def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None
 
 def _times(analysis: Analysis, goal: Goal, cells: Sequence[Learnt]) -> list[TimeTo]:
     """Of each cell whose runs reached the target: of each run the samples that it took over its own rate."""
-    learnt = {(one.options, one.batch): (one, one.estimate) for one in cells if one.estimate is not None}
-    doubts = {key: _exact(1.0, one.doubt**2 / 3) for key, (one, _) in learnt.items()}
+    learnt = {(steps.options, steps.batch): (steps, steps.estimate) for steps in cells if steps.estimate is not None}
+    doubts = {key: _exact(1.0, steps.doubt**2 / 3) for key, (steps, _) in learnt.items()}
     times = []
     for cell, figures in analysis.cells.items():
         key = cell.options, cell.global_batch_size
         if key not in learnt:
             continue
-        one, estimate = learnt[key]
+        steps, estimate = learnt[key]
         each = []
         for run in figures.repeats:
             targets = (run.row.get("summary") or {}).get("targets") or []
@@ -225,7 +225,7 @@ def _times(analysis: Analysis, goal: Goal, cells: Sequence[Learnt]) -> list[Time
         if not each:  # its runs have other targets
             continue
         above = estimate, doubts[key], _exact(figures.units_per_sample)
-        times.append(TimeTo(cell, median_interval(each).widened(one.doubt), figures.devices, above,
+        times.append(TimeTo(cell, median_interval(each).widened(steps.doubt), figures.devices, above,
                             (analysis.estimates[cell],)))
     return times
 
@@ -235,14 +235,14 @@ def _exact(value: float, error: float = 0.0) -> Estimate:
     return Estimate(math.log(value), error, sys.maxsize, math.inf, object())
 
 
-def modelled(one: Learnt, model: Model, place: Place, cell: Cell, devices: int) -> TimeTo:
+def modelled(learnt: Learnt, model: Model, place: Place, cell: Cell, devices: int) -> TimeTo:
     """The steps that a batch size takes, times the time of a step by the model."""
-    assert one.estimate is not None
+    assert learnt.estimate is not None
     (step,) = model.predict([place])
-    steps = ratio([one.estimate], []).scaled(1 / one.batch)
+    steps = ratio([learnt.estimate], []).scaled(1 / learnt.batch)
     # the ends of independent factors add in squares
     low = math.hypot(math.log(step.value / step.low), math.log(steps.value / steps.low))
     high = math.hypot(math.log(step.high / step.value), math.log(steps.high / steps.value))
     value, runs = steps.value * step.value, min(steps.n, step.n)
     interval = Interval(value, value * math.exp(-low), value * math.exp(high), min(steps.level, step.level), runs)
-    return TimeTo(cell, interval.widened(one.doubt), devices)
+    return TimeTo(cell, interval.widened(learnt.doubt), devices)

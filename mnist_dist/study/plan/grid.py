@@ -122,11 +122,11 @@ class Grid:
     def cells(self) -> list[Cell]:
         """Every cell once: batch sizes in their order, then processes, then the further axes."""
         others = [tuple(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
-        found = {
+        cells = {
             Cell(size * (count if how == "weak" else 1), count, options): None
             for how in self.scaling for size in self.batch_sizes for count in self.processes for options in others
         }
-        return list(found)
+        return list(cells)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

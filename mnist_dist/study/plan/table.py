@@ -102,7 +102,7 @@ def _wrong(values: Mapping[str, Any]) -> list[str]:
     for key in {goal_of(target).key for target in values["summary"].get("targets") or []}:
         for number, epoch in enumerate(values["epochs"]):
             evaluations = (epoch, *(epoch.get("evaluations") or []))
-            if not all(one.get(key) is None or is_number(one[key]) for one in evaluations):
+            if not all(evaluation.get(key) is None or is_number(evaluation[key]) for evaluation in evaluations):
                 return [f"right epochs[{number}] ({cut(key)} is no number)"]
     unit = values["summary"].get("unit")
     if unit is not None and not (isinstance(unit, str) and re.fullmatch(UNIT, unit)):
@@ -134,11 +134,11 @@ def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return part if isinstance(part, dict) else {}
 
 
-def _is_target(one: Any) -> bool:
-    """A target that was reached says where; one that was not has null there."""
-    return isinstance(one, dict) and is_goal(one) and _is_figure(one.get("target_nll") or 0) and (
-        all(name in one and (one[name] is None or _is_figure(one[name])) for name in ("step", "samples"))
-        and (one["step"] is None) == (one["samples"] is None))
+def _is_target(target: Any) -> bool:
+    """A target that was reached says where; target that was not has null there."""
+    return isinstance(target, dict) and is_goal(target) and _is_figure(target.get("target_nll") or 0) and (
+        all(name in target and (target[name] is None or _is_figure(target[name])) for name in ("step", "samples"))
+        and (target["step"] is None) == (target["samples"] is None))
 
 
 def _is_figure(value: Any) -> bool:
@@ -193,7 +193,7 @@ def flattened(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": _text(own) for inner, own in value.items()}
+            flat |= {f"{name}.{inner}": _text(value_of_inner) for inner, value_of_inner in value.items()}
         elif name == "epochs":
             figures = dict.fromkeys(figure for epoch in value for figure in epoch)
             flat |= {f"epochs.{figure}": _text([epoch.get(figure) for epoch in value]) for figure in figures}

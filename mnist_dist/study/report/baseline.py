@@ -23,7 +23,7 @@ def is_slower(difference: Difference, limit: float) -> bool:
 def lines(comparison: Comparison, limit: float) -> list[str]:
     """What to print: each cell that is too slow, and what the repeats can show."""
     percent = f"{100 * limit:g} %"
-    slow = [one for one in comparison.differences if is_slower(one, limit)]
+    slow = [difference for difference in comparison.differences if is_slower(difference, limit)]
     said = [f"slower by more than {percent}: {_words(one)}" for one in slow]
     if not slow:
         said.append(f"no cell of {len(comparison.differences)} is shown to be slower by more than {percent}")
@@ -35,27 +35,29 @@ def lines(comparison: Comparison, limit: float) -> list[str]:
     return said
 
 
-def _words(one: Difference) -> str:
-    return f"{printable(str(one.cell))}: {say(one.throughput)} times the throughput ({level_of(one.throughput)})"
+def _words(difference: Difference) -> str:
+    factor = difference.throughput
+    return f"{printable(str(difference.cell))}: {say(factor)} times the throughput ({level_of(factor)})"
 
 
 def junit(comparison: Comparison, limit: float, name: str) -> str:
     """The comparison as JUnit's XML: a test for each cell, which fails if it is too slow. Without times, so that the
     same tables give the same bytes.
     """
-    slow = [is_slower(one, limit) for one in comparison.differences]
-    few = [one.throughput.n < LEAST_CONCLUSIVE for one in comparison.differences]
+    slow = [is_slower(difference, limit) for difference in comparison.differences]
+    few = [difference.throughput.n < LEAST_CONCLUSIVE for difference in comparison.differences]
     name = printable(name)
     suite = ElementTree.Element("testsuite", name=name, tests=str(len(slow)), failures=str(sum(slow)), errors="0",
                                 skipped=str(sum(few)))
-    for one, fails, is_short in zip(comparison.differences, slow, few, strict=True):
-        case = ElementTree.SubElement(suite, "testcase", classname=name, name=printable(str(one.cell)))
+    for difference, fails, is_short in zip(comparison.differences, slow, few, strict=True):
+        case = ElementTree.SubElement(suite, "testcase", classname=name, name=printable(str(difference.cell)))
         if fails:
-            ElementTree.SubElement(case, "failure", message=f"slower by more than {100 * limit:g} %").text = _words(one)
+            failure = ElementTree.SubElement(case, "failure", message=f"slower by more than {100 * limit:g} %")
+            failure.text = _words(difference)
         elif is_short:
-            ElementTree.SubElement(case, "skipped", message=f"it has {counted(one.throughput.n, 'repeat')}, "
+            ElementTree.SubElement(case, "skipped", message=f"it has {counted(difference.throughput.n, 'repeat')}, "
                                    f"{LEAST_CONCLUSIVE} are needed")
         else:
-            ElementTree.SubElement(case, "system-out").text = _words(one)
+            ElementTree.SubElement(case, "system-out").text = _words(difference)
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"

@@ -64,19 +64,19 @@ def draw(folder: Path, name: str, title: str, alt: str, series: Sequence[Series]
     x do not cover each other.
     """
     with matplotlib.rc_context(STYLE):
-        columns = 3 if max(len(one.name) for one in series) < 16 else 1
+        columns = 3 if max(len(line.name) for line in series) < 16 else 1
         kinds = [*(["measured", "model"] if any(one.model for one in series) else []), *(["ideal"] if ideal else [])]
         legend_lines = -(-(min(len(series), MOST_LINES) + len(kinds)) // columns)
         figure = Figure(figsize=(5.2, 3.4 + 0.19 * legend_lines), layout="constrained")
         axes = figure.subplots()
         values: dict[str, list[str]] = {}
-        xs = sorted({x for one in series for x in (*one.x, *(x for x in one.model_x if x > max(one.x)))})
+        xs = sorted({x for line in series for x in (*line.x, *(x for x in line.model_x if x > max(line.x)))})
         axes.set_xscale("log")
         axes.margins(0.06)
         if log_y:
             axes.set_yscale("log")
-        for number, one in enumerate(series[:MOST_LINES]):
-            _draw_series(axes, replace(one, x=[x * apart**number for x in one.x]), number, values, say)
+        for number, line in enumerate(series[:MOST_LINES]):
+            _draw_series(axes, replace(line, x=[x * apart**number for x in line.x]), number, values, say)
         if ideal is not None:
             axes.plot(xs, [ideal(x) for x in xs], linestyle="--", color=INK, linewidth=1, label="ideal")
         if "model" in kinds:
@@ -99,32 +99,32 @@ def draw(folder: Path, name: str, title: str, alt: str, series: Sequence[Series]
     return Picture(name, alt + more, _element(svg, name, values))
 
 
-def _draw_series(axes: Any, one: Series, number: int, values: dict[str, list[str]],
+def _draw_series(axes: Any, line: Series, number: int, values: dict[str, list[str]],
                  say: Callable[[float], str]) -> None:
     color = COLORS[number % len(COLORS)]
     marker = MARKERS[(number // len(COLORS) + number) % len(MARKERS)]
     # beside the median, not behind its bar
-    points = [(x * 0.97, value) for x, repeats in zip(one.x, one.repeats, strict=True) for value in repeats]
+    points = [(x * 0.97, value) for x, repeats in zip(line.x, line.repeats, strict=True) for value in repeats]
     if points:
         axes.plot(*zip(*points, strict=True), linestyle="none", marker=".", markersize=5, color=color, alpha=0.5,
                   markeredgewidth=0, gid=f"repeats-{number}")
-        values[f"repeats-{number}"] = [f"{one.name}: one run, {say(value)}" for _, value in points]
-    middle = [estimate.value for estimate in one.estimates]
-    bars = [[estimate.value - estimate.low for estimate in one.estimates],
-            [estimate.high - estimate.value for estimate in one.estimates]]
-    axes.errorbar(one.x, middle, yerr=bars, linestyle="none", ecolor=color, elinewidth=1.2, capsize=2.5)
-    axes.plot(one.x, middle, color=color, linewidth=0 if one.model else 1.2, marker=marker, markersize=5.5,
-              label=one.name, gid=f"medians-{number}")
-    if one.model:
-        _draw_model(axes, one, color)
-    values[f"medians-{number}"] = list(one.words)
+        values[f"repeats-{number}"] = [f"{line.name}: line run, {say(value)}" for _, value in points]
+    middle = [estimate.value for estimate in line.estimates]
+    bars = [[estimate.value - estimate.low for estimate in line.estimates],
+            [estimate.high - estimate.value for estimate in line.estimates]]
+    axes.errorbar(line.x, middle, yerr=bars, linestyle="none", ecolor=color, elinewidth=1.2, capsize=2.5)
+    axes.plot(line.x, middle, color=color, linewidth=0 if line.model else 1.2, marker=marker, markersize=5.5,
+              label=line.name, gid=f"medians-{number}")
+    if line.model:
+        _draw_model(axes, line, color)
+    values[f"medians-{number}"] = list(line.words)
 
 
-def _draw_model(axes: Any, one: Series, color: str) -> None:
+def _draw_model(axes: Any, line: Series, color: str) -> None:
     """The fitted line over what was measured; beyond it the forecast."""
-    points = list(zip(one.model_x, one.model, strict=True))
-    inside = [(x, at.value) for x, at in points if x <= max(one.x)]
-    beyond = [(x, at) for x, at in points if x >= max(one.x)]
+    points = list(zip(line.model_x, line.model, strict=True))
+    inside = [(x, at.value) for x, at in points if x <= max(line.x)]
+    beyond = [(x, at) for x, at in points if x >= max(line.x)]
     axes.plot(*zip(*inside, strict=True), color=color, linewidth=1.2)
     if len(beyond) > 1:
         xs, ahead = zip(*beyond, strict=True)
@@ -169,8 +169,8 @@ def _element(svg: bytes, name: str, values: dict[str, list[str]]) -> str:
     for path in groups[BACKGROUND]:
         path.set("style", "fill: none")
     for group, words in values.items():
-        found = groups[group]
-        points = list(found.iter(f"{{{SVG}}}use"))
+        texts = groups[group]
+        points = list(texts.iter(f"{{{SVG}}}use"))
         for point, word in zip(points, words, strict=True):
             ElementTree.SubElement(point, f"{{{SVG}}}title").text = word
     for element in root.iter():

@@ -98,10 +98,11 @@ def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequ
         page.add(Table(
             [*cell_head(second.cells), f"first, {unit}/s", f"second, {unit}/s", "throughput, second / first", "level",
              "shown", "undisturbed, second / first", "shown"],
-            [[*cell_words(one.cell, second.cells), say(one.before), say(one.after),
-              say(one.throughput), level_of(one.throughput), _shown(one.throughput),
-              say(one.undisturbed) if one.undisturbed else "too few windows",
-              _shown(one.undisturbed) if one.undisturbed else ""] for one in comparison.differences]), COMPARED)
+            [[*cell_words(difference.cell, second.cells), say(difference.before), say(difference.after),
+              say(difference.throughput), level_of(difference.throughput), _shown(difference.throughput),
+              say(difference.undisturbed) if difference.undisturbed else "too few windows",
+              _shown(difference.undisturbed) if difference.undisturbed else ""]
+             for difference in comparison.differences]), COMPARED)
     for name, analysis, other in ((names[0], first, second), (names[1], second, first)):
         only = [cell for cell in analysis.cells if cell not in other.cells]
         if only:
@@ -133,7 +134,7 @@ def _verdict(comparison: Comparison) -> str:
     usual, most = (f"{100 * change:.2g} %" for change in comparison.visible)
     shown = " and ".join(f"{len(cells)} {word}" for cells, word in ((comparison.slower, "slower"),
                                                                     (comparison.faster, "faster")) if cells)
-    repeats = min(one.throughput.n for one in comparison.differences)
+    repeats = min(difference.throughput.n for difference in comparison.differences)
     can = f"{counted(repeats, 'repeat')} of {counted(count, 'cell')} can show a change of {usual}"
     least = "" if usual == most else f", and of {most} in the least certain cell"
     none = f" No change of more than {most} is shown."
@@ -157,14 +158,14 @@ def _head(page: Page, analysis: Analysis, answers: Mapping[Goal, Answer | None],
     if not cells:
         page.add("Nothing was measured: no run was completed.")
         return
-    reached = [one for one in answers.values() if one]
+    reached = [answered for answered in answers.values() if answered]
     contest = by_time(reached[-1]) if reached else by_rate(analysis)
     page.add(headline(contest, analysis))
     if notes := how_sure(analysis, list(models.values())):
         page.add(Text((Strong("How sure:"), f" {'; '.join(map(str, notes))} (below).")))
     page.add(time_picture(reached[-1], models, folder) if reached else _rates_picture(analysis, folder))
     page.add(*(f"{goal.title} is not known: at no batch size all runs reached it."
-               for goal, one in answers.items() if one is None))
+               for goal, answered in answers.items() if answered is None))
     repeats = sorted({len(figures.repeats) for figures in cells.values()})
     many = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
     places = "; ".join(dict.fromkeys(dict(key).get("device_name", "unknown hardware") for key in analysis.environments))
@@ -261,11 +262,11 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
         groups: dict[Any, dict[Cell, Scaling]] = {}
         for cell, scaling in scalings.items():
             groups.setdefault((cell.options, batch_of(cell)), {})[cell] = scaling
-        for (options, batch), own in groups.items():
-            base = next(iter(own.values())).base
+        for (options, batch), scalings_of_line in groups.items():
+            base = next(iter(scalings_of_line.values())).base
             per_process = analysis.cells[base].rate.value / base.processes
             points = [(cell, scaling.efficiency, analysis.cells[cell].rates / per_process / cell.processes)
-                      for cell, scaling in sorted(own.items(), key=lambda item: item[0].processes)]
+                      for cell, scaling in sorted(scalings_of_line.items(), key=lambda item: item[0].processes)]
             ones = analysis.cells[base].rates / per_process / base.processes
             series.append(Series(
                 f"batch {batch:,.0f}{short(options)}",
@@ -283,8 +284,9 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
         page.add(Table(
             [*cell_head(scalings), f"{analysis.unit}/s", "base case, processes", f"base case, {analysis.unit}/s",
              "speed-up", "efficiency", "level"],
-            [[*cell_words(cell, scalings), say(cells[cell].rate), f"{one.base.processes}", say(cells[one.base].rate),
-              say(one.speed_up), say(one.efficiency), level_of(one.speed_up)] for cell, one in scalings.items()],
+            [[*cell_words(cell, scalings), say(cells[cell].rate), f"{scaling.base.processes}",
+              say(cells[scaling.base].rate), say(scaling.speed_up), say(scaling.efficiency), level_of(scaling.speed_up)]
+             for cell, scaling in scalings.items()],
         ))
     page.add("Speed-up: the rate over that of the base case (geometric means), which is the fewest processes. "
              "Efficiency: speed-up, divided by how many times as many processes. Intervals: Student's, with the spread "
@@ -293,7 +295,7 @@ def _scaling(page: Page, analysis: Analysis, folder: Path) -> None:
 
 def _span(scalings: Mapping[Cell, Scaling]) -> str:
     """The least and the largest efficiency in percent."""
-    values = [100 * one.efficiency.value for one in scalings.values()]
+    values = [100 * scaling.efficiency.value for scaling in scalings.values()]
     return f"{min(values):.0f} to {max(values):.0f} %" if len(values) > 1 else f"{values[0]:.0f} %"
 
 
@@ -348,13 +350,13 @@ def _ranks(page: Page, analysis: Analysis) -> None:
             continue
 
         def over(name: str, scale: float = 1.0, ranks: list[Any] = ranks) -> str:
-            if not all(one.get(name) for one in ranks):
+            if not all(rank.get(name) for rank in ranks):
                 return "-"
-            return " / ".join(number(statistics.median(one[name][which] for one in ranks) * scale)
+            return " / ".join(number(statistics.median(rank[name][which] for rank in ranks) * scale)
                               for which in ("min", "median", "max"))
 
         exchange = figures.exchange_ms
-        hosts = {str(one["slowest_host"]) for one in ranks}
+        hosts = {str(rank["slowest_host"]) for rank in ranks}
         lines.append([*cell_words(cell, analysis.cells), over("own_ms"),
                       "-" if exchange is None else number(exchange), over("data_wait_ms"),
                       over("peak_memory_bytes", 1 / 2**20), Code(", ".join(sorted(hosts)[:3]))])
@@ -399,8 +401,8 @@ def _method(page: Page, analysis: Analysis) -> None:
 
 def _fabric_of(rows: Sequence[Row]) -> Fabric | None:
     """What the doctor has measured before the runs, the last time if there were several."""
-    found = (fabric_of(row["study"].get("fabric")) for row in reversed(rows) if isinstance(row.get("study"), Mapping))
-    return next(filter(None, found), None)
+    fabrics = (fabric_of(row["study"].get("fabric")) for row in reversed(rows) if isinstance(row.get("study"), Mapping))
+    return next(filter(None, fabrics), None)
 
 
 def _origin(page: Page, analysis: Analysis) -> None:

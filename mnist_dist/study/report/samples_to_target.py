@@ -45,7 +45,7 @@ def add_learning(page: Page, targets: Sequence[Target], folder: Path) -> None:
         page.add(_sizes_picture(sizes, folder))
     for target in targets:
         page.add(Heading(3, target.goal.title), _table(target.learnt), _resolution(target.learnt))
-        page.add(*(_critical(line) for one, line in lines if one is target))
+        page.add(*(_critical(line) for known_target, line in lines if known_target is target))
     page.add(METHOD)
 
 
@@ -80,8 +80,8 @@ def _lines(target: Target) -> list[Line]:
     for options, tried in _by_line(target.learnt).items():
         best = [rates[0] for rates in tried]
         lines.append(Line(options, tried, critical(
-            {one.batch: (one.estimate, one.doubt) for one in best if one.estimate is not None},
-            {one.batch: one.noise_scales for one in best if len(one.noise_scales) > len(one.runs) / 2})))
+            {size.batch: (size.estimate, size.doubt) for size in best if size.estimate is not None},
+            {size.batch: size.noise_scales for size in best if len(size.noise_scales) > len(size.runs) / 2})))
     return lines
 
 
@@ -91,12 +91,12 @@ def _samples_picture(lines: Sequence[tuple[Target, Line]], folder: Path) -> Pict
         if not line.reached:
             continue
         name = f"{target.goal}{short(line.options)}"
-        medians = [_finite(one.samples) for one in line.reached]
+        medians = [_finite(learnt.samples) for learnt in line.reached]
         series.append(Series(
-            name, [one.batch for one in line.reached], medians,
-            [[run.samples for run in one.runs if math.isfinite(run.samples)] for one in line.reached],
-            [f"{name}, batch {one.batch:,}: {_say(median, 0)} samples"
-             for one, median in zip(line.reached, medians, strict=True)]))
+            name, [learnt.batch for learnt in line.reached], medians,
+            [[run.samples for run in learnt.runs if math.isfinite(run.samples)] for learnt in line.reached],
+            [f"{name}, batch {learnt.batch:,}: {_say(median, 0)} samples"
+             for learnt, median in zip(line.reached, medians, strict=True)]))
     return charts.draw(
         folder, "samples", _growth(lines),
         "Samples to reach a target against the global batch size: medians, intervals, and each run "
@@ -139,24 +139,24 @@ def _finite(interval: Interval) -> Interval:
 
 
 def _table(cells: Sequence[Learnt]) -> Table:
-    named = [Cell(one.batch, 1, one.options) for one in cells]
+    named = [Cell(learnt.batch, 1, learnt.options) for learnt in cells]
     lines: list[list[Inline]] = []
-    for one, cell in zip(cells, named, strict=True):
-        reached = sum(math.isfinite(run.samples) for run in one.runs)
+    for learnt, cell in zip(cells, named, strict=True):
+        reached = sum(math.isfinite(run.samples) for run in learnt.runs)
         batch, _, *options = cell_words(cell, named)
-        lines.append([batch, *options, f"{reached} of {len(one.runs)}", _say(one.steps, one.most_steps),
-                      _say(one.samples, one.most_samples), level_of(one.samples),
-                      _say(median_interval(one.noise_scales), 0) if one.noise_scales else "-"])
+        lines.append([batch, *options, f"{reached} of {len(learnt.runs)}", _say(learnt.steps, learnt.most_steps),
+                      _say(learnt.samples, learnt.most_samples), level_of(learnt.samples),
+                      _say(median_interval(learnt.noise_scales), 0) if learnt.noise_scales else "-"])
     return Table(["batch size", *(Code(name) for name in options_of(named)), "runs that reached it", "steps",
                   "samples", "level", "noise scale, samples"], lines)
 
 
 def _resolution(cells: Sequence[Learnt]) -> str:
     """How many samples lie between the evaluations around the target, and what they leave open."""
-    apart = [run.apart for one in cells for run in one.runs if math.isfinite(run.samples) and run.apart]
+    apart = [run.apart for cell in cells for run in cell.runs if math.isfinite(run.samples) and run.apart]
     if not apart:
         return "The runs do not say between which evaluations they reached it: samples are those of an evaluation."
-    doubt = max((one.doubt for one in cells if math.isfinite(one.samples.value)), default=0.0)
+    doubt = max((cell.doubt for cell in cells if math.isfinite(cell.samples.value)), default=0.0)
     distance = f"{min(apart):,.0f}" if min(apart) == max(apart) else f"{min(apart):,.0f} to {max(apart):,.0f}"
     return (f"The evaluations around the target are {distance} samples apart. Interpolation leaves {100 * doubt:.1g} % "
             "or less of the samples open, which the intervals hold.")
@@ -172,10 +172,10 @@ def _say(interval: Interval, limit: int) -> str:
 def _by_line(cells: Sequence[Learnt]) -> dict[Options, list[list[Learnt]]]:
     """For each value of the options without the rate, the rates that were tried at each batch size, the best first."""
     lines: dict[Options, dict[int, list[Learnt]]] = {}
-    for one in cells:
-        options = tuple(option for option in one.options if option[0] != RATE)
-        lines.setdefault(options, {}).setdefault(one.batch, []).append(one)
-    return {options: [sorted(tried, key=lambda one: one.samples.value) for tried in batches.values()]
+    for cell in cells:
+        options = tuple(option for option in cell.options if option[0] != RATE)
+        lines.setdefault(options, {}).setdefault(cell.batch, []).append(cell)
+    return {options: [sorted(tried, key=lambda size: size.samples.value) for tried in batches.values()]
             for options, batches in lines.items()}
 
 
@@ -199,7 +199,7 @@ def _critical(line: Line) -> Text:
 
 def _best(rates: Sequence[Learnt]) -> str:
     """`200: 0.001`; a rate at the edge of what was tried may not be the best there is."""
-    values = [float(dict(one.options)[RATE]) for one in rates]
+    values = [float(dict(rate.options)[RATE]) for rate in rates]
     edge = " (at the edge)" if len(values) > 1 and values[0] in (min(values), max(values)) else ""
     return f"{rates[0].batch:,}: {values[0]:g}{edge}"
 

@@ -61,7 +61,7 @@ def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric
         _add_left_one_out(page, options, judged)
     if not fitted:
         return
-    series = [one for options, (judged, model) in fitted.items() for one in _series(judged, options, model)]
+    series = [line for options, (judged, model) in fitted.items() for line in _series(judged, options, model)]
     page.add(charts.draw(
         folder, "model", _title(fitted),
         "Milliseconds of a step against the number of processes, for each global batch: measured "
@@ -69,10 +69,10 @@ def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric
         "Both axes are logarithmic.", series,
         x_label="processes", y_label="ms per step", say="{:.3g} ms".format))
     _add_forecast(page, fitted, unit)
-    own = {options: model for options, (_, model) in fitted.items()}
-    _add_parameters(page, own, fabric)
+    models_of_options = {options: model for options, (_, model) in fitted.items()}
+    _add_parameters(page, models_of_options, fabric)
     if fabric:
-        _add_exchange(page, own, fabric)
+        _add_exchange(page, models_of_options, fabric)
     levels = ", ".join(dict.fromkeys(level_of(model.parameter(FIXED)) for _, model in fitted.values()))
     page.add(f"{METHOD} Level of the intervals and bands: {levels}.")
 
@@ -96,8 +96,9 @@ def _add_left_one_out(page: Page, options: Options, judged: Judged) -> None:
     page.add(Text(("Each batch size and each number of processes left out in turn", *for_options(options),
                    f": the largest error is {100 * worst.error:+.1f} %, without {worst.axis} {worst.value:,}.")),
              Table(["left out", "largest error without it"],
-                   [[f"{one.axis} {one.value:,}", Code(one.reason) if one.reason else f"{100 * one.error:+.1f} %"]
-                    for one in judged.left_one_out]))
+                   [[f"{left_out.axis} {left_out.value:,}",
+                     Code(left_out.reason) if left_out.reason else f"{100 * left_out.error:+.1f} %"]
+                    for left_out in judged.left_one_out]))
 
 
 def _add_check(page: Page, left_out: Sequence[Cell], options: Options, checked: Check | str) -> None:
@@ -144,27 +145,27 @@ def _title(fitted: Mapping[Options, tuple[Judged, Model]]) -> str:
 def _series(judged: Judged, options: Options, model: Model) -> list[Series]:
     """A line for each global batch size, as many as are drawn."""
     groups: dict[int, list[tuple[CellFigures, Place]]] = {}
-    for one in judged.members:
-        groups.setdefault(one.cell.global_batch_size, []).append((one, judged.places[one.cell]))
+    for member in judged.members:
+        groups.setdefault(member.cell.global_batch_size, []).append((member, judged.places[member.cell]))
     shown = sorted(groups)[:MOST_LINES]
-    found = []
+    series = []
     for batch, ahead in judged.beyond(shown).items():
-        own = [one for one, _ in groups[batch]]
+        members = [member for member, _ in groups[batch]]
         places = [*(place for _, place in groups[batch]), *ahead]
-        found.append(Series(
-            f"batch {batch:,}{short(options)}", [one.cell.processes for one in own], [one.step_ms for one in own],
-            [list(one.steps_ms) for one in own],
-            [f"{one.cell}: {say(one.step_ms)} ms per step" for one in own],
-            [place.processes for place in places], [one.scaled(1000) for one in model.predict(places)]))
-    return found
+        series.append(Series(
+            f"batch {batch:,}{short(options)}", [member.cell.processes for member in members],
+            [member.step_ms for member in members], [list(member.steps_ms) for member in members],
+            [f"{member.cell}: {say(member.step_ms)} ms per step" for member in members],
+            [place.processes for place in places], [step.scaled(1000) for step in model.predict(places)]))
+    return series
 
 
 def _add_forecast(page: Page, fitted: dict[Options, tuple[Judged, Model]], unit: str) -> None:
     """The forecasts, and what a step is made of there."""
     lines: list[list[Inline]] = []
-    every = [one.cell for judged, _ in fitted.values() for one in judged.members]
+    every = [member.cell for judged, _ in fitted.values() for member in judged.members]
     for options, (judged, model) in fitted.items():
-        batches = sorted({one.cell.global_batch_size for one in judged.members})
+        batches = sorted({member.cell.global_batch_size for member in judged.members})
         for batch, places in judged.beyond(batches).items():
             for place, step in zip(places, model.predict(places), strict=True):
                 shares = model.shares(place)

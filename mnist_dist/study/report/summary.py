@@ -43,10 +43,10 @@ class Contest:
 def by_time(answer: Answer) -> Contest:
     """By the time to a target."""
     target, soonest = answer.target, answer.soonest
-    times = {one.cell: one for one in sorted(target.times, key=lambda one: one.typical)}
+    times = {time.cell: time for time in sorted(target.times, key=lambda time: time.typical)}
     words = f"{_with_level(soonest.seconds)} s of training to {target.goal}"
     return Contest(list(times), words, lambda cell: target.ratio(times[cell], soonest),
-                   min(one.seconds.n for one in target.times))
+                   min(time.seconds.n for time in target.times))
 
 
 def by_rate(analysis: Analysis) -> Contest:
@@ -55,7 +55,7 @@ def by_rate(analysis: Analysis) -> Contest:
     cells = sorted(rates, key=lambda cell: -rates[cell].mean)
     words = f"{_with_level(analysis.cells[cells[0]].rate)} {analysis.unit}/s, the highest throughput"
     return Contest(cells, words, lambda cell: ratio([rates[cells[0]]], [rates[cell]], among=len(cells)),
-                   min(one.n for one in rates.values()))
+                   min(rate.n for rate in rates.values()))
 
 
 def headline(contest: Contest, analysis: Analysis) -> Text:
@@ -85,7 +85,7 @@ def _as_good(contest: Contest) -> list[str]:
         groups.setdefault((cell.processes, cell.options), []).append(cell)
     parts: list[str] = []
     for (processes, options), members in list(groups.items())[:MOST_NAMED]:
-        batches = ", ".join(f"{cell.global_batch_size:,}" for cell in sorted(members, key=lambda one: one.place))
+        batches = ", ".join(f"{cell.global_batch_size:,}" for cell in sorted(members, key=lambda member: member.place))
         parts += ["; " if parts else "Not shown to be slower: batch ", batches,
                   f" on {counted(processes, 'process', 'processes')}"]
         if options != contest.best.options:
@@ -121,7 +121,7 @@ def _exchange(cell: Cell, analysis: Analysis) -> str:
     figures = analysis.cells[cell]
     if figures.exchange_ms is None:
         return ""
-    step = statistics.median(one["step_ms"]["median"] for one in figures.ranks if one.get("step_ms"))
+    step = statistics.median(rank["step_ms"]["median"] for rank in figures.ranks if rank.get("step_ms"))
     return f": the exchange takes {number(figures.exchange_ms)} of {number(step)} ms"
 
 
@@ -143,7 +143,7 @@ def how_sure(analysis: Analysis, judged: Sequence[Judged]) -> list[Inline]:
         notes.append(f"the runs were done on {len(analysis.environments)} different environments")
     if analysis.drift and analysis.drift.is_one:
         notes.append(f"the machine drifted by {100 * analysis.drift.change.value:+.1f} % during the study")
-    if worst := worst_of([left_out for one in judged for left_out in one.left_one_out]):
+    if worst := worst_of([left_out for model in judged for left_out in model.left_one_out]):
         notes.append(f"the model of the step time is {100 * worst.error:+.0f} % off at {worst.axis} {worst.value:,}, "
                      "if it is fitted without that")
     return notes

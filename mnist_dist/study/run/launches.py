@@ -177,10 +177,10 @@ def whole_result(run: PlannedRun, folder: Path) -> dict[str, Any]:
     values = read_contract(folder)
     if values["status"] != "completed":
         raise UserError(f"its status is {values['status']}")
-    for what, found, wanted in (
+    for what, value, wanted in (
         ("processes", values["environment"]["num_processes"], run.cell.processes),
         ("samples in a global batch", values["summary"]["global_batch_size"], run.cell.global_batch_size),
     ):
-        if found != wanted:
-            raise UserError(f"its result.json is of {found} {what}, not of {wanted}")
+        if value != wanted:
+            raise UserError(f"its result.json is of {value} {what}, not of {wanted}")
     return values

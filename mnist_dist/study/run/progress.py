@@ -58,10 +58,10 @@ def show_plan(study: Study, machine: Machine, say: Callable[[str], None]) -> lis
         f"{len(done)} are done; the others take about "
         f"{say_duration(estimate(pending, rows, study.fixed, study.predicted))}")
     for cell in cells:
-        own = [run for run in study.runs if run.cell == cell]
-        drift = sum(run.role != "repeat" for run in own)
+        runs_of_cell = [run for run in study.runs if run.cell == cell]
+        drift = sum(run.role != "repeat" for run in runs_of_cell)
         more = f", and {drift} more as a check of drift" if drift else ""
-        say(f"  {cell}: {counted(len(own) - drift, 'repeat')}{more}")
+        say(f"  {cell}: {counted(len(runs_of_cell) - drift, 'repeat')}{more}")
     for cell, reason in study.impossible.items():
         say(f"  cannot run: {cell}: {reason}")
     return pending

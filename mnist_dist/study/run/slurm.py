@@ -170,11 +170,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--job", required=True)
     parser.add_argument("--timeout", type=float, required=True)
     end = argv.index("--")
-    given, options = parser.parse_args(argv[:end]), argv[end + 1:]
-    study = open_study(given.folder)
-    run = next((run for run in study.runs if run.name == given.run), None)
+    arguments, options = parser.parse_args(argv[:end]), argv[end + 1:]
+    study = open_study(arguments.folder)
+    run = next((run for run in study.runs if run.name == arguments.run), None)
     if run is None:
-        parser.exit(2, f"mnist-dist: error: the study in {given.folder} has no run {given.run}: this script is "
+        parser.exit(2, f"mnist-dist: error: the study in {arguments.folder} has no run {arguments.run}: this script is "
                        "submitted by `mnist-dist study --launcher slurm`, or by hand after it has begun the study\n")
     folder = study.run_folder(run)
     machine = look_at_machine(read_launch().use_cpu)
@@ -182,14 +182,14 @@ def main(argv: Sequence[str]) -> int:
     # SLURM sends SIGTERM to all processes of a job that it ends: srun ends of it, and this process says why
     signal.signal(signal.SIGTERM, lambda *_: None)
     environment = environment_of(run, study.program, environment_for(machine, study.mark), machine.cores)
-    outcome = start(run, folder, command, environment, given.timeout, study.program)
+    outcome = start(run, folder, command, environment, arguments.timeout, study.program)
     if outcome["status"] == "failed":
-        known = facts(given.job)
+        known = facts(arguments.job)
         is_preempted = known.get("PreemptTime", "None") != "None"  # SLURM forgets a preempted job that ends by itself
         # after the loss of a node SLURM may end the step of the next start too: see launch/slurm.sbatch
         was_lost = known.get("JobState") == "RUNNING" and known.get("Restarts") in AFTER_A_LOSS
         if is_preempted or was_lost:
-            ask("scontrol", "requeue", given.job)
+            ask("scontrol", "requeue", arguments.job)
             return 1
         if known.get("JobState") == "PENDING":  # it is put back into the queue
             return 1

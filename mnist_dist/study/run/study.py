@@ -218,11 +218,11 @@ def _look_at_fabric(study: Study, processes: int, machine: Machine, say: Callabl
     except UserError as error:
         say(f"doctor: {error}: the study goes on without its figures")
         return
-    for one in findings:
-        if one.get("problem"):
-            say(f"doctor: {one['problem']}: {one['remedy']}")
-    if found := from_doctor(findings, str(study.fixed.get("--dtype") or "float32")):
-        study.fabric = found.as_row()
+    for finding in findings:
+        if finding.get("problem"):
+            say(f"doctor: {finding['problem']}: {finding['remedy']}")
+    if fabric := from_doctor(findings, str(study.fixed.get("--dtype") or "float32")):
+        study.fabric = fabric.as_row()
         study.save()
         study.forget()
 

@@ -158,7 +158,7 @@ class CompiledStep:
                 with one_thread():
                     return [self._whole(rows[0], count)[0]]
             return [self._whole(rows[0], count)[0]]
-        totals = [self._accumulate(own, count)[0] for own in rows]
+        totals = [self._accumulate(row, count)[0] for row in rows]
         self.team.sum(self.flat)
         return [*totals, *self._apply()]
 
@@ -166,14 +166,14 @@ class CompiledStep:
         """Whether a step has the same bits with one thread. It is tried once, and the weights are then as before."""
         if self.same_bits_with_one_thread is None:
             tensors = [*self.weights.values(), *(tensor for kept in self.state.values() for tensor in kept)]
-            before, found = [tensor.clone() for tensor in tensors], []
+            before, outcomes = [tensor.clone() for tensor in tensors], []
             for threads in (nullcontext(), one_thread()):
                 with threads:
                     sums = self._whole(rows, count)[0]
-                found.append([tensor.clone() for tensor in (sums, *tensors)])
+                outcomes.append([tensor.clone() for tensor in (sums, *tensors)])
                 for tensor, kept in zip(tensors, before, strict=True):
                     tensor.copy_(kept)
-            self.same_bits_with_one_thread = all(map(torch.equal, *found))
+            self.same_bits_with_one_thread = all(map(torch.equal, *outcomes))
         return self.same_bits_with_one_thread
 
     def begin(self, epoch: int, steps: range) -> None:

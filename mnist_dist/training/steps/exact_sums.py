@@ -71,14 +71,14 @@ def bits_for(terms: int, other: int | None = None) -> int:
 def _pairs(a: Whole, b: Whole) -> list[tuple[int, int]]:
     """The parts to multiply, the smallest products first; what is below the last part's bits is left out."""
     lengths = len(a.parts), len(b.parts)
-    found = [(i, j) for i in range(lengths[0]) for j in range(lengths[1]) if i + j < max(lengths)]
-    return sorted(found, key=sum, reverse=True)
+    pairs = [(i, j) for i in range(lengths[0]) for j in range(lengths[1]) if i + j < max(lengths)]
+    return sorted(pairs, key=sum, reverse=True)
 
 
 def products(a: Whole, b: Whole) -> Tensor:
     """The exact products [pairs, rows, columns] of the parts of [rows, T] and [T, columns], still whole numbers."""
-    found = [a.parts[i] @ b.parts[j] for i, j in _pairs(a, b)]
-    return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
+    products = [a.parts[i] @ b.parts[j] for i, j in _pairs(a, b)]
+    return torch.stack(products) if len(products) > 1 else products[0].unsqueeze(0)
 
 
 def value(products: Tensor, a: Whole, b: Whole) -> Tensor:

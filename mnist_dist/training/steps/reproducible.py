@@ -59,16 +59,16 @@ def draw_weights(module: MLP, seed: int) -> None:
 
 def forward(module: MLP, images_B1HW: Tensor) -> Forward:
     """The model's layers for uint8 images [B, 1, 28, 28]."""
-    x, found = images_B1HW.flatten(1).to(torch.float64).mul_(2.0).sub_(PIXEL_SCALE), Forward([], [])
+    x, passed = images_B1HW.flatten(1).to(torch.float64).mul_(2.0).sub_(PIXEL_SCALE), Forward([], [])
     for n, layer in enumerate(module.linears):
-        found.inputs.append(x)
+        passed.inputs.append(x)
         kept, bits = KEPT_BITS[layer.weight.dtype], bits_for(layer.in_features, PIXEL_BITS if n == 0 else None)
         left = _pixels(x) if n == 0 else whole(x, largest(x, 1), bits, kept)
         right = whole(layer.weight, largest(layer.weight, 1), bits, kept).mT
         output = value(products(left, right), left, right)
-        found.outputs.append((output.mul_(1 / PIXEL_SCALE) if n == 0 else output).add_(layer.bias.to(torch.float64)))
-        x = leaky_relu(found.outputs[-1], NEGATIVE_SLOPE)
-    return found
+        passed.outputs.append((output.mul_(1 / PIXEL_SCALE) if n == 0 else output).add_(layer.bias.to(torch.float64)))
+        x = leaky_relu(passed.outputs[-1], NEGATIVE_SLOPE)
+    return passed
 
 
 def loss(outputs_BC: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,8 +165,8 @@ class ReproducibleStep(PlainStep):
             right = _pixels(x) if n == 0 else whole(x, peaks_of[n - 1], bits, kept)
             factors.append((left, right))
             sums += [products(left, right), left.parts.sum(2, keepdim=True)]
-        total = self.team.sum(torch.cat([one.flatten() for one in sums])).split([one.numel() for one in sums])
-        total = [part.view_as(one) for part, one in zip(total, sums, strict=True)]
+        total = self.team.sum(torch.cat([term.flatten() for term in sums])).split([term.numel() for term in sums])
+        total = [part.view_as(term) for part, term in zip(total, sums, strict=True)]
         gradients = []
         for n, (left, right) in enumerate(factors):
             ones = Whole(total[0].new_ones(1, 1, 1), torch.zeros_like(right.shift[:, :1]), 0)
