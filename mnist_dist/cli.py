@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from mnist_dist import __version__
 from mnist_dist.config import TrainConfig, flag_of
-from mnist_dist.errors import MnistDistError, OfThisProcess, UserError
+from mnist_dist.errors import LocalError, MnistDistError, UserError
 from mnist_dist.options import Parser
 from mnist_dist.output import complain, protect, say
 from mnist_dist.processes.launch_environment import Launch, read_launch
@@ -177,11 +177,11 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
         with ending(say_stopped):
             return run(argv, launch), at_once
     except MnistDistError as error:
-        if isinstance(error, OfThisProcess) or process.says_errors:
+        if isinstance(error, LocalError) or process.says_errors:
             complain("error", error)
         else:
             time.sleep(1.0)  # a launcher ends rank 0 when this one ends, and rank 0 has a line to print
-        is_final = error.exit_status == MnistDistError.exit_status and not isinstance(error, OfThisProcess)
+        is_final = error.exit_status == MnistDistError.exit_status and not isinstance(error, LocalError)
         return process.final_status if is_final else error.exit_status, at_once
     except KeyboardInterrupt as stop:
         say_stopped(number_of(stop))

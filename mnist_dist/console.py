@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mnist_dist.config import TrainConfig
 from mnist_dist.output import columns, complain, say
 from mnist_dist.record.environment import Environment
-from mnist_dist.record.figures import EpochRecord, RunSummary
+from mnist_dist.record.metrics import EpochRecord, RunSummary
 from mnist_dist.text import counted
 
 EARLIER_EPOCHS = 2  # whose lines a resume prints again

@@ -23,17 +23,17 @@ class Diverged(MnistDistError):
     exit_status = 3
 
 
-class OfThisProcess(MnistDistError):
+class LocalError(MnistDistError):
     """What the other processes of the run do not know, so that this one tells it, and waits for none of them."""
 
 
-class NotJoined(OfThisProcess):
+class NotJoined(LocalError):
     """This process could not join the others."""
 
     exit_status = 2
 
 
-class LostProcess(OfThisProcess):
+class LostProcess(LocalError):
     """Another process of the run died or stopped answering."""
 
 

@@ -15,7 +15,7 @@ from mnist_dist.processes.rendezvous import LOOPBACK, Facts, Meeting, store_at
 FOLDER, END = "mnist_dist/folder", "mnist_dist/end"
 
 
-class Starts:
+class RestartState:
     """The starts of this launch, as the launcher's store knows them. Raises `UserError` if it is not reached."""
 
     def __init__(self, launch: Launch, timeout_s: float) -> None:

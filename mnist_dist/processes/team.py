@@ -25,7 +25,7 @@ from mnist_dist.processes.heartbeat import Heartbeats
 from mnist_dist.processes.launch_environment import Launch
 from mnist_dist.processes.network_interface import remedy
 from mnist_dist.processes.rendezvous import Facts, clocks_apart
-from mnist_dist.processes.restarts import Starts
+from mnist_dist.processes.restarts import RestartState
 from mnist_dist.processes.spawn import check_gpus, runs_on_cpu
 from mnist_dist.text import first_line
 
@@ -43,7 +43,7 @@ ASK_SECONDS = 2.0  # of waiting for the device; then this rank looks for the oth
 class Team:
     """This process among the `size` ranks of a run."""
 
-    def __init__(self, accelerator: Accelerator, timeout_s: float, starts: Starts | None = None,
+    def __init__(self, accelerator: Accelerator, timeout_s: float, starts: RestartState | None = None,
                  facts: Sequence[Facts] = ()) -> None:
         self.accelerator = accelerator
         self.starts = starts  # if the launcher may start the processes again
@@ -64,7 +64,7 @@ class Team:
             self._host: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     @property
-    def queues(self) -> bool:
+    def is_cuda(self) -> bool:
         """Whether the host queues its work for the device and does not wait for it: on a GPU."""
         return self.device.type == "cuda"
 
@@ -103,7 +103,7 @@ class Team:
 
     def exchanged_since(self, begin: float) -> None:
         """Since this reading of `time.perf_counter` this rank has been exchanging tensors with others."""
-        if not self.queues:
+        if not self.is_cuda:
             self.exchange_seconds += time.perf_counter() - begin
 
     def average(self, tensors: Iterable[Tensor]) -> None:
@@ -165,7 +165,7 @@ class Team:
 
     def wait_for_device(self) -> None:
         """Wait until the device has worked off its queue. Raises as `wait_for`."""
-        if self.queues:
+        if self.is_cuda:
             event = torch.cuda.Event()
             event.record()
             self.wait_for(event)
@@ -226,8 +226,8 @@ class Team:
             return None
         busy = self._others(self.heartbeats.busy())
         for_whom = self._named(busy) if busy else "another process"
-        return LostProcess(f"process {self.rank} waited in vain for {for_whom}, which is alive, after step {step}: "
-                           f"{reason}")
+        return LostProcess(f"process {self.rank} timed out waiting for {for_whom}, which is still running, after step "
+                           f"{step}: {reason}")
 
     def _others(self, ranks: Iterable[int]) -> list[int]:
         return sorted(rank for rank in ranks if rank != self.rank)
@@ -258,7 +258,7 @@ def join(launch: Launch, *, timeout_s: float, options: Mapping[str, Any] = {}, k
     on_cpu, starts, facts = runs_on_cpu(launch), None, []
     try:
         if launch.size > 1 or launch.max_restarts:
-            starts = Starts(launch, timeout_s)
+            starts = RestartState(launch, timeout_s)
         if starts and launch.size > 1:
             if not on_cpu:
                 torch.cuda.set_device(launch.local_rank)

@@ -3,7 +3,7 @@
 `checkpoint` and `pictures` hold tensors, so these two import torch; nothing else here does.
 """
 
-from mnist_dist.record.figures import EpochRecord, RunSummary
+from mnist_dist.record.metrics import EpochRecord, RunSummary
 from mnist_dist.record.rank_summary import Meter
 from mnist_dist.record.result import RunResult, read_result
 

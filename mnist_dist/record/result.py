@@ -11,7 +11,7 @@ from typing import Any
 from mnist_dist.disk.files import read_json, replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
-from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
+from mnist_dist.record.metrics import EpochRecord, RunSummary, record_from
 from mnist_dist.record.run_folder import RESULT
 from mnist_dist.text import cause
 

@@ -27,7 +27,7 @@ from mnist_dist.disk.files import (
 from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record.config_file import config_text
-from mnist_dist.record.figures import EpochRecord
+from mnist_dist.record.metrics import EpochRecord
 
 MOST = 10**15  # of a number in a file that is read back
 STEPS, WINDOWS = "steps.jsonl", "windows.jsonl"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mnist_dist.disk.files import replace_synced
-from mnist_dist.record.figures import EpochRecord, samples_at
+from mnist_dist.record.metrics import EpochRecord, samples_at
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's palette, safe for the colour-blind
 LINES = (GREY, "#E69F00", "#009E73", BLUE, ORANGE)  # of the same palette

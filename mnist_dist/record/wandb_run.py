@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.record.figures import GROUP_OF, EpochRecord, RunSummary, grouped, samples_at
+from mnist_dist.record.metrics import GROUP_OF, EpochRecord, RunSummary, grouped, samples_at
 from mnist_dist.record.run_folder import CONFIG, CURVES, MODEL, PREDICTIONS, WANDB
 from mnist_dist.record.wandb_mode import Mode, leave_environment, trusted_settings, wandb_mode
 from mnist_dist.worker import Worker

@@ -1,8 +1,8 @@
 """Marks between steps, from which their times are read.
 
 On the CPU a mark is the host's time after each step. For a GPU the host only queues the steps, so there a mark is an
-event in the queue, every few steps. To make one waits for the one before, so that the host is never more than two marks
-ahead.
+event in the queue, every few steps. Recording an event first waits for the previous event, so the host runs at most two
+events ahead.
 """
 
 from __future__ import annotations

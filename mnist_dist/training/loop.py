@@ -16,12 +16,12 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.errors import Diverged, Stopped, UserError
 from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import FORMAT, Checkpoint
-from mnist_dist.record.figures import EpochRecord, samples_at
+from mnist_dist.record.metrics import EpochRecord, samples_at
 from mnist_dist.record.rank_summary import over_ranks
 from mnist_dist.training.device_events import DeviceMarks
 from mnist_dist.training.losses import Display
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pauses import Pacer
+from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.progress import Progress
 from mnist_dist.training.recorder import Recorder
 from mnist_dist.training.results import peak_memory_bytes
@@ -32,9 +32,9 @@ from mnist_dist.training.trainer import Trainer
 class Loop:
     """`fixed` is what a run that continues this one may not change."""
 
-    def __init__(self, config: TrainConfig, team: Team, trainer: Trainer, pacer: Pacer, progress: Progress,
+    def __init__(self, config: TrainConfig, team: Team, trainer: Trainer, schedule: PauseSchedule, progress: Progress,
                  recorder: Recorder, display: Display, fixed: Mapping[str, Any]) -> None:
-        self.config, self.team, self.trainer, self.pacer = config, team, trainer, pacer
+        self.config, self.team, self.trainer, self.schedule = config, team, trainer, schedule
         self.progress, self.recorder, self.display, self.fixed = progress, recorder, display, fixed
         self.watch: Stopwatch | None = None  # of the epoch in progress
 
@@ -51,7 +51,7 @@ class Loop:
             last, progress.ending = progress.ending, None
             # --max-steps ended the run at a step after which a longer run evaluates within the epoch
             steps = [evaluation["step"] for evaluation in progress.evaluations]
-            if self.pacer.wants_evaluation(progress.epoch, progress.step) and progress.global_step not in steps:
+            if self.schedule.is_evaluation_due(progress.epoch, progress.step) and progress.global_step not in steps:
                 self._add_evaluation(last.test_nll, last.test_accuracy, last.train_seconds)
         for name, tensor in self.trainer.tensors().items():
             kept = checkpoint.tensors.get(name)
@@ -68,7 +68,7 @@ class Loop:
         """Train up to the next stop, and do what is due there."""
         watch, trainer, progress = self.watch or self._begin_epoch(), self.trainer, self.progress
         if trainer.left:
-            pauses = trainer.advance(self.pacer)
+            pauses = trainer.advance(self.schedule)
             progress.step = trainer.left.start
             self.display.show(progress.epoch, progress.step)
             if pauses and trainer.left:
@@ -82,7 +82,7 @@ class Loop:
         if self.config.max_steps is not None:
             end = min(end, self.config.max_steps - progress.epoch * progress.num_batches)
         self.watch = Stopwatch(team.synchronize, exchange_clock=lambda: team.exchange_seconds,
-                               marks=DeviceMarks(team.wait_for) if team.queues else None, **progress.watch)
+                               marks=DeviceMarks(team.wait_for) if team.is_cuda else None, **progress.watch)
         self.display.start(progress.step)
         self.trainer.begin(progress.epoch, range(progress.step, end), self.watch)
         return self.watch
@@ -92,11 +92,11 @@ class Loop:
         epoch, step = self.progress.epoch, self.progress.step
         self.progress.watch = watch.state()
         self._mean_loss(watch)  # no checkpoint of a run that has diverged
-        if self.pacer.wants_evaluation(epoch, step) and self._evaluate_within(watch):
+        if self.schedule.is_evaluation_due(epoch, step) and self._evaluate_within(watch):
             self.trainer.left = self.trainer.left[:0]
             return
         self.display.start(step)
-        if self.pacer.wants_checkpoint(epoch, step):
+        if self.schedule.is_checkpoint_due(epoch, step):
             self._save()
             self._stop_if_asked()
 
@@ -112,8 +112,8 @@ class Loop:
         progress.next_epoch()
         self.trainer.sums.zero_()
         progress.records.append(record)
-        self.pacer.poll()
-        if self.pacer.wants_checkpoint_after(epoch):
+        self.schedule.poll()
+        if self.schedule.is_checkpoint_due_after(epoch):
             self._save()
         if not self.is_finished:
             self._stop_if_asked()
@@ -182,19 +182,19 @@ class Loop:
 
     def _save(self) -> None:
         """Begin to write a checkpoint, if any are wanted. Collective."""
-        if not self.pacer.is_on:
+        if not self.schedule.is_on:
             return
         scaler = self.team.accelerator.scaler
         self.recorder.save({
             **self.progress.state(), "scaler": scaler.state_dict() if scaler else None, "format": FORMAT,
             "fixed": self.fixed, "kind": self.trainer.step.kind, "onednn_from": self.trainer.onednn_from,
         })
-        self.pacer.saved()
+        self.schedule.saved()
 
     def _stop_if_asked(self) -> None:
         """Raises `Stopped` if a signal asks for it, when the last checkpoint is whole. Collective."""
-        if self.pacer.stop_signal:
+        if self.schedule.stop_signal:
             self.recorder.wait_for_checkpoint()
-            what_next = (f"continue with --resume --output-dir {self.recorder.folder}" if self.pacer.is_on
+            what_next = (f"continue with --resume --output-dir {self.recorder.folder}" if self.schedule.is_on
                          else "no checkpoint was wanted")
-            raise Stopped(self.pacer.stop_signal, self.progress.global_step, what_next)
+            raise Stopped(self.schedule.stop_signal, self.progress.global_step, what_next)

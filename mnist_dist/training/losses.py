@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mnist_dist.config import Every, TrainConfig
 from mnist_dist.console import Console
-from mnist_dist.record.figures import samples_at
+from mnist_dist.record.metrics import samples_at
 from mnist_dist.training.sampling import GlobalBatchSampler
 
 SHOW_SECONDS = 0.25  # between two looks at the progress at least

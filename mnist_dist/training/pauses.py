@@ -19,7 +19,7 @@ from mnist_dist.processes.team import Team
 POLL_SECONDS = 0.5  # between two agreements of the ranks
 
 
-class Pacer:
+class PauseSchedule:
     """Signals, the checkpoint clock and the multiples of steps, for one run of `num_batches` steps per epoch."""
 
     def __init__(self, every: Every, num_batches: int, team: Team, clock: Callable[[], float] = time.monotonic,
@@ -58,25 +58,25 @@ class Pacer:
             # at most twice as many as before: the first steps of a GPU are only queued, which takes no time
             self._poll_steps = max(1, min(2 * self._poll_steps, math.floor(POLL_SECONDS / per_step)))
 
-    def wants_evaluation(self, epoch: int, step: int) -> bool:
+    def is_evaluation_due(self, epoch: int, step: int) -> bool:
         """Whether to evaluate, `step` steps of the epoch being done."""
         return step in self.evaluates_after(epoch)
 
-    def wants_pause(self, epoch: int, step: int) -> bool:
+    def is_pause_due(self, epoch: int, step: int) -> bool:
         """Whether to pause, `step` steps of the epoch being done."""
-        return self.wants_evaluation(epoch, step) or self.wants_checkpoint(epoch, step)
+        return self.is_evaluation_due(epoch, step) or self.is_checkpoint_due(epoch, step)
 
-    def wants_checkpoint(self, epoch: int, step: int) -> bool:
+    def is_checkpoint_due(self, epoch: int, step: int) -> bool:
         """Whether a checkpoint is due or a signal has come, `step` steps of the epoch being done."""
         done = epoch * self.num_batches + step
         multiple = self.is_on and self.every.unit == "steps" and done % self.every.number == 0
         return multiple or self._clock_is_due or self.stop_signal > 0
 
-    def wants_checkpoint_after(self, epoch: int) -> bool:
+    def is_checkpoint_due_after(self, epoch: int) -> bool:
         """Whether a checkpoint is due at the end of this epoch."""
         if self.is_on and self.every.unit == "epochs":
             return (epoch + 1) % self.every.number == 0 or self.stop_signal > 0
-        return self.wants_checkpoint(epoch, self.num_batches)
+        return self.is_checkpoint_due(epoch, self.num_batches)
 
     def saved(self) -> None:
         """A checkpoint has been written."""

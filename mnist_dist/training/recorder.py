@@ -16,7 +16,7 @@ from mnist_dist.disk.lock import FolderLock
 from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import CheckpointWriter
 from mnist_dist.record.environment import Environment
-from mnist_dist.record.figures import EpochRecord, RunSummary, summarise
+from mnist_dist.record.metrics import EpochRecord, RunSummary, summarise
 from mnist_dist.record.result import RunResult, write_result
 from mnist_dist.record.run_folder import (
     CHECKPOINTS,

@@ -22,7 +22,7 @@ from mnist_dist.processes.launch_environment import Launch
 from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import tensor_bytes
 from mnist_dist.record.environment import Environment, git_commit, processor_name
-from mnist_dist.record.figures import EpochRecord
+from mnist_dist.record.metrics import EpochRecord
 from mnist_dist.record.run_folder import CURVES, MODEL, PREDICTIONS, read_points
 from mnist_dist.text import cause, counted, cut
 from mnist_dist.training.model import MLP

@@ -11,7 +11,7 @@ from mnist_dist.config import TrainConfig, flag_of
 from mnist_dist.errors import UserError
 from mnist_dist.record.checkpoint import FORMAT, Checkpoint, load_newest
 from mnist_dist.record.config_file import read_run_config
-from mnist_dist.record.figures import EpochRecord
+from mnist_dist.record.metrics import EpochRecord
 from mnist_dist.record.result import RunResult, read_result
 from mnist_dist.record.run_folder import CHECKPOINTS, CONFIG, RESULT
 from mnist_dist.text import cut

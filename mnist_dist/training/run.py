@@ -20,7 +20,7 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.console import Console
 from mnist_dist.data import ImageSets, check_name, load, obtain
 from mnist_dist.disk.lock import FolderLock
-from mnist_dist.errors import Diverged, MnistDistError, OfThisProcess, Stopped, UserError
+from mnist_dist.errors import Diverged, LocalError, MnistDistError, Stopped, UserError
 from mnist_dist.processes.launch_environment import Launch
 from mnist_dist.processes.network_interface import choose_interface
 from mnist_dist.processes.spawn import runs_on_cpu
@@ -30,7 +30,7 @@ from mnist_dist.record.run_folder import open_folder
 from mnist_dist.text import first_line, without_passwords
 from mnist_dist.training.loop import Loop
 from mnist_dist.training.losses import Display
-from mnist_dist.training.pauses import Pacer
+from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.progress import Progress
 from mnist_dist.training.recorder import Recorder
 from mnist_dist.training.results import describe_environment
@@ -67,7 +67,7 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
     run = None
     try:
         try:
-            config = of_earlier_start(config, team)
+            config = config_after_restart(config, team)
             name = team.run_on("machine", lambda: obtain(config.dataset, config.data_dir, config.mirror, console.warn),
                                patient=True)
             sets = team.run_on("every", lambda: load(name, config.data_dir))
@@ -76,7 +76,7 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
             team.run_on("main", lambda: check_name(name, config.data_dir, digest, notes.append))
             run = Run(config, launch, team, console, sets, {**sets.summary, "digest": digest}, held, notes)
             run.train()
-        except OfThisProcess:
+        except LocalError:
             raise  # a barrier would wait for others
         except MnistDistError as error:
             if team.starts and team.is_main and not isinstance(error, Stopped):
@@ -91,7 +91,7 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
         team.end()  # the other ranks need not wait for W&B
     except torch.OutOfMemoryError as error:
         step = run.progress.global_step if run else 0
-        raise OfThisProcess(f"process {team.rank} of {team.size} has no GPU memory left after step {step}: give a "
+        raise LocalError(f"process {team.rank} of {team.size} has no GPU memory left after step {step}: give a "
                             "smaller batch or more --gradient-accumulation-steps, or end what else runs on this GPU "
                             f"({first_line(error)})") from error
     except RuntimeError as error:
@@ -118,7 +118,7 @@ def common_digest(team: Team, digest: str | None) -> str:
     return first[0]
 
 
-def of_earlier_start(config: TrainConfig, team: Team) -> TrainConfig:
+def config_after_restart(config: TrainConfig, team: Team) -> TrainConfig:
     """The config that continues the run of an earlier start of this launch, if one has opened its folder. Raises
     `MnistDistError` if that run has ended for good: the same options would end it again.
     """
@@ -169,10 +169,10 @@ class Run:
         self.progress = Progress(run_id, batches.num_batches)
         self.recorder = Recorder(self.config, team, console, self.trainer, self.progress, self.folder, self.lock, data)
         every = config.evaluation_samples
-        pacer = Pacer(config.checkpoint_interval, batches.num_batches, team,
+        schedule = PauseSchedule(config.checkpoint_interval, batches.num_batches, team,
                       evaluates_after=lambda epoch: batches.steps_of_samples(every, epoch) if every else ())
         fixed = self._fixed()
-        self.loop = Loop(self.config, team, self.trainer, pacer, self.progress, self.recorder,
+        self.loop = Loop(self.config, team, self.trainer, schedule, self.progress, self.recorder,
                          Display(console, config, batches, self.trainer.sums, team.size), fixed)
         earlier.refuse_changes(fixed)
         is_over = earlier.result is not None and has_ended(config, earlier.result.epochs, batches.num_batches)
@@ -227,7 +227,7 @@ class Run:
             self.recorder.send_again(self.earlier_result)
             return
         self.recorder.open(self.environment)
-        with self.loop.pacer.signals, self.recorder.checkpoints, self.trainer.neighbours as neighbours:
+        with self.loop.schedule.signals, self.recorder.checkpoints, self.trainer.contention as contention:
             try:
                 self.loop.run()
             except Diverged:
@@ -235,7 +235,7 @@ class Run:
                     self.recorder.close("diverged")
                 raise
             self.recorder.wait_for_checkpoint()
-        if neighbours.seconds:
-            self.console.say(f"for {math.ceil(neighbours.seconds)} s other processes wanted this machine's cores: the "
-                             "times are not those of a quiet machine")
+        if contention.seconds:
+            self.console.say(f"warning: CPU shared with other processes for {math.ceil(contention.seconds)} s; timings "
+                             "may be slow")
         self.recorder.close("completed")

@@ -20,12 +20,12 @@ from torch import Tensor
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import ImageSets, scale
 from mnist_dist.errors import Diverged
-from mnist_dist.processes.neighbours import Neighbours
+from mnist_dist.processes.core_contention import CoreContention
 from mnist_dist.processes.team import Team
 from mnist_dist.training.metrics import Stopwatch, Window, add_in_order, batch_sums, test_figures
 from mnist_dist.training.model import MLP
 from mnist_dist.training.noise_scale import NOT_KNOWN, noise_scale
-from mnist_dist.training.pauses import Pacer
+from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.sampling import make_loader, share_out
 from mnist_dist.training.steps import cpu_products, make_step, reproducible, wants_compiling
 from mnist_dist.training.steps.step import StepParts
@@ -79,9 +79,9 @@ class Trainer:
             Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
         )
         self._start_adam()
-        self.neighbours = Neighbours(on_cpu=team.device.type == "cpu")
+        self.contention = CoreContention(on_cpu=team.device.type == "cpu")
         self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.sums, self.dtype,
-                               self.neighbours, self._measures_noise())
+                               self.contention, self._measures_noise())
         self.compiles = wants_compiling(config, self.parts, before.get("kind") if before else None)
         self.onednn_from = self._products(before)
         if self.onednn_from is not None:
@@ -135,22 +135,22 @@ class Trainer:
             self._open_window()
             self.step.begin(epoch, steps)
 
-    def advance(self, pacer: Pacer) -> bool:
-        """Take steps up to the next stop: of the pacer, of the warm-up, or of all steps. The ranks then agree whether
-        to pause; returns whether they do. `left` are the steps that are left. Collective.
+    def advance(self, schedule: PauseSchedule) -> bool:
+        """Take steps up to the next stop: of the schedule, of the warm-up, or of all steps. The ranks then agree
+        whether to pause; returns whether they do. `left` are the steps that are left. Collective.
 
         In a pause and at the end the clock stands still, and the weights may be read.
         """
         start = self.left.start
-        stop = min(self.left.stop, pacer.next_stop(self.epoch, start))
+        stop = min(self.left.stop, schedule.next_stop(self.epoch, start))
         if was_warming := self._warm_left > 0:
             stop = min(stop, start + self._warm_left)
         window = self._window or self._open_window()
         self.step.take(range(start, stop), window.lap)
         self.step.flush(stop)
-        pacer.poll(stop - start)
+        schedule.poll(stop - start)
         self.left, self._warm_left = range(stop, self.left.stop), max(0, self._warm_left - (stop - start))
-        pauses = pacer.wants_pause(self.epoch, stop)
+        pauses = schedule.is_pause_due(self.epoch, stop)
         if pauses or not self.left or was_warming != (self._warm_left > 0):
             self.step.pause()
             self._clock.close()

@@ -17,7 +17,7 @@ from mnist_dist.data import Images, ImageSets, load
 from mnist_dist.processes.launch_environment import read_launch
 from mnist_dist.processes.team import join
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pauses import Pacer
+from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.trainer import Trainer
 
 EPOCHS = 2
@@ -33,11 +33,11 @@ def main(argv: Sequence[str]) -> None:
         some = ImageSets("small", Images(sets.train.images[:count], sets.train.labels[:count]), sets.test)
         trainer = Trainer(TrainConfig(lr=1e-3, **{"compile": "off", **options}), team, some)
         trainer.make_step()
-        pacer = Pacer(Every(0, "epochs"), trainer.batches.num_batches, team)
+        schedule = PauseSchedule(Every(0, "epochs"), trainer.batches.num_batches, team)
         steps = range(trainer.batches.num_batches)
         figures = []
         for epoch in range(EPOCHS):
-            take_steps(trainer, epoch, steps, Stopwatch(team.synchronize), pacer)
+            take_steps(trainer, epoch, steps, Stopwatch(team.synchronize), schedule)
             figures.append({"train_loss": trainer.train_loss(epoch, len(steps)), **trainer.evaluate()})
             trainer.sums.zero_()
         if team.is_main:

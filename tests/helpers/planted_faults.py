@@ -49,7 +49,7 @@ FAULTS = (
     Fault("step times of the host", "training/device_events.py", "before.elapsed_time(after) / 1000", "0.001", FAKE),
     Fault("the compiler's memory is the peak", "training/steps/cuda_graph.py",
           "        torch.cuda.reset_peak_memory_stats()", "        ", FAKE),
-    Fault("one rank compiles first", "training/steps/__init__.py", "if not parts.team.queues and not was_compiled:",
+    Fault("one rank compiles first", "training/steps/__init__.py", "if not parts.team.is_cuda and not was_compiled:",
           "if True:", TURNS),
     Fault("one rank records", "training/steps/__init__.py", "                step.record()",
           "                parts.team.run_on('machine', step.record)", TURNS),

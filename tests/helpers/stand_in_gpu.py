@@ -151,7 +151,7 @@ def put_in() -> None:
     cuda.Stream, cuda.current_stream, cuda.stream = (lambda: stream), (lambda: stream), (lambda stream: nullcontext())
     cuda.synchronize = lambda *which: broken("CUDA's way to wait has no time limit")
     cuda.reset_peak_memory_stats = lambda: None
-    Team.queues = True  # type: ignore[method-assign, assignment]
+    Team.is_cuda = True  # type: ignore[method-assign, assignment]
 
     for name in ("max", "share", "barrier"):  # over gloo, while the GPU works
         setattr(Team, name, on_host(getattr(Team, name)))

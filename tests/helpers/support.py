@@ -180,8 +180,8 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *needles: str,
         assert needle in lines[0], f"{needle!r} is not in: {lines[0]}"
 
 
-def take_steps(trainer: Any, epoch: int, steps: range, watch: Any, pacer: Any) -> None:
+def take_steps(trainer: Any, epoch: int, steps: range, watch: Any, schedule: Any) -> None:
     """Have a `Trainer` take these steps of the epoch, as the loop of a run does."""
     trainer.begin(epoch, steps, watch)
     while trainer.left:
-        trainer.advance(pacer)
+        trainer.advance(schedule)

@@ -113,7 +113,8 @@ def test_waiting_for_the_device_ends_when_a_rank_is_lost_or_takes_too_long(ranks
     with pytest.raises(RuntimeError, match="timed out after 1 s"):
         waiting(ranks, 1.0).wait_for(Event())
     lost = waiting(ranks, 1.0).lost_process(7, RuntimeError("timed out"))
-    assert "waited in vain for process 1, 2 of 3 on attic, which is alive, after step 7: timed out" in str(lost)
+    assert ("timed out waiting for process 1, 2 of 3 on attic, which is still running, after step 7: timed out"
+            in str(lost))
     assert waiting(ranks, 1.0).lost_process(7, RuntimeError("an error of this rank")) is None
     ranks[1].stop()
     begin = time.monotonic()

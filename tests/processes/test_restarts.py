@@ -15,7 +15,7 @@ from support import ROOT, TORCHRUN, TRAIN, assert_one_line_error, mnist_dist, re
 
 from benchmarks.faults import named
 from mnist_dist.processes.launch_environment import Launch, read_launch
-from mnist_dist.processes.restarts import Starts
+from mnist_dist.processes.restarts import RestartState
 
 OURS = [sys.executable, "-m", "mnist_dist", "train", "--processes", "2", "--max-restarts", "1"]
 TORCHS = [*TORCHRUN, "--max-restarts=5", "--monitor-interval=0.1", "--nproc-per-node=2", TRAIN]
@@ -146,11 +146,11 @@ def test_what_the_launcher_says_of_restarts():
 
 
 def test_a_later_start_knows_of_the_earlier_ones():
-    first = Starts(Launch(master_address="localhost", master_port=0, max_restarts=2), 20.0)
+    first = RestartState(Launch(master_address="localhost", master_port=0, max_restarts=2), 20.0)
     assert first.folder is None and first.end is None
     port = first._store.port
-    later = Starts(Launch(master_address="localhost", master_port=port, max_restarts=2, restart=1, has_store=True),
-                   20.0)
+    launch_again = Launch(master_address="localhost", master_port=port, max_restarts=2, restart=1, has_store=True)
+    later = RestartState(launch_again, 20.0)
     assert later.folder is None and later.end is None
     first.folder, first.end = "runs/one", (3, "training diverged: at step 7")
     assert later.folder == "runs/one" and later.end == (3, "training diverged: at step 7")

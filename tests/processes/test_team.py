@@ -13,7 +13,7 @@ from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import load
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pauses import Pacer
+from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.trainer import Trainer
 
 STEPS = 5
@@ -30,8 +30,8 @@ def train(team, sets):
     with making:
         trainer = Trainer(TrainConfig(batch_size=97, lr=1e-3, reproducible=True), team, sets)
         trainer.make_step()
-    pacer = Pacer(Every(0, "epochs"), trainer.batches.num_batches, team)
-    take_steps(trainer, 0, range(STEPS), Stopwatch(team.synchronize), pacer)
+    schedule = PauseSchedule(Every(0, "epochs"), trainer.batches.num_batches, team)
+    take_steps(trainer, 0, range(STEPS), Stopwatch(team.synchronize), schedule)
     loss = trainer.train_loss(0, STEPS)
     return torch.cat([weight.detach().flatten() for weight in trainer.module.parameters()]), loss, trainer.evaluate()
 

@@ -12,7 +12,7 @@ from support import ROOT, epoch_record, run, run_result
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.record import EpochRecord, RunSummary, read_result
-from mnist_dist.record.figures import GROUP_OF, grouped, record_from, summarise
+from mnist_dist.record.metrics import GROUP_OF, grouped, record_from, summarise
 from mnist_dist.record.rank_summary import over_ranks
 from mnist_dist.record.result import write_result
 from mnist_dist.record.run_folder import append_metrics, open_folder, write_config, write_metrics

@@ -10,7 +10,7 @@ from support import epoch_record, run_result
 
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
-from mnist_dist.record.figures import EpochRecord, RunSummary, record_from
+from mnist_dist.record.metrics import EpochRecord, RunSummary, record_from
 from mnist_dist.record.result import read_result
 from mnist_dist.record.schema import check_types
 from mnist_dist.study.plan.table import read_contract

@@ -23,7 +23,7 @@ from mnist_dist.commands.shared import training_config
 from mnist_dist.config import TrainConfig
 from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.record import wandb_run
-from mnist_dist.record.figures import GROUP_OF, RunSummary
+from mnist_dist.record.metrics import GROUP_OF, RunSummary
 from mnist_dist.record.wandb_mode import ANSWER_SECONDS
 from mnist_dist.worker import THREAD_NAME
 

@@ -10,7 +10,12 @@ import pytest
 from support import mnist_dist, run_here
 from test_step_time_section import TRUTH, rates_of, section, tables_of
 
-from mnist_dist.study.analysis.measured_network import GRADIENT_NUMBERS, Fabric, fabric_of, from_doctor
+from mnist_dist.study.analysis.measured_network import (
+    GRADIENT_NUMBERS,
+    AllReduceTimes,
+    all_reduce_times_of,
+    from_doctor,
+)
 from mnist_dist.study.analysis.step_time import LATENCY, TRANSFER, Cells, Place, fit, seconds
 from mnist_dist.study.plan.table import read_table
 from mnist_dist.training.model import MLP
@@ -23,7 +28,7 @@ def fabric(processes=2, machines=1, sizes=SIZES):
     """A ring without any noise."""
     n = processes
     times = [2 * (n - 1) * LATENCY_SECONDS + 2 * (n - 1) / n * size / BYTES_PER_SECOND for size in sizes]
-    return Fabric(n, machines, "gloo over veth0", 4 * GRADIENT_NUMBERS, list(zip(sizes, times, strict=True)))
+    return AllReduceTimes(n, machines, "gloo over veth0", 4 * GRADIENT_NUMBERS, list(zip(sizes, times, strict=True)))
 
 
 def test_the_gradient_is_our_models():
@@ -43,7 +48,7 @@ def test_a_ring_is_found_again(processes, sizes):
 
 
 def test_it_is_kept_in_a_table():
-    assert fabric_of(json.loads(json.dumps(fabric().as_row()))) == fabric()
+    assert all_reduce_times_of(json.loads(json.dumps(fabric().as_row()))) == fabric()
 
 
 @pytest.mark.parametrize("damage", [
@@ -52,8 +57,8 @@ def test_it_is_kept_in_a_table():
     {"processes": 1}, {"processes": "x"}, {"machines": 0}, {"gradient_bytes": None}, {"gradient_bytes": -1},
 ])
 def test_what_is_damaged_is_none(damage):
-    assert fabric_of({**fabric().as_row(), **damage}) is None
-    assert fabric_of(None) is None and fabric_of([1]) is None
+    assert all_reduce_times_of({**fabric().as_row(), **damage}) is None
+    assert all_reduce_times_of(None) is None and all_reduce_times_of([1]) is None
 
 
 @pytest.mark.long
@@ -109,7 +114,8 @@ def test_a_study_has_the_doctor_measure(tmp_path):
              "--max-steps", "20", "--wandb", "disabled", "--output-dir", str(tmp_path)]
     assert run_here(words) == 0
     first = [row["study"]["fabric"] for row in read_table(tmp_path)]
-    assert all(fabric_of(one).processes == 2 for one in first) and len({json.dumps(one) for one in first}) == 1
+    assert all(all_reduce_times_of(row).processes == 2 for row in first)
+    assert len({json.dumps(row) for row in first}) == 1
     assert run_here(words) == 0
     assert [row["study"]["fabric"] for row in read_table(tmp_path)] == first, "it is measured once"
     assert "fabric: `gloo`, 2 processes on 1 machine" in (tmp_path / "report.md").read_text()

@@ -20,7 +20,7 @@ from support import ROOT, assert_one_line_error, mnist_dist, mnist_dist_launched
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import load
 from mnist_dist.errors import UserError
-from mnist_dist.processes.neighbours import one_thread
+from mnist_dist.processes.core_contention import one_thread
 from mnist_dist.processes.team import Team
 from mnist_dist.record.environment import processor_family
 from mnist_dist.record.gains import Gain, keep_gain
@@ -107,7 +107,7 @@ def after_three_steps(small_dir, kind, *, dtype="float64", others_are_there=Fals
     config = TrainConfig(dtype=dtype, compile=kind, **options)
     trainer = Trainer(config, Team(Accelerator(cpu=True), 60), load("mnist", str(small_dir)))
     trainer.make_step()
-    trainer.neighbours.are_there = others_are_there
+    trainer.contention.active = others_are_there
     steps = min(3, trainer.step.batches.num_batches)
     trainer.step.begin(0, range(steps))
     for step in range(steps):

@@ -23,7 +23,7 @@ from mnist_dist.processes.team import Team
 from mnist_dist.training import trainer as trainer_module
 from mnist_dist.training.device_events import DeviceMarks
 from mnist_dist.training.metrics import Stopwatch
-from mnist_dist.training.pauses import Pacer
+from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.sampling import GlobalBatchSampler
 from mnist_dist.training.steps import compiled, plain
 from mnist_dist.training.trainer import Trainer
@@ -159,9 +159,9 @@ def test_everything_stays_on_the_device(kind, options, make_trainer, monkeypatch
     trainer = make_trainer(**options)
     assert trainer.step.kind == kind
     watch = Stopwatch(lambda: None, marks=DeviceMarks(trainer.team.wait_for))
-    pacer = Pacer(Every(0, "epochs"), trainer.batches.num_batches, trainer.team)
+    schedule = PauseSchedule(Every(0, "epochs"), trainer.batches.num_batches, trainer.team)
     with Crossings() as crossings:
-        take_steps(trainer, 0, range(6), watch, pacer)
+        take_steps(trainer, 0, range(6), watch, schedule)
     copied_order = [] if kind == "compiled" else [ORDER]  # the compiled step copies it into a tensor that is there
     assert [found for found in crossings.found if found[0] != "aten.copy_.default"] == copied_order
     assert len(crossings.found) == 1, crossings.found
@@ -176,7 +176,7 @@ def test_step_times_are_the_devices(make_trainer, monkeypatch):
     monkeypatch.setattr(DeviceMarks, "every", 2)
     trainer = make_trainer(compile="on")
     watch = Stopwatch(lambda: None, marks=DeviceMarks(trainer.team.wait_for))
-    take_steps(trainer, 0, range(6), watch, Pacer(Every(0, "epochs"), 6, trainer.team))
+    take_steps(trainer, 0, range(6), watch, PauseSchedule(Every(0, "epochs"), 6, trainer.team))
     # a window of one step of warm-up, and one of five: 2, 2 and 1 steps between events
     assert watch.step_seconds == pytest.approx([0.0015] * 4 + [0.003])
 

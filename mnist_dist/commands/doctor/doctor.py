@@ -153,7 +153,7 @@ def examine(config: TrainConfig, launch: Launch) -> list[Finding]:
                         problem=one.problem and f"on {host}: {one.problem}")
                 for host, of_host in by_host.items() for one in of_host]
     backend = torch.distributed.get_backend() if team.size > 1 else "alone"
-    device = str(team.device) if team.queues else team.device.type  # the CPU has no number
+    device = str(team.device) if team.is_cuda else team.device.type  # the CPU has no number
     ranks = [{"rank": rank, "host": host, **described} for rank, (host, described) in enumerate(zip(
         team.hosts, team.share({"device": f"{device} ({backend})", "backend": backend, "interface": interface}),
         strict=True))]

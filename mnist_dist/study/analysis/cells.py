@@ -54,7 +54,7 @@ class Scaling:
 
 
 @dataclass
-class CellFigures:
+class CellMetrics:
     """A cell, its repeats, and what they give."""
 
     cell: Cell
@@ -164,11 +164,11 @@ class Analysis:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.runs = [run for row in rows if (run := measured(row))]
-        cells: dict[Cell, CellFigures] = {}
+        cells: dict[Cell, CellMetrics] = {}
         for run in self.runs:
             if run.row["role"] == "repeat":
                 cell = cell_of(run.row)
-                cells.setdefault(cell, CellFigures(cell, self.precision)).repeats.append(run)
+                cells.setdefault(cell, CellMetrics(cell, self.precision)).repeats.append(run)
         self.cells = {cell: cells[cell] for cell in sorted(cells, key=lambda cell: cell.place)}
 
     @cached_property
@@ -275,7 +275,7 @@ class Analysis:
         return groups
 
 
-def _outliers(figures: CellFigures) -> list[tuple[Row, str]]:
+def _outliers(figures: CellMetrics) -> list[tuple[Row, str]]:
     """Runs whose rate is far from those of the other repeats, with the factor."""
     if len(figures.repeats) < LEAST_CONCLUSIVE:
         return []

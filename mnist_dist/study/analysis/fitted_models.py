@@ -10,8 +10,8 @@ from functools import cached_property
 from itertools import compress
 from typing import Any
 
-from mnist_dist.study.analysis.cells import CellFigures
-from mnist_dist.study.analysis.measured_network import Fabric
+from mnist_dist.study.analysis.cells import CellMetrics
+from mnist_dist.study.analysis.measured_network import AllReduceTimes
 from mnist_dist.study.analysis.step_time import Cells, Check, Model, Place, check, errors_without, fit
 from mnist_dist.study.plan.grid import Cell, HoldOut, Options
 
@@ -38,12 +38,12 @@ def worst_of(left_out: Sequence[LeftOut]) -> LeftOut | None:
 
 
 @dataclass(frozen=True)
-class Judged:
+class CheckedModel:
     """The cells with the same options, their model (or the reason why there is none), and how it does without the cells
     that are `left_out`.
     """
 
-    members: Sequence[CellFigures]
+    members: Sequence[CellMetrics]
     model: Model | str
     left_out: Sequence[Cell]
     checked: Check | str
@@ -81,11 +81,12 @@ class Judged:
         return round(place.processes * place.speed * max(member.threads for member in self.members))
 
 
-def judge(cells: Mapping[Cell, CellFigures], hold_out: HoldOut, fabric: Fabric | None = None) -> dict[Options, Judged]:
+def judge(cells: Mapping[Cell, CellMetrics], hold_out: HoldOut, fabric: AllReduceTimes | None = None
+          ) -> dict[Options, CheckedModel]:
     """For each value of the options that take time, the model of its cells; `fabric` is what the doctor has measured.
     """
     ring = fabric.ring if fabric else None
-    groups: dict[Options, list[CellFigures]] = {}
+    groups: dict[Options, list[CellMetrics]] = {}
     for figures in _merged(cells):
         groups.setdefault(figures.cell.options, []).append(figures)
     judged = {}
@@ -94,7 +95,7 @@ def judge(cells: Mapping[Cell, CellFigures], hold_out: HoldOut, fabric: Fabric |
         left_out = [hold_out.leaves_out(cell, cells_of_group) for cell in cells_of_group]
         timed = _cells(members)
         model = fit(timed, ring)
-        judged[options] = Judged(members, model, list(compress(cells_of_group, left_out)),
+        judged[options] = CheckedModel(members, model, list(compress(cells_of_group, left_out)),
                                 "there is no model" if isinstance(model, str) else check(timed, left_out, ring),
                                 () if isinstance(model, str) else _leave_one_out(cells_of_group, timed, model, ring))
     return judged
@@ -112,7 +113,7 @@ def _leave_one_out(members: Sequence[Cell], timed: Cells, model: Model, ring: tu
     return left_out
 
 
-def forecasts_of(judged: Judged, options: Options) -> list[dict[str, Any]]:
+def forecasts_of(judged: CheckedModel, options: Options) -> list[dict[str, Any]]:
     """The forecasts for programs: a row for each batch size and number of processes, seconds of a step."""
     if isinstance(judged.model, str):
         return []
@@ -128,20 +129,20 @@ def as_timed(cell: Cell) -> Cell:
     return replace(cell, options=tuple(option for option in cell.options if option[0] not in TAKES_NO_TIME))
 
 
-def _merged(cells: Mapping[Cell, CellFigures]) -> list[CellFigures]:
+def _merged(cells: Mapping[Cell, CellMetrics]) -> list[CellMetrics]:
     """The cells, of which those that differ in nothing that takes time are one."""
-    figures_of: dict[Cell, CellFigures] = {}
+    figures_of: dict[Cell, CellMetrics] = {}
     for cell, figures in cells.items():
         timed = as_timed(cell)
-        figures_of.setdefault(timed, CellFigures(timed)).repeats.extend(figures.repeats)
+        figures_of.setdefault(timed, CellMetrics(timed)).repeats.extend(figures.repeats)
     return list(figures_of.values())
 
 
-def _cells(members: Sequence[CellFigures]) -> Cells:
+def _cells(members: Sequence[CellMetrics]) -> Cells:
     return Cells(_places(members), [member.steps_ms / 1000 for member in members])
 
 
-def _places(members: Sequence[CellFigures]) -> list[Place]:
+def _places(members: Sequence[CellMetrics]) -> list[Place]:
     """Where the cells are in the model. If runs say nothing of machines and threads: on one machine, all as fast."""
     most = max(member.threads for member in members)
     return [Place(-(-member.cell.global_batch_size // member.cell.processes), member.cell.processes,

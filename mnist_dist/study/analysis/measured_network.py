@@ -15,7 +15,7 @@ FLOATS = {"float32": 4, "float64": 8}  # bytes of one
 
 
 @dataclass(frozen=True)
-class Fabric:
+class AllReduceTimes:
     """An all-reduce over these processes: `points` are its bytes per process and seconds, the fewest bytes first."""
 
     processes: int
@@ -44,11 +44,11 @@ class Fabric:
                 "gradient_bytes": self.gradient_bytes, "all_reduce": [list(point) for point in self.points]}
 
 
-def fabric_of(values: Any) -> Fabric | None:
+def all_reduce_times_of(values: Any) -> AllReduceTimes | None:
     """What `as_row` gave; None if it is none, or damaged."""
     try:
         points = sorted((int(size), float(seconds)) for size, seconds in values["all_reduce"])
-        fabric = Fabric(int(values["processes"]), int(values["machines"]), str(values["name"]),
+        fabric = AllReduceTimes(int(values["processes"]), int(values["machines"]), str(values["name"]),
                        int(values["gradient_bytes"]), points)
     except (TypeError, ValueError, KeyError, OverflowError):
         return None
@@ -57,14 +57,14 @@ def fabric_of(values: Any) -> Fabric | None:
     return fabric if is_whole and fabric.processes > 1 <= fabric.machines and fabric.gradient_bytes > 0 else None
 
 
-def from_doctor(findings: Sequence[Mapping[str, Any]], dtype: str) -> Fabric | None:
+def from_doctor(findings: Sequence[Mapping[str, Any]], dtype: str) -> AllReduceTimes | None:
     """What the findings of `mnist-dist doctor --json` say of it; None if they say nothing."""
     by_name = {finding.get("name"): finding for finding in findings}
     try:
         ranks, reduced = by_name["processes"]["value"], by_name["all-reduce"]["value"]
         hosts, backends = ({rank[what] for rank in ranks} for what in ("host", "backend"))
         over = f" over {ranks[0]['interface']}" if ranks[0]["interface"] else ""
-        return fabric_of({
+        return all_reduce_times_of({
             "processes": len(ranks), "machines": len(hosts), "gradient_bytes": GRADIENT_NUMBERS * FLOATS[dtype],
             "name": f"{', '.join(sorted(backends))}{over}",
             "all_reduce": [(point["bytes"], point["seconds"]) for point in reduced]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from mnist_dist.study.analysis.cells import CellFigures, usual_own_ms
+from mnist_dist.study.analysis.cells import CellMetrics, usual_own_ms
 from mnist_dist.tables import number
 from mnist_dist.text import counted
 
@@ -17,7 +17,7 @@ CAUSES = {
 }
 
 
-def cause(figures: CellFigures, base: CellFigures) -> str:
+def cause(figures: CellMetrics, base: CellMetrics) -> str:
     """What a step loses in comparison with an ideal division of the base case's, which has the same global batch on
     fewer processes: a sentence with the parts, the largest first. "" if the runs say nothing of ranks, or if nothing is
     lost.
@@ -40,7 +40,7 @@ def cause(figures: CellFigures, base: CellFigures) -> str:
             f"{counted(base.cell.processes, 'process', 'processes')}; of these {words}")
 
 
-def _parts(figures: CellFigures) -> dict[str, float] | None:
+def _parts(figures: CellMetrics) -> dict[str, float] | None:
     """Milliseconds of a step by what they are for: medians over the runs, of their last epoch."""
     found: dict[str, list[float]] = {name: [] for name in CAUSES}
     if len(figures.ranks) < len(figures.repeats):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_dist.record.figures import samples_at
+from mnist_dist.record.metrics import samples_at
 from mnist_dist.study.analysis.cells import Analysis
 from mnist_dist.study.analysis.intervals import Estimate, Interval, estimates, median_interval, ratio
 from mnist_dist.study.analysis.step_time import Model, Place
@@ -38,7 +38,7 @@ class Reached:
 
 
 @dataclass
-class Learnt:
+class StepsToTarget:
     """The runs of a batch size and options, and a target: where each reached it, the most steps and samples of a run
     that did not, and the noise scales of those that did.
 
@@ -77,7 +77,7 @@ class Learnt:
 
 
 @dataclass(frozen=True)
-class TimeTo:
+class TimeToTarget:
     """The seconds of training that a cell takes to a target, and how many devices (GPUs, or cores of CPUs) it occupies.
     `parts` are what the seconds are made of: they are the product of `above` over `below`.
     """
@@ -104,10 +104,10 @@ class Target:
     """What it took to reach a goal, in the order of the cells."""
 
     goal: Goal
-    learnt: list[Learnt]
-    times: list[TimeTo]
+    learnt: list[StepsToTarget]
+    times: list[TimeToTarget]
 
-    def ratio(self, time: TimeTo, than: TimeTo) -> Interval:
+    def ratio(self, time: TimeToTarget, than: TimeToTarget) -> Interval:
         """How many times as long one takes. The intervals of all pairs of cells hold their truths together, so that the
         cell that happens to be the soonest may be compared with all others.
         """
@@ -116,14 +116,14 @@ class Target:
 
 def targets_of(analysis: Analysis) -> list[Target]:
     """The targets of the study's runs, the easiest first."""
-    by_goal: dict[Goal, dict[object, Learnt]] = {}
+    by_goal: dict[Goal, dict[object, StepsToTarget]] = {}
     for figures in analysis.cells.values():
         cell = figures.cell
         for run in figures.repeats:
             for target in (run.row.get("summary") or {}).get("targets") or []:
                 cells = by_goal.setdefault(goal_of(target), {})
                 learnt = cells.setdefault((cell.options, cell.global_batch_size),
-                                          Learnt(cell.global_batch_size, cell.options))
+                                          StepsToTarget(cell.global_batch_size, cell.options))
                 _add(learnt, run.row, target)
     targets = []
     for goal, cells in sorted(by_goal.items(), key=lambda item: item[0].place):
@@ -136,7 +136,7 @@ def targets_of(analysis: Analysis) -> list[Target]:
     return targets
 
 
-def _add(learnt: Learnt, row: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+def _add(learnt: StepsToTarget, row: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     """Add a run to what is known of its batch size."""
     seed = (row.get("config") or {}).get("seed")
     if seed in learnt.seeds:
@@ -207,7 +207,7 @@ def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None
     return total / before if before else None
 
 
-def _times(analysis: Analysis, goal: Goal, cells: Sequence[Learnt]) -> list[TimeTo]:
+def _times(analysis: Analysis, goal: Goal, cells: Sequence[StepsToTarget]) -> list[TimeToTarget]:
     """Of each cell whose runs reached the target: of each run the samples that it took over its own rate."""
     learnt = {(steps.options, steps.batch): (steps, steps.estimate) for steps in cells if steps.estimate is not None}
     doubts = {key: _exact(1.0, steps.doubt**2 / 3) for key, (steps, _) in learnt.items()}
@@ -225,7 +225,7 @@ def _times(analysis: Analysis, goal: Goal, cells: Sequence[Learnt]) -> list[Time
         if not each:  # its runs have other targets
             continue
         above = estimate, doubts[key], _exact(figures.units_per_sample)
-        times.append(TimeTo(cell, median_interval(each).widened(steps.doubt), figures.devices, above,
+        times.append(TimeToTarget(cell, median_interval(each).widened(steps.doubt), figures.devices, above,
                             (analysis.estimates[cell],)))
     return times
 
@@ -235,7 +235,7 @@ def _exact(value: float, error: float = 0.0) -> Estimate:
     return Estimate(math.log(value), error, sys.maxsize, math.inf, object())
 
 
-def modelled(learnt: Learnt, model: Model, place: Place, cell: Cell, devices: int) -> TimeTo:
+def modelled(learnt: StepsToTarget, model: Model, place: Place, cell: Cell, devices: int) -> TimeToTarget:
     """The steps that a batch size takes, times the time of a step by the model."""
     assert learnt.estimate is not None
     (step,) = model.predict([place])
@@ -245,4 +245,4 @@ def modelled(learnt: Learnt, model: Model, place: Place, cell: Cell, devices: in
     high = math.hypot(math.log(step.high / step.value), math.log(steps.high / steps.value))
     value, runs = steps.value * step.value, min(steps.n, step.n)
     interval = Interval(value, value * math.exp(-low), value * math.exp(high), min(steps.level, step.level), runs)
-    return TimeTo(cell, interval.widened(learnt.doubt), devices)
+    return TimeToTarget(cell, interval.widened(learnt.doubt), devices)

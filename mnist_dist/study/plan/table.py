@@ -18,7 +18,7 @@ from typing import Any
 from mnist_dist.disk.files import read_json, read_json_lines, read_limited, replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.record.environment import Environment
-from mnist_dist.record.figures import EpochRecord, RunSummary
+from mnist_dist.record.metrics import EpochRecord, RunSummary
 from mnist_dist.record.run_folder import RESULT, WINDOWS
 from mnist_dist.record.schema import MOST, check_types
 from mnist_dist.study.plan.goals import goal_of, is_goal, is_number

@@ -10,10 +10,10 @@ from typing import Any
 
 from mnist_dist.disk.files import make_folder, replace_synced
 from mnist_dist.errors import UserError
-from mnist_dist.study.analysis.cells import Analysis, CellFigures, Comparison, Scaling, compare
-from mnist_dist.study.analysis.fitted_models import Judged, forecasts_of, judge
+from mnist_dist.study.analysis.cells import Analysis, CellMetrics, Comparison, Scaling, compare
+from mnist_dist.study.analysis.fitted_models import CheckedModel, forecasts_of, judge
 from mnist_dist.study.analysis.intervals import LEAST_CONCLUSIVE, LEAST_REPEATS, LEVEL, Interval
-from mnist_dist.study.analysis.measured_network import Fabric, fabric_of
+from mnist_dist.study.analysis.measured_network import AllReduceTimes, all_reduce_times_of
 from mnist_dist.study.analysis.steadiness import LEAST_CHANGE, SIGNIFICANT
 from mnist_dist.study.analysis.targets import targets_of
 from mnist_dist.study.plan.goals import Goal
@@ -151,7 +151,7 @@ def _shown(factor: Interval) -> str:
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def _head(page: Page, analysis: Analysis, answers: Mapping[Goal, Answer | None], models: Mapping[Options, Judged],
+def _head(page: Page, analysis: Analysis, answers: Mapping[Goal, Answer | None], models: Mapping[Options, CheckedModel],
           folder: Path) -> None:
     """The answer with the picture that decides, how sure it is, and what was measured."""
     cells = analysis.cells
@@ -199,11 +199,11 @@ def _pays(analysis: Analysis, processes: int) -> list[Inline]:
     return lines
 
 
-def _lines_of(analysis: Analysis) -> list[tuple[str, list[CellFigures]]]:
+def _lines_of(analysis: Analysis) -> list[tuple[str, list[CellMetrics]]]:
     """The lines of a picture over batch sizes, with their names: one for each number of processes and each value of an
     option.
     """
-    groups: dict[Any, list[CellFigures]] = {}
+    groups: dict[Any, list[CellMetrics]] = {}
     for cell, figures in analysis.cells.items():
         groups.setdefault((cell.options, cell.processes), []).append(figures)
     return [(name_of_line(processes, options), members) for (options, processes), members in groups.items()]
@@ -399,9 +399,10 @@ def _method(page: Page, analysis: Analysis) -> None:
         "made from it alone.")))
 
 
-def _fabric_of(rows: Sequence[Row]) -> Fabric | None:
+def _fabric_of(rows: Sequence[Row]) -> AllReduceTimes | None:
     """What the doctor has measured before the runs, the last time if there were several."""
-    fabrics = (fabric_of(row["study"].get("fabric")) for row in reversed(rows) if isinstance(row.get("study"), Mapping))
+    fabrics = (all_reduce_times_of(row["study"].get("fabric")) for row in reversed(rows)
+               if isinstance(row.get("study"), Mapping))
     return next(filter(None, fabrics), None)
 
 

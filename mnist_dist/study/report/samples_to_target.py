@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mnist_dist.study.analysis.critical_batch import MORE, TWICE, Critical, critical
 from mnist_dist.study.analysis.intervals import Interval, median_interval
-from mnist_dist.study.analysis.targets import Learnt, Target
+from mnist_dist.study.analysis.targets import StepsToTarget, Target
 from mnist_dist.study.plan.grid import Cell, Options
 from mnist_dist.study.report import charts
 from mnist_dist.study.report.charts import Series
@@ -56,7 +56,7 @@ class Line:
     """
 
     options: Options
-    tried: Sequence[Sequence[Learnt]]
+    tried: Sequence[Sequence[StepsToTarget]]
     critical: Critical | str
 
     @property
@@ -70,7 +70,7 @@ class Line:
         return not self.is_tuned and dict(self.options).get(RULE, "none") == "none"
 
     @property
-    def reached(self) -> list[Learnt]:
+    def reached(self) -> list[StepsToTarget]:
         """Where at least half the runs reached the target."""
         return [rates[0] for rates in self.tried if math.isfinite(rates[0].samples.value)]
 
@@ -138,7 +138,7 @@ def _finite(interval: Interval) -> Interval:
     return replace(interval, high=interval.high if math.isfinite(interval.high) else interval.value)
 
 
-def _table(cells: Sequence[Learnt]) -> Table:
+def _table(cells: Sequence[StepsToTarget]) -> Table:
     named = [Cell(learnt.batch, 1, learnt.options) for learnt in cells]
     lines: list[list[Inline]] = []
     for learnt, cell in zip(cells, named, strict=True):
@@ -151,7 +151,7 @@ def _table(cells: Sequence[Learnt]) -> Table:
                   "samples", "level", "noise scale, samples"], lines)
 
 
-def _resolution(cells: Sequence[Learnt]) -> str:
+def _resolution(cells: Sequence[StepsToTarget]) -> str:
     """How many samples lie between the evaluations around the target, and what they leave open."""
     apart = [run.apart for cell in cells for run in cell.runs if math.isfinite(run.samples) and run.apart]
     if not apart:
@@ -169,9 +169,9 @@ def _say(interval: Interval, limit: int) -> str:
     return f"{value} ({low} to {high})" if interval.n > 1 and low != high else value
 
 
-def _by_line(cells: Sequence[Learnt]) -> dict[Options, list[list[Learnt]]]:
+def _by_line(cells: Sequence[StepsToTarget]) -> dict[Options, list[list[StepsToTarget]]]:
     """For each value of the options without the rate, the rates that were tried at each batch size, the best first."""
-    lines: dict[Options, dict[int, list[Learnt]]] = {}
+    lines: dict[Options, dict[int, list[StepsToTarget]]] = {}
     for cell in cells:
         options = tuple(option for option in cell.options if option[0] != RATE)
         lines.setdefault(options, {}).setdefault(cell.batch, []).append(cell)
@@ -197,7 +197,7 @@ def _critical(line: Line) -> Text:
                  *best, "."))
 
 
-def _best(rates: Sequence[Learnt]) -> str:
+def _best(rates: Sequence[StepsToTarget]) -> str:
     """`200: 0.001`; a rate at the edge of what was tried may not be the best there is."""
     values = [float(dict(rate.options)[RATE]) for rate in rates]
     edge = " (at the edge)" if len(values) > 1 and values[0] in (min(values), max(values)) else ""

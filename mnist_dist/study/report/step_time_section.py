@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mnist_dist.study.analysis.cells import CellFigures
-from mnist_dist.study.analysis.fitted_models import Judged, worst_of
+from mnist_dist.study.analysis.cells import CellMetrics
+from mnist_dist.study.analysis.fitted_models import CheckedModel, worst_of
 from mnist_dist.study.analysis.intervals import Interval
-from mnist_dist.study.analysis.measured_network import Fabric
+from mnist_dist.study.analysis.measured_network import AllReduceTimes
 from mnist_dist.study.analysis.step_time import (
     FIXED,
     FLOOR,
@@ -47,7 +47,8 @@ METHOD = (
     "Beyond the most processes that were run it also spans a ring with half the bandwidth.")
 
 
-def add_model(page: Page, models: Mapping[Options, Judged], folder: Path, fabric: Fabric | None, unit: str) -> None:
+def add_model(page: Page, models: Mapping[Options, CheckedModel], folder: Path, fabric: AllReduceTimes | None,
+              unit: str) -> None:
     """The section: for each value of the study's options a model, how it was checked, and its forecast, also in `unit`
     per second; and what the doctor has measured of the fabric beside what the model says of it.
     """
@@ -89,7 +90,7 @@ def _add_laws(page: Page, options: Options, model: Model) -> None:
     page.add(Text(parts))
 
 
-def _add_left_one_out(page: Page, options: Options, judged: Judged) -> None:
+def _add_left_one_out(page: Page, options: Options, judged: CheckedModel) -> None:
     """How far off the model is for each batch size and each number of processes, if it is fitted without them."""
     if (worst := worst_of(judged.left_one_out)) is None:
         return
@@ -133,7 +134,7 @@ def _ms(interval: Interval) -> str:
     return say(interval.scaled(1000))
 
 
-def _title(fitted: Mapping[Options, tuple[Judged, Model]]) -> str:
+def _title(fitted: Mapping[Options, tuple[CheckedModel, Model]]) -> str:
     """How well the model does."""
     worst = worst_of([left_out for judged, _ in fitted.values() for left_out in judged.left_one_out])
     if worst is None:
@@ -142,9 +143,9 @@ def _title(fitted: Mapping[Options, tuple[Judged, Model]]) -> str:
             f"({worst.axis} {worst.value:,})")
 
 
-def _series(judged: Judged, options: Options, model: Model) -> list[Series]:
+def _series(judged: CheckedModel, options: Options, model: Model) -> list[Series]:
     """A line for each global batch size, as many as are drawn."""
-    groups: dict[int, list[tuple[CellFigures, Place]]] = {}
+    groups: dict[int, list[tuple[CellMetrics, Place]]] = {}
     for member in judged.members:
         groups.setdefault(member.cell.global_batch_size, []).append((member, judged.places[member.cell]))
     shown = sorted(groups)[:MOST_LINES]
@@ -160,7 +161,7 @@ def _series(judged: Judged, options: Options, model: Model) -> list[Series]:
     return series
 
 
-def _add_forecast(page: Page, fitted: dict[Options, tuple[Judged, Model]], unit: str) -> None:
+def _add_forecast(page: Page, fitted: dict[Options, tuple[CheckedModel, Model]], unit: str) -> None:
     """The forecasts, and what a step is made of there."""
     lines: list[list[Inline]] = []
     every = [member.cell for judged, _ in fitted.values() for member in judged.members]
@@ -180,7 +181,7 @@ def _add_forecast(page: Page, fitted: dict[Options, tuple[Judged, Model]], unit:
 SHARES = ("fixed", "computing", "communication")
 
 
-def _add_parameters(page: Page, fitted: dict[Options, Model], fabric: Fabric | None) -> None:
+def _add_parameters(page: Page, fitted: dict[Options, Model], fabric: AllReduceTimes | None) -> None:
     """The parameters, with their intervals; what the cells do not tell apart is said."""
     lines: list[list[Inline]] = []
     measured = _measured(fabric) if fabric else {}
@@ -196,7 +197,7 @@ def _add_parameters(page: Page, fitted: dict[Options, Model], fabric: Fabric | N
                     ""], lines))
 
 
-def _measured(fabric: Fabric) -> dict[int, float]:
+def _measured(fabric: AllReduceTimes) -> dict[int, float]:
     """The parameters, in seconds, that the doctor has measured; none, if its ring was neither in one machine nor
     between machines with one process each.
     """
@@ -204,7 +205,7 @@ def _measured(fabric: Fabric) -> dict[int, float]:
     return {} if first is None else dict(zip((first, first + 1), fabric.ring, strict=True))
 
 
-def _add_exchange(page: Page, fitted: dict[Options, Model], fabric: Fabric) -> None:
+def _add_exchange(page: Page, fitted: dict[Options, Model], fabric: AllReduceTimes) -> None:
     """The exchange of the gradient, as the model has it and as the doctor has measured it."""
     measured = fabric.seconds(fabric.gradient_bytes)
     for options, model in fitted.items():

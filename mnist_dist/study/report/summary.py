@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mnist_dist.study.analysis.cells import Analysis
-from mnist_dist.study.analysis.fitted_models import Judged, worst_of
+from mnist_dist.study.analysis.fitted_models import CheckedModel, worst_of
 from mnist_dist.study.analysis.intervals import LEAST_CONCLUSIVE, Interval, ratio
 from mnist_dist.study.plan.grid import Cell, Options
 from mnist_dist.study.report.labels import level_of, options_alone, say
@@ -125,7 +125,7 @@ def _exchange(cell: Cell, analysis: Analysis) -> str:
     return f": the exchange takes {number(figures.exchange_ms)} of {number(step)} ms"
 
 
-def how_sure(analysis: Analysis, judged: Sequence[Judged]) -> list[Inline]:
+def how_sure(analysis: Analysis, judged: Sequence[CheckedModel]) -> list[Inline]:
     """What a reader has to know before the answer is believed; nothing if all is well."""
     notes: list[Inline] = []
     cells = analysis.cells

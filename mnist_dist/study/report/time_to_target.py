@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mnist_dist.study.analysis.cells import Analysis
-from mnist_dist.study.analysis.fitted_models import Judged, as_timed
+from mnist_dist.study.analysis.fitted_models import CheckedModel, as_timed
 from mnist_dist.study.analysis.intervals import Interval
 from mnist_dist.study.analysis.slowdown_causes import cause
 from mnist_dist.study.analysis.step_time import Model
-from mnist_dist.study.analysis.targets import Target, TimeTo, modelled
+from mnist_dist.study.analysis.targets import Target, TimeToTarget, modelled
 from mnist_dist.study.plan.goals import Goal
 from mnist_dist.study.plan.grid import Cell, Options
 from mnist_dist.study.report import charts
@@ -35,28 +35,28 @@ class Answer:
     """
 
     target: Target
-    front: list[TimeTo]
-    ahead: list[tuple[TimeTo, bool]]
+    front: list[TimeToTarget]
+    ahead: list[tuple[TimeToTarget, bool]]
 
     @property
-    def soonest(self) -> TimeTo:
+    def soonest(self) -> TimeToTarget:
         """The least seconds."""
         return self.front[0]
 
     @property
-    def cheapest(self) -> TimeTo:
+    def cheapest(self) -> TimeToTarget:
         """The least device-seconds."""
         return self.front[-1]
 
     @property
-    def knee(self) -> TimeTo:
+    def knee(self) -> TimeToTarget:
         """The least product of both."""
         return min(self.front, key=lambda time: time.typical**2 * time.devices)
 
 
-def answer(target: Target, models: Mapping[Options, Judged]) -> Answer | None:
+def answer(target: Target, models: Mapping[Options, CheckedModel]) -> Answer | None:
     """The choices; None if no cell's runs all reached the target."""
-    front: list[TimeTo] = []
+    front: list[TimeToTarget] = []
     for time in sorted(target.times, key=lambda time: (time.typical, time.devices)):
         if not front or time.typical * time.devices < front[-1].typical * front[-1].devices:
             front.append(time)
@@ -91,7 +91,7 @@ def _more_processes(choice: Answer, analysis: Analysis) -> list[str]:
     """Whether they help: what the soonest cell gains over the fewest processes, and if more than it has do not help,
     why.
     """
-    best: dict[int, TimeTo] = {}
+    best: dict[int, TimeToTarget] = {}
     for time in sorted(choice.target.times, key=lambda time: -time.typical):
         best[time.cell.processes] = time
     counts, processes = sorted(best), choice.soonest.cell.processes
@@ -128,9 +128,9 @@ def _ahead(choice: Answer) -> list[str]:
             "sooner" if sooner else "not shown to be sooner", "." if trusted else ": it is not to be trusted."]
 
 
-def _forecasts(target: Target, models: Mapping[Options, Judged]) -> list[tuple[TimeTo, bool]]:
+def _forecasts(target: Target, models: Mapping[Options, CheckedModel]) -> list[tuple[TimeToTarget, bool]]:
     """`ahead` of an answer."""
-    soonest: dict[int, tuple[TimeTo, bool]] = {}
+    soonest: dict[int, tuple[TimeToTarget, bool]] = {}
     for steps in target.learnt:
         known = _judged(steps.options, models)
         if known is None or not steps.is_reached:
@@ -144,20 +144,20 @@ def _forecasts(target: Target, models: Mapping[Options, Judged]) -> list[tuple[T
     return [soonest[processes] for processes in sorted(soonest)]
 
 
-def _judged(options: Options, models: Mapping[Options, Judged]) -> tuple[Judged, Model] | None:
+def _judged(options: Options, models: Mapping[Options, CheckedModel]) -> tuple[CheckedModel, Model] | None:
     """What is known of the step time with these options; None if there is no model."""
     judged = models.get(as_timed(Cell(1, 1, options)).options)
     return (judged, judged.model) if judged is not None and isinstance(judged.model, Model) else None
 
 
-def time_picture(choice: Answer, models: Mapping[Options, Judged], folder: Path) -> Picture:
+def time_picture(choice: Answer, models: Mapping[Options, CheckedModel], folder: Path) -> Picture:
     """The seconds to the target against the batch size."""
     rows = [(time, _by_model(time, choice.target, models)) for time in choice.target.times]
     return _picture(choice.target.goal, rows, folder)
 
 
-def add_answers(page: Page, answers: Iterable[Answer | None], analysis: Analysis, models: Mapping[Options, Judged],
-                folder: Path) -> None:
+def add_answers(page: Page, answers: Iterable[Answer | None], analysis: Analysis,
+                models: Mapping[Options, CheckedModel], folder: Path) -> None:
     """The section: for each target what is soonest, what cheapest and whether more processes help, the times of all
     cells, measured and by the model, and what the model forecasts. The picture of the last target is not in it.
     """
@@ -180,7 +180,7 @@ def add_answers(page: Page, answers: Iterable[Answer | None], analysis: Analysis
              "outside, and batch sizes between those that were run are not looked at.")
 
 
-def _by_model(time: TimeTo, target: Target, models: Mapping[Options, Judged]) -> Interval | None:
+def _by_model(time: TimeToTarget, target: Target, models: Mapping[Options, CheckedModel]) -> Interval | None:
     known = _judged(time.cell.options, models)
     if known is None:
         return None
@@ -190,8 +190,8 @@ def _by_model(time: TimeTo, target: Target, models: Mapping[Options, Judged]) ->
     return modelled(learnt, model, judged.places[as_timed(time.cell)], time.cell, time.devices).seconds
 
 
-def _picture(goal: Goal, rows: Sequence[tuple[TimeTo, Interval | None]], folder: Path) -> Picture:
-    groups: dict[tuple[int, Options], list[tuple[TimeTo, Interval | None]]] = {}
+def _picture(goal: Goal, rows: Sequence[tuple[TimeToTarget, Interval | None]], folder: Path) -> Picture:
+    groups: dict[tuple[int, Options], list[tuple[TimeToTarget, Interval | None]]] = {}
     for row in rows:
         groups.setdefault((row[0].cell.processes, row[0].cell.options), []).append(row)
     soonest = min((time for time, _ in rows), key=lambda time: time.typical)
@@ -210,7 +210,7 @@ def _picture(goal: Goal, rows: Sequence[tuple[TimeTo, Interval | None]], folder:
         x_label="global batch size (samples)", y_label="seconds to the target")
 
 
-def _table(choice: Answer, rows: Sequence[tuple[TimeTo, Interval | None]]) -> Table:
+def _table(choice: Answer, rows: Sequence[tuple[TimeToTarget, Interval | None]]) -> Table:
     cells = [time.cell for time, _ in rows]
     lines: list[list[Inline]] = []
     for time, model in rows:

@@ -23,7 +23,7 @@ from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.processes.stop_signals import number_of
 from mnist_dist.record.run_folder import RESULT
-from mnist_dist.study.analysis.measured_network import fabric_of, from_doctor
+from mnist_dist.study.analysis.measured_network import all_reduce_times_of, from_doctor
 from mnist_dist.study.plan.grid import PlannedRun, cell_of
 from mnist_dist.study.plan.quick import SECONDS, Looks, choose, first_look
 from mnist_dist.study.plan.table import write_table
@@ -210,7 +210,7 @@ def _look_at_fabric(study: Study, processes: int, machine: Machine, say: Callabl
     """Have the doctor measure what joins so many processes, if it has not yet, and pass on what it finds wrong. For our
     own training only: the size of another one's gradient is not known.
     """
-    known = fabric_of(study.fabric)
+    known = all_reduce_times_of(study.fabric)
     if not study.program.is_ours or machine.launcher != "torch" or processes <= (known.processes if known else 1):
         return
     try:

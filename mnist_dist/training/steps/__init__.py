@@ -54,9 +54,9 @@ def make_step(config: TrainConfig, parts: StepParts, warn: Callable[[str], None]
     from mnist_dist.training.steps.reproducible import ReproducibleStep
 
     if compiles:
-        build = functools.cache(lambda: (GraphStep if parts.team.queues else CompiledStep)(parts))
+        build = functools.cache(lambda: (GraphStep if parts.team.is_cuda else CompiledStep)(parts))
         try:
-            if not parts.team.queues and not was_compiled:
+            if not parts.team.is_cuda and not was_compiled:
                 # once per machine first: the other ranks find its code in the compiler's cache. Code for a GPU they
                 # would not find, because the key holds the GPU's number
                 parts.team.run_on("machine", lambda: build() and None, patient=True)

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value
 from torch.optim.adam import adam
 
 from mnist_dist.errors import UserError
-from mnist_dist.processes.neighbours import one_thread
+from mnist_dist.processes.core_contention import one_thread
 from mnist_dist.text import first_line
 from mnist_dist.training.noise_scale import squared_norms
 from mnist_dist.training.sampling import NO_INDEX
@@ -42,7 +42,7 @@ class CompiledStep:
     def __init__(self, parts: StepParts) -> None:
         self.team, self.images, self.batches = parts.team, parts.images, parts.batches
         self.sums, self.dtype, self.device = parts.sums, parts.dtype, parts.team.device
-        self.neighbours, self.onednn_from = parts.neighbours, parts.onednn_from
+        self.contention, self.onednn_from = parts.contention, parts.onednn_from
         # without DistributedDataParallel: its hooks need a backward pass that autograd runs
         self.module = parts.team.accelerator.prepare_model(parts.module, evaluation_mode=True)
         # the same memory, without autograd
@@ -154,7 +154,7 @@ class CompiledStep:
     def _one(self, rows: Sequence[Tensor], count: Tensor) -> list[Tensor]:
         """A step on the parts' `rows`; its sums, in parts. Collective."""
         if self.flat is None:
-            if self.neighbours.are_there and self._may_take_one_thread(rows[0], count):
+            if self.contention.active and self._may_take_one_thread(rows[0], count):
                 with one_thread():
                     return [self._whole(rows[0], count)[0]]
             return [self._whole(rows[0], count)[0]]

@@ -43,7 +43,7 @@ class PlainStep:
         self.model = self.accelerator.prepare_model(parts.module, evaluation_mode=not self.exchanges_gradients)
         self.parameters = list(parts.module.parameters())
         self.gradients_ready = 0.0  # when this rank's gradients were complete, before they are exchanged
-        if self.team.size > 1 and self.exchanges_gradients and not self.team.queues:
+        if self.team.size > 1 and self.exchanges_gradients and not self.team.is_cuda:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._note_gradient)
         self.norms = SampleNorms(parts.module) if parts.measures_noise else None

@@ -11,7 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from mnist_dist.data import Images
-from mnist_dist.processes.neighbours import Neighbours
+from mnist_dist.processes.core_contention import CoreContention
 from mnist_dist.processes.team import Team
 from mnist_dist.training.model import MLP
 from mnist_dist.training.sampling import GlobalBatchSampler
@@ -32,7 +32,7 @@ class StepParts:
     batches: GlobalBatchSampler
     sums: Tensor
     dtype: torch.dtype
-    neighbours: Neighbours
+    contention: CoreContention
     measures_noise: bool = False
     onednn_from: int | None = None  # least multiplications of a matrix product that is oneDNN's; None: of none
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from support import ROOT, threads
 
-from mnist_dist.processes import neighbours
-from mnist_dist.processes.neighbours import Neighbours, spins
+from mnist_dist.processes import core_contention
+from mnist_dist.processes.core_contention import CoreContention, openmp_may_spin
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux counts this, and not all do")
 
@@ -27,8 +27,8 @@ def all_waiting():
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    monkeypatch.setattr(neighbours, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(neighbours, "SHORT_SPINS_SECONDS", (0.5, 1.0))
+    monkeypatch.setattr(core_contention, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(core_contention, "SHORT_SPINS_SECONDS", (0.5, 1.0))
     with threads(2):
         yield
 
@@ -45,20 +45,20 @@ def until(condition, seconds=10.0):
 
 
 def test_it_is_for_openmp_threads_on_the_cpu_whose_spins_the_user_has_not_chosen(two_threads, monkeypatch, tmp_path):
-    assert spins(on_cpu=True) and not spins(on_cpu=False)
+    assert openmp_may_spin(on_cpu=True) and not openmp_may_spin(on_cpu=False)
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         with monkeypatch.context() as only_here:
             only_here.setenv(name, "active")
-            assert not spins(on_cpu=True)
+            assert not openmp_may_spin(on_cpu=True)
     with threads(1):
-        assert not spins(on_cpu=True)
-    monkeypatch.setattr(neighbours, "PROCESS", tmp_path)  # another system, or a Linux that does not count
-    assert not spins(on_cpu=True)
+        assert not openmp_may_spin(on_cpu=True)
+    monkeypatch.setattr(core_contention, "PROCESS", tmp_path)  # another system, or a Linux that does not count
+    assert not openmp_may_spin(on_cpu=True)
 
 
 def test_threads_that_share_a_core_wait():
     """Two busy processes on one core: each waits half of the time."""
-    script = ("import os, subprocess, sys, time; from mnist_dist.processes.neighbours import seconds_used\n"
+    script = ("import os, subprocess, sys, time; from mnist_dist.processes.core_contention import seconds_used\n"
               "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
               "with subprocess.Popen([sys.executable, '-c', 'while True: pass']) as other:\n"
               "    end = time.monotonic() + 1.0\n"
@@ -73,19 +73,19 @@ def test_threads_that_share_a_core_wait():
 def test_a_pool_is_held_while_others_are_seen_and_let_go_after(two_threads, monkeypatch):
     torch.ones(200_000).add_(1)  # this thread's own pool
     waited = 0.0
-    monkeypatch.setattr(neighbours, "seconds_used", lambda: (0.0, waited))
-    with Neighbours(on_cpu=True) as watch:
+    monkeypatch.setattr(core_contention, "seconds_used", lambda: (0.0, waited))
+    with CoreContention(on_cpu=True) as watch:
         before, cores = num_tasks(), len(os.sched_getaffinity(0))
         waited += 1000
-        assert until(lambda: watch.are_there) and num_tasks() == before + cores  # who holds it is one of the pool
-        assert until(lambda: num_tasks() == before) and not watch.are_there
+        assert until(lambda: watch.active) and num_tasks() == before + cores  # who holds it is one of the pool
+        assert until(lambda: num_tasks() == before) and not watch.active
         assert torch.get_num_threads() == 2
         assert watch.seconds >= 0.5
 
 
 def test_loops_take_one_thread_within_the_context_and_all_of_them_after():
     """OpenMP starts its threads at the first loop that takes them."""
-    script = ("import os, torch; from mnist_dist.processes.neighbours import one_thread\n"
+    script = ("import os, torch; from mnist_dist.processes.core_contention import one_thread\n"
               "torch.set_num_threads(2); x = torch.empty(200_000)\n"
               "def tasks(): x.add_(1); return len(os.listdir('/proc/self/task'))\n"
               "before = len(os.listdir('/proc/self/task'))\n"
@@ -97,9 +97,9 @@ def test_loops_take_one_thread_within_the_context_and_all_of_them_after():
 
 def test_it_is_held_twice_as_long_each_time_that_others_are_still_there(two_threads, monkeypatch):
     held = []
-    monkeypatch.setattr(Neighbours, "_hold_threads", lambda self, seconds: held.append(seconds))
-    monkeypatch.setattr(neighbours, "seconds_used", all_waiting)
-    with Neighbours(on_cpu=True):
+    monkeypatch.setattr(CoreContention, "_hold_threads", lambda self, seconds: held.append(seconds))
+    monkeypatch.setattr(core_contention, "seconds_used", all_waiting)
+    with CoreContention(on_cpu=True):
         assert until(lambda: len(held) >= 4)
     assert held[:4] == [0.5, 1.0, 1.0, 1.0]
 
@@ -107,9 +107,9 @@ def test_it_is_held_twice_as_long_each_time_that_others_are_still_there(two_thre
 def test_threads_that_wait_for_our_own_others_change_nothing(two_threads, monkeypatch):
     """As beside the thread that writes a checkpoint: all cores are busy with us."""
     held, cores = [], len(os.sched_getaffinity(0))
-    monkeypatch.setattr(Neighbours, "_hold_threads", lambda self, seconds: held.append(seconds))
-    monkeypatch.setattr(neighbours, "seconds_used", lambda: (cores * time.monotonic(), time.monotonic()))
-    with Neighbours(on_cpu=True) as watch:
+    monkeypatch.setattr(CoreContention, "_hold_threads", lambda self, seconds: held.append(seconds))
+    monkeypatch.setattr(core_contention, "seconds_used", lambda: (cores * time.monotonic(), time.monotonic()))
+    with CoreContention(on_cpu=True) as watch:
         time.sleep(0.2)
     assert not held and watch.seconds == 0
 
@@ -123,9 +123,9 @@ def name_of_thread(task):
 
 
 def test_the_end_of_the_run_does_not_wait_for_the_pool(two_threads, monkeypatch):
-    monkeypatch.setattr(neighbours, "SHORT_SPINS_SECONDS", (60.0, 60.0))
-    monkeypatch.setattr(neighbours, "seconds_used", all_waiting)
-    with Neighbours(on_cpu=True):
+    monkeypatch.setattr(core_contention, "SHORT_SPINS_SECONDS", (60.0, 60.0))
+    monkeypatch.setattr(core_contention, "seconds_used", all_waiting)
+    with CoreContention(on_cpu=True):
         time.sleep(0.1)
     assert not [name for name in map(name_of_thread, Path("/proc/self/task").iterdir())
                 if "idle pool" in name]
@@ -147,7 +147,7 @@ def test_a_run_beside_a_busy_process_says_so_and_has_the_same_bits(small_dir, tm
                 other.kill()
                 other.wait()
         assert done.returncode == 0, done.stderr
-        return re.search(r"for \d+ s other processes wanted this machine's cores", done.stdout), load_file(
+        return re.search(r"warning: CPU shared with other processes for \d+ s", done.stdout), load_file(
             tmp_path / name / "model.safetensors")
 
     (_, alone), (line, beside) = trained("alone", 0), trained("beside", os.cpu_count())

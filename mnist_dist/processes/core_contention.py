@@ -36,7 +36,7 @@ SHORT_SPINS_SECONDS = (2.0, 16.0)
 PROCESS = Path("/proc/self")
 
 
-def spins(on_cpu: bool) -> bool:
+def openmp_may_spin(on_cpu: bool) -> bool:
     """Whether this process's threads wait by spinning, and it is left to us for how long."""
     if not on_cpu or torch.get_num_threads() == 1 or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         return False
@@ -57,7 +57,7 @@ def libgomp_path() -> str | None:
 
 @functools.cache
 def libgomp() -> ctypes.CDLL:
-    """GNU OpenMP's functions, in a process where `spins`."""
+    """GNU OpenMP's functions, in a process where `openmp_may_spin`."""
     return ctypes.CDLL(libgomp_path())
 
 
@@ -86,19 +86,21 @@ def seconds_used() -> tuple[float, float]:
     return ran / 1e9, waited / 1e9
 
 
-class Neighbours:
-    """Within the context, a thread looks whether others want the cores that this process runs on, and if so makes
-    OpenMP's spins short for some seconds. `are_there` is whether they are short, `seconds` is how long they were.
+class CoreContention:
+    """Within the context, a thread checks whether other processes want this process's cores. If so, it makes OpenMP's
+    spins short for some seconds. `active` is whether they are short, `seconds` is how long they were.
     """
 
     def __init__(self, *, on_cpu: bool) -> None:
-        self.seconds, self.are_there = 0.0, False
+        self.seconds, self.active = 0.0, False
         self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="neighbours", daemon=True) if spins(on_cpu) else None
+        self._thread = None
+        if openmp_may_spin(on_cpu):
+            self._thread = threading.Thread(target=self._run, name="contention", daemon=True)
         # those that libgomp counts, whatever a container's share of them
         self._cores = len(os.sched_getaffinity(0)) if self._thread else 0
 
-    def __enter__(self) -> Neighbours:
+    def __enter__(self) -> CoreContention:
         if self._thread:
             self._thread.start()
         return self
@@ -138,6 +140,6 @@ class Neighbours:
         torch.set_num_threads(self._cores)  # of this thread
         torch.zeros(self._cores * 40_000, dtype=torch.uint8).add_(1)  # PyTorch gives a thread 32,768 elements at least
         torch.set_num_threads(number)
-        self.are_there = True
+        self.active = True
         self._ends.wait(seconds)
-        self.are_there = False
+        self.active = False
