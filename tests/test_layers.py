@@ -19,12 +19,13 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "disk": set(),
     "data": {"disk", "worker"},
     "worker": set(),
+    "stopwatch": set(),
     "output": set(),
-    "record": {"config", "disk", "worker"},
+    "record": {"config", "disk", "stopwatch", "worker"},
     "processes": {"disk", "output", "worker"},
     "console": {"config", "output", "record"},
     "runner": {"processes", "record"},
-    "training": {"config", "data", "disk", "processes", "record", "console"},
+    "training": {"config", "data", "disk", "processes", "record", "console", "stopwatch"},
     "commands": {"config", "options", "data", "disk", "output", "tables", "processes", "record", "console", "runner",
                  "training", "study"},
     "study": {"config", "disk", "output", "tables", "processes", "record", "runner"},
@@ -33,10 +34,12 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "__main__": {"cli"},
     "__init__": set(),
 }
-WITHOUT_TORCH = ("text", "errors", "config", "disk.files", "output", "console", "cli", "runner", "tables", "record",
-                 "record.result", "record.rank_summary", "record.wandb_run", "record.config_file",
+WITHOUT_TORCH = ("text", "errors", "config", "disk.files", "output", "console", "cli", "runner", "stopwatch", "tables",
+                 "record", "record.result", "record.rank_summary", "record.wandb_run", "record.config_file",
                  "processes.launch_environment", "processes.stop_signals",
                  *(f"commands.{command}" for command in COMMANDS))
+
+
 # the rooms of the study, and the other rooms that each may import
 ROOMS = {"plan": set(), "analysis": {"plan"}, "report": {"analysis", "plan"}, "run": {"plan", "analysis", "report"}}
 

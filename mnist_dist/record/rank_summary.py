@@ -1,14 +1,11 @@
-"""What a training measures of its steps and its ranks, in the form of `result.json`. Needs no torch.
-
-`Meter` is for any training, so that a study can read what it measured.
-"""
+"""What is said of all ranks together, and the meter of another training. Needs no torch."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +13,7 @@ from mnist_dist.disk.files import make_folder, real, replace_synced
 from mnist_dist.record.environment import processor_name
 from mnist_dist.record.result import result_text
 from mnist_dist.record.run_folder import RESULT
-
-
-def in_windows(samples: Sequence[int], seconds: Sequence[float], at_most: int = 40) -> list[list[float]]:
-    """Consecutive steps together: [steps, samples, seconds] of at most so many windows with nearly equal numbers of
-    steps. What is measured over time, short enough to be kept.
-    """
-    count = min(at_most, len(seconds))
-    edges = [len(seconds) * i // count for i in range(count + 1)] if count else []
-    return [[end - begin, sum(samples[begin:end]), round(sum(seconds[begin:end]), 7)] for begin, end in pairwise(edges)]
+from mnist_dist.stopwatch import Stopwatch, in_windows
 
 
 def over_ranks(of_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -57,31 +46,29 @@ class Meter:
         self._warmup_left = warmup_steps
 
     def __enter__(self) -> Meter:
-        self._samples: list[int] = []
-        self._start()
+        self._watch, self._open = Stopwatch(self.synchronize, self.clock), ExitStack()
+        self._open_window()
         return self
 
-    def _start(self) -> None:
-        self.synchronize()
-        self._marks = [self.clock()]
+    def _open_window(self) -> None:
+        self._window = self._open.enter_context(self._watch.window(warmup=self._warmup_left > 0))
 
     def step(self, samples: int) -> None:
         """An optimizer step is done, over so many samples of all processes."""
+        self._window.lap(samples, 0.0)
         if self._warmup_left:
             self._warmup_left -= 1
             if not self._warmup_left:
-                self._start()
-            return
-        self._samples.append(samples)
-        self._marks.append(self.clock())
+                self._open.close()
+                self._open_window()
 
-    def __exit__(self, kind: object, *rest: object) -> None:
-        self.synchronize()
-        laps = [after - before for before, after in pairwise(self._marks)]
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+        watch = self._watch
         self.epochs.append({
-            "measured_samples": sum(self._samples),
-            "measured_seconds": self.clock() - self._marks[0] if laps else 0.0,
-            "windows": in_windows(self._samples, laps),
+            "measured_samples": watch.samples,
+            "measured_seconds": watch.seconds if watch.samples else 0.0,
+            "windows": in_windows(watch.step_samples, watch.step_seconds),
         })
 
     def write(self, folder: str | Path, *, global_batch_size: int, num_processes: int, **environment: Any) -> None:

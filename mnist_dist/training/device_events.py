@@ -7,38 +7,11 @@ events ahead.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 
 STEPS_PER_EVENT = 16  # at batch 1 some 0.3 ms, in which the host looks at an event and queues the next steps
-
-
-class Marks(Protocol):
-    """`every`: steps from one mark to the next."""
-
-    every: int
-
-    def mark(self) -> Any:
-        """A mark after what was done or queued so far."""
-
-    def seconds(self, before: Any, after: Any) -> float:
-        """Time between two marks. The device must have come to the later one."""
-
-
-class HostMarks:
-    """The host's time, after each step."""
-
-    every = 1
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.mark = clock
-
-    def seconds(self, before: float, after: float) -> float:
-        """The difference."""
-        return after - before
 
 
 class DeviceMarks:

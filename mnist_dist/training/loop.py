@@ -18,9 +18,9 @@ from mnist_dist.processes.team import Team
 from mnist_dist.record.checkpoint import FORMAT, Checkpoint
 from mnist_dist.record.metrics import EpochRecord, samples_at
 from mnist_dist.record.rank_summary import over_ranks
+from mnist_dist.stopwatch import Stopwatch
 from mnist_dist.training.device_events import DeviceMarks
 from mnist_dist.training.losses import Display
-from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.progress import Progress
 from mnist_dist.training.recorder import Recorder

@@ -10,8 +10,8 @@ from typing import Any
 from mnist_dist.errors import UserError
 from mnist_dist.record.checkpoint import Checkpoint, step_name
 from mnist_dist.record.metrics import EpochRecord, record_from
+from mnist_dist.stopwatch import Stopwatch
 from mnist_dist.text import cause
-from mnist_dist.training.metrics import Stopwatch
 
 
 @dataclass

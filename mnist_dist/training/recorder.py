@@ -33,8 +33,8 @@ from mnist_dist.record.run_folder import (
     writing,
 )
 from mnist_dist.record.wandb_run import Mirror, Rows, run_name
+from mnist_dist.stopwatch import Stopwatch
 from mnist_dist.training.losses import LossLog
-from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.progress import Progress
 from mnist_dist.training.results import leave_results, load_model, predict
 from mnist_dist.training.trainer import Trainer

@@ -22,7 +22,8 @@ from mnist_dist.data import ImageSets, scale
 from mnist_dist.errors import Diverged
 from mnist_dist.processes.core_contention import CoreContention
 from mnist_dist.processes.team import Team
-from mnist_dist.training.metrics import Stopwatch, Window, add_in_order, batch_sums, test_figures
+from mnist_dist.stopwatch import Stopwatch, Window
+from mnist_dist.training.evaluation import add_in_order, batch_sums, test_figures
 from mnist_dist.training.model import MLP
 from mnist_dist.training.noise_scale import NOT_KNOWN, noise_scale
 from mnist_dist.training.pauses import PauseSchedule

@@ -16,7 +16,7 @@ from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import Images, ImageSets, load
 from mnist_dist.processes.launch_environment import read_launch
 from mnist_dist.processes.team import join
-from mnist_dist.training.metrics import Stopwatch
+from mnist_dist.stopwatch import Stopwatch
 from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.trainer import Trainer
 

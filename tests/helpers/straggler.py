@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from mnist_dist import cli
-from mnist_dist.training.metrics import Window
+from mnist_dist.stopwatch import Window
 
 
 def main(argv: Sequence[str]) -> int:

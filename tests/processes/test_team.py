@@ -12,7 +12,7 @@ from thread_team import Fault, Meeting, run_ranks
 from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import load
 from mnist_dist.errors import MnistDistError, UserError
-from mnist_dist.training.metrics import Stopwatch
+from mnist_dist.stopwatch import Stopwatch
 from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.trainer import Trainer
 

@@ -38,7 +38,7 @@ def test_warm_up_and_what_is_between_epochs_is_left_out(tmp_path):
     first, second = meter.epochs
     assert (first["measured_samples"], first["measured_seconds"]) == (24, 3.5), "the wait at its end is the steps' work"
     assert (second["measured_samples"], second["measured_seconds"]) == (54, 6.5)
-    assert first["windows"] == [[1, 10, 1.0], [1, 10, 1.0], [1, 4, 1.0]] and len(waits) == 5
+    assert first["windows"] == [[1, 10, 1.0], [1, 10, 1.0], [1, 4, 1.0]] and len(waits) == 6
     result = read_contract(tmp_path)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert result["environment"]["num_processes"] == 3 and result["environment"]["torch"] == "2.6"

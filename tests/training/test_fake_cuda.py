@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mnist_dist.config import Every, TrainConfig
 from mnist_dist.data import Images, ImageSets
 from mnist_dist.processes.team import Team
+from mnist_dist.stopwatch import Stopwatch
 from mnist_dist.training import trainer as trainer_module
 from mnist_dist.training.device_events import DeviceMarks
-from mnist_dist.training.metrics import Stopwatch
 from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.sampling import GlobalBatchSampler
 from mnist_dist.training.steps import compiled, plain

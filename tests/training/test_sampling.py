@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from mnist_dist.data import Images
-from mnist_dist.training.metrics import add_in_order
+from mnist_dist.training.evaluation import add_in_order
 from mnist_dist.training.sampling import NO_INDEX, GlobalBatchSampler, make_loader, share_out
 
 SIZES = [(1, 1), (10, 3), (59, 7), (60, 7), (61, 7), (1009, 200), (97, 97), (97, 500), (40, 8)]

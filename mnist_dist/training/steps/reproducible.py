@@ -105,7 +105,7 @@ def nll_sum(nll_B: Tensor) -> Tensor:
 
 
 def batch_sums(module: MLP, images_B1HW: Tensor, labels_B: Tensor) -> Tensor:
-    """As `metrics.batch_sums`: [NLL sum in nats, number correct, number of samples], float64 [3]."""
+    """As `evaluation.batch_sums`: [NLL sum in nats, number correct, number of samples], float64 [3]."""
     outputs_BC = forward(module, images_B1HW).outputs[-1]
     nll_B, _ = loss(outputs_BC, labels_B)
     correct_B = outputs_BC.argmax(dim=1) == labels_B

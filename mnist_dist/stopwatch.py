@@ -1,4 +1,4 @@
-"""Sums over samples, and the stopwatch: pure arithmetic. It knows nothing of ranks; the clock is an argument."""
+"""The clock of training steps. It knows no ranks and no device, and the time is an argument. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,45 +7,47 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
-
-from mnist_dist.record.rank_summary import in_windows
-from mnist_dist.training.device_events import HostMarks, Marks
+from typing import Any, Protocol
 
 
-def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """[NLL sum in nats, number correct, number of samples] of a batch, float64 [3], on the batch's device."""
-    nll_B = -log_probs_BC.gather(1, labels_B.unsqueeze(1)).squeeze(1)
-    correct_B = log_probs_BC.argmax(dim=1) == labels_B
-    count = torch.full((), len(labels_B), dtype=torch.float64, device=log_probs_BC.device)
-    return torch.stack([nll_B.sum(dtype=torch.float64), correct_B.sum(dtype=torch.float64), count])
+class Marks(Protocol):
+    """`every`: steps from one mark to the next."""
+
+    every: int
+
+    def mark(self) -> Any:
+        """A mark after what was done or queued so far."""
+
+    def seconds(self, before: Any, after: Any) -> float:
+        """Time between two marks. The device must have come to the later one."""
 
 
-def test_figures(sums_3: Sequence[float]) -> dict[str, Any]:
-    """The test figures from the sums over every test image once: this is the only division."""
-    nll_sum, correct, count = sums_3
-    return {
-        "test_nll": nll_sum / count,
-        "test_nll_sum": nll_sum,
-        "test_accuracy": correct / count,
-        "test_count": int(count),
-    }
+class HostMarks:
+    """The host's time, after each step."""
+
+    every = 1
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.mark = clock
+
+    def seconds(self, before: float, after: float) -> float:
+        """The difference."""
+        return after - before
 
 
-def add_in_order(rows_PX: Tensor) -> Tensor:
-    """The sum [X] of a row from each of P ranks, added one after the other: on every rank the same."""
-    total_X = rows_PX[0].clone()
-    for row_X in rows_PX[1:]:
-        total_X += row_X
-    return total_X
+def in_windows(samples: Sequence[int], seconds: Sequence[float], at_most: int = 40) -> list[list[float]]:
+    """Consecutive steps together: [steps, samples, seconds] of at most so many windows with nearly equal numbers of
+    steps. What is measured over time, short enough to be kept.
+    """
+    count = min(at_most, len(seconds))
+    edges = [len(seconds) * i // count for i in range(count + 1)] if count else []
+    return [[end - begin, sum(samples[begin:end]), round(sum(seconds[begin:end]), 7)] for begin, end in pairwise(edges)]
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:
     """The q-th percentile (0 to 100) by linear interpolation; None if there are no values."""
+    import numpy as np
+
     return float(np.percentile(values, q)) if values else None
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_dist.record.rank_summary import in_windows, over_ranks
-from mnist_dist.training import metrics
-from mnist_dist.training.metrics import Stopwatch, batch_sums, percentile
+from mnist_dist.record.rank_summary import over_ranks
+from mnist_dist.stopwatch import Stopwatch, in_windows, percentile
+from mnist_dist.training import evaluation
+from mnist_dist.training.evaluation import batch_sums
 
 
 class FakeClock:
@@ -37,7 +38,7 @@ def test_sums_are_those_of_single_samples():
     nll = [-float(row[label]) for row, label in zip(log_probabilities, labels, strict=True)]
     hits = sum(int(row.argmax() == label) for row, label in zip(log_probabilities, labels, strict=True))
     sums = sum(batch_sums(log_probabilities[i : i + 7], labels[i : i + 7]) for i in range(0, 101, 7))
-    figures = metrics.test_figures(sums.tolist())
+    figures = evaluation.test_figures(sums.tolist())
     assert figures["test_nll_sum"] == pytest.approx(sum(nll), abs=1e-12)
     assert figures["test_nll"] == pytest.approx(sum(nll) / 101, abs=1e-12)
     assert (figures["test_count"], figures["test_accuracy"]) == (101, pytest.approx(hits / 101))
