@@ -135,7 +135,7 @@ def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _is_target(target: Any) -> bool:
-    """A target that was reached says where; target that was not has null there."""
+    """A target that was reached says where; for a target that was not, there is null."""
     return isinstance(target, dict) and is_goal(target) and _is_figure(target.get("target_nll") or 0) and (
         all(name in target and (target[name] is None or _is_figure(target[name])) for name in ("step", "samples"))
         and (target["step"] is None) == (target["samples"] is None))

@@ -108,7 +108,7 @@ def _draw_series(axes: Any, line: Series, number: int, values: dict[str, list[st
     if points:
         axes.plot(*zip(*points, strict=True), linestyle="none", marker=".", markersize=5, color=color, alpha=0.5,
                   markeredgewidth=0, gid=f"repeats-{number}")
-        values[f"repeats-{number}"] = [f"{line.name}: line run, {say(value)}" for _, value in points]
+        values[f"repeats-{number}"] = [f"{line.name}: one run, {say(value)}" for _, value in points]
     middle = [estimate.value for estimate in line.estimates]
     bars = [[estimate.value - estimate.low for estimate in line.estimates],
             [estimate.high - estimate.value for estimate in line.estimates]]
