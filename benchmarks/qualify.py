@@ -31,7 +31,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.options import Parser
 from mnist_dist.processes.launch_environment import child_environment, num_cores
 from mnist_dist.record.gains import Gain, keep_gain
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.plan.table import Row, read_table
 from mnist_dist.tables import table
 

@@ -2,6 +2,8 @@
 
 Knows nothing of torch, processes or files. All checks raise `UserError`, naming the flag, what was got and what is
 allowed.
+
+In one file, because every option has its default, help and check here, once.
 """
 
 from __future__ import annotations

@@ -119,3 +119,14 @@ def test_what_needs_no_torch_imports_none():
            "print(sorted({'torch', 'accelerate', 'numpy', 'matplotlib', 'wandb'} & set(sys.modules)))"
     done = run([sys.executable, "-c", code, *WITHOUT_TORCH], cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_long_modules_and_functions_have_a_reason():
+    """A module of more than 250 lines says in its docstring why it is one file; no function has more than 60."""
+    for name, path in MODULES.items():
+        text = path.read_text()
+        tree = ast.parse(text)
+        assert len(text.splitlines()) <= 250 or "In one file" in (ast.get_docstring(tree) or ""), f"{name} is long"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{name}.{node.name} is long"

@@ -18,7 +18,7 @@ from mnist_dist.study.plan.table import JSONL, hold_out_of, read_table
 from mnist_dist.text import cause, whole
 
 if TYPE_CHECKING:  # the command line needs no numpy
-    from mnist_dist.study.analysis.cells import Comparison
+    from mnist_dist.study.analysis.comparison import Comparison
 
 # what a report raises of a table that somebody has changed: it checks the fields that it computes with, and no others
 NOT_OF_A_STUDY = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
     if args.junit is not None and limit is None:
         raise UserError(f"--junit {args.junit} is for --fail-if-slower: add it, or drop this")
     need_statistics()
-    from mnist_dist.study.report.report import write_comparison, write_report
+    from mnist_dist.study.report.comparison import write_comparison
+    from mnist_dist.study.report.report import write_report
 
     tables = [read_table(folder) for folder in folders]
 

@@ -1,4 +1,7 @@
-"""`mnist-dist study`: its options, checked and made a `Request`."""
+"""`mnist-dist study`: its options, checked and made a `Request`.
+
+In one file, because half of it is the list of options, and the other half says which of them exclude each other.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 A folder of a run or a study may come from others. Every write, rename and removal goes through handles of folders,
 opened one below the other without following symbolic links. So the caller resolves the folder that a person names, and
 what is below it stays below it.
+
+In one file, because all access to the disk is here: a review of its safety reads this file alone.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Launchers: torchrun, `accelerate launch` and `mnist-dist train --processes` set RANK and its like, `mpirun` and
 `srun` have variables of their own. Needs no torch.
+
+In one file, because every variable of every launcher is here, and no other module reads one.
 """
 
 from __future__ import annotations

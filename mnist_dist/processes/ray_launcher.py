@@ -4,6 +4,8 @@ Ray decides which nodes the processes are on, notices a node or a process that i
 another size if it must. Each of its workers starts `mnist-dist train` in a process of its own, as torchrun would, and
 waits for it: signals, the exit status and what is printed are then as under every launcher. A board, which is an actor
 on this machine, takes what the processes print and how they have ended, and tells them of signals.
+
+In one file, because all that knows Ray is here.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from mnist_dist.disk.files import make_folder, remove, remove_tree, write_synced
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import say
 from mnist_dist.processes.launch_environment import child_environment, num_cores, variables_of
-from mnist_dist.processes.rendezvous import Wait
 from mnist_dist.processes.stop_signals import StopSignals
+from mnist_dist.processes.stores import Wait
 from mnist_dist.text import counted, cut, first_line, whole
 
 POLL_SECONDS = 0.2  # between two looks at the board

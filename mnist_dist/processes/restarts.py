@@ -10,7 +10,8 @@ from __future__ import annotations
 from datetime import timedelta
 
 from mnist_dist.processes.launch_environment import Launch
-from mnist_dist.processes.rendezvous import LOOPBACK, Facts, Meeting, store_at
+from mnist_dist.processes.rendezvous import Facts, Meeting
+from mnist_dist.processes.stores import LOOPBACK, store_at
 
 FOLDER, END = "mnist_dist/folder", "mnist_dist/end"
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mnist_dist.errors import MnistDistError, UserError
 from mnist_dist.output import complain
 from mnist_dist.processes.launch_environment import Launch, child_environment, num_cores
-from mnist_dist.processes.rendezvous import LOOPBACK, Facts, Meeting, local_store, store_at
+from mnist_dist.processes.rendezvous import Facts, Meeting
+from mnist_dist.processes.stores import LOOPBACK, local_store, store_at
 from mnist_dist.text import counted, cut, whole
 
 if TYPE_CHECKING:

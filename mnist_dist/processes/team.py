@@ -3,6 +3,8 @@
 Two kinds of meeting: `sum`, `gather` and `average` exchange tensors on the device; `max`, `run_on` and `barrier` agree
 on the host, over gloo, without waiting for a GPU's queue. All are collective: every rank makes the same calls in the
 same order. It knows nothing of training.
+
+In one file, because every collective is here: their order on all ranks can be read in one place.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 All calls of wandb run in one thread. The run waits for each call up to a time limit; a call that takes longer stays in
 the thread, and the run continues. If the server cannot be reached, the run is recorded offline, to be synced later.
+
+In one file, because every call of wandb is here, behind the same thread and time limit.
 """
 
 from __future__ import annotations

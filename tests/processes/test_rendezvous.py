@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 
 from mnist_dist.errors import UserError
-from mnist_dist.processes import rendezvous
-from mnist_dist.processes.rendezvous import Facts, Meeting, clocks_apart, difference, store_at, within
+from mnist_dist.processes import rendezvous, stores
+from mnist_dist.processes.rendezvous import Facts, Meeting, clocks_apart, difference
+from mnist_dist.processes.stores import store_at, within
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_a_task_that_takes_too_long_is_left_behind():
 
 
 def test_an_address_that_cannot_be(monkeypatch):
-    monkeypatch.setattr(rendezvous, "NAME_SECONDS", 0.1)
+    monkeypatch.setattr(stores, "NAME_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"no-such-host.invalid does not resolve on .*: MASTER_ADDR must be an IP"):
         store_at("no-such-host.invalid", 1, setting="MASTER_ADDR", hosts_it=False, is_elsewhere=True, timeout_s=1.0)
     with pytest.raises(UserError, match=r"127.0.0.1 is a loopback address on .*, which is another machine"):
@@ -102,7 +103,7 @@ def test_an_address_that_cannot_be(monkeypatch):
 
 
 def test_ports(monkeypatch):
-    monkeypatch.setattr(rendezvous, "ASK_SECONDS", 1.0)
+    monkeypatch.setattr(stores, "ASK_SECONDS", 1.0)
     with socket.socket() as taken:
         taken.bind(("", 0))
         port = taken.getsockname()[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support import run_here
 
-from mnist_dist.study.analysis import critical_batch, step_time
+from mnist_dist.study.analysis import critical_batch, step_time_fit
 
 COUNTS_DRAWS = ("test_step_time", "test_critical_batch", "test_step_time_section")
 
@@ -14,8 +14,8 @@ COUNTS_DRAWS = ("test_step_time", "test_critical_batch", "test_step_time_section
 def few_draws(request, monkeypatch):
     """Reports with fewer draws, so that their intervals are rougher; not in the tests of the intervals."""
     if request.module.__name__ not in COUNTS_DRAWS:
-        monkeypatch.setattr(step_time, "DRAWS", 40)
-        monkeypatch.setattr(step_time, "LEAST_DRAWS", 10)
+        monkeypatch.setattr(step_time_fit, "DRAWS", 40)
+        monkeypatch.setattr(step_time_fit, "LEAST_DRAWS", 10)
         monkeypatch.setattr(critical_batch, "DRAWS", 200)
 
 

@@ -51,7 +51,8 @@ def test_a_slow_down_that_may_be_missed_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("value", ["a\nb", "\x00", "\x1b[31m", "<&\""])
 def test_hostile_options_give_xml_that_can_be_read(value):
-    from mnist_dist.study.analysis.cells import Analysis, compare
+    from mnist_dist.study.analysis.analysis import Analysis
+    from mnist_dist.study.analysis.comparison import compare
     from mnist_dist.study.report import baseline
 
     tables = [Analysis(study({Cell(10, 1, (("lr", value),)): rate}, 3, 0.01, 1)) for rate in (10.0, 1.0)]

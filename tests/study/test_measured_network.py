@@ -16,7 +16,8 @@ from mnist_dist.study.analysis.measured_network import (
     all_reduce_times_of,
     from_doctor,
 )
-from mnist_dist.study.analysis.step_time import LATENCY, TRANSFER, Cells, Place, fit, seconds
+from mnist_dist.study.analysis.step_time import LATENCY, TRANSFER, Place, seconds
+from mnist_dist.study.analysis.step_time_fit import Cells, fit
 from mnist_dist.study.plan.table import read_table
 from mnist_dist.training.model import MLP
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from mnist_dist.study.analysis.cells import Analysis, compare
+from mnist_dist.study.analysis.analysis import Analysis
+from mnist_dist.study.analysis.comparison import compare
 from mnist_dist.study.plan.table import read_table
 
 STUDIES = 20

@@ -14,7 +14,7 @@ from tables import row, study, windows_of
 
 from mnist_dist.processes.launch_environment import child_environment
 from mnist_dist.record.rank_summary import over_ranks
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.plan.grid import Cell
 from mnist_dist.study.plan.table import write_table
 from mnist_dist.study.report.report import write_report

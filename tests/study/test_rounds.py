@@ -11,7 +11,7 @@ import pytest
 from made_up import NOISES, repeats
 from support import run_here
 
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.intervals import median_interval
 from mnist_dist.study.plan.grid import FIRST_REPEATS, Cell, PlannedRun
 from mnist_dist.study.plan.table import read_table

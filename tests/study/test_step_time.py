@@ -12,7 +12,7 @@ import pytest
 from made_up import LAWS, NOISES, a_machine, repeats
 from tables import study
 
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.fitted_models import judge
 from mnist_dist.study.analysis.step_time import (
     FLOOR,
@@ -21,15 +21,13 @@ from mnist_dist.study.analysis.step_time import (
     PARAMETERS,
     TRANSFER,
     TRANSFER_BETWEEN,
-    Cells,
     Hypothesis,
     Place,
-    check,
-    errors_without,
-    fit,
     seconds,
 )
 from mnist_dist.study.analysis.step_time import LAWS as LAWS_OF_MODEL
+from mnist_dist.study.analysis.step_time_check import check, errors_without
+from mnist_dist.study.analysis.step_time_fit import Cells, fit
 from mnist_dist.study.plan.grid import MOST_PROCESSES, Cell
 
 BATCHES, PROCESSES, NOISE, REPEATS = (64, 256, 1024, 4096, 16384), (1, 2, 4, 8), 0.03, 5
@@ -79,12 +77,12 @@ def test_a_model_that_describes_nothing_says_so():
 def test_the_slopes_are_those_of_the_seconds():
     from scipy.optimize import approx_fprime
 
-    from mnist_dist.study.analysis.step_time import _Shape
+    from mnist_dist.study.analysis.step_time import Shape
 
     truth = np.array([0.5e-3, 1e-6, 60, 50e-6, 300e-6, 70e-6, 400e-6])
     for law in LAWS_OF_MODEL:
         for hidden in (0.0, 0.6):
-            shape = _Shape(places_of((1, 2, 4, 8, 16), per_machine=4), Hypothesis(law, hidden))
+            shape = Shape(places_of((1, 2, 4, 8, 16), per_machine=4), Hypothesis(law, hidden))
             slopes = approx_fprime(truth, shape.seconds, 1e-9 * np.ones(7))
             assert shape.slopes(truth) == pytest.approx(slopes, rel=1e-3, abs=1e-3)
 

@@ -6,7 +6,7 @@ import pytest
 from tables import row, study
 from test_time_to_target import ideal, ring, rows_of
 
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.fitted_models import judge
 from mnist_dist.study.analysis.targets import targets_of
 from mnist_dist.study.plan.grid import MOST_PROCESSES, Cell

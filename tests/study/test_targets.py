@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_up import NOISES
 from tables import row, study
 
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.targets import reached_at, targets_of
 from mnist_dist.study.plan.goals import goal_of
 from mnist_dist.study.plan.grid import Cell, cell_of

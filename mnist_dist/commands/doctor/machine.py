@@ -2,6 +2,8 @@
 
 Each check returns findings: a figure for programs, words for people, and if something is wrong, the problem with its
 remedy. A check never fails: what it cannot find out, it says.
+
+In one file, because the checks are a list in which each is short and none needs another.
 """
 
 from __future__ import annotations

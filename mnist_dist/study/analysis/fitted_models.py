@@ -12,7 +12,9 @@ from typing import Any
 
 from mnist_dist.study.analysis.cells import CellMetrics
 from mnist_dist.study.analysis.measured_network import AllReduceTimes
-from mnist_dist.study.analysis.step_time import Cells, Check, Model, Place, check, errors_without, fit
+from mnist_dist.study.analysis.step_time import Model, Place
+from mnist_dist.study.analysis.step_time_check import Check, check, errors_without
+from mnist_dist.study.analysis.step_time_fit import Cells, fit
 from mnist_dist.study.plan.grid import Cell, HoldOut, Options
 
 TAKES_NO_TIME = ("lr", "lr_rule")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from mnist_dist.study.analysis.cells import CellMetrics, usual_own_ms
+from mnist_dist.study.analysis.analysis import usual_own_ms
+from mnist_dist.study.analysis.cells import CellMetrics
 from mnist_dist.tables import number
 from mnist_dist.text import counted
 

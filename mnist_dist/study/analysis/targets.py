@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mnist_dist.record.metrics import samples_at
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.intervals import Estimate, Interval, estimates, median_interval, ratio
 from mnist_dist.study.analysis.step_time import Model, Place
 from mnist_dist.study.plan.goals import Goal, goal_of

@@ -2,6 +2,8 @@
 
 `result.json` is the contract with a training (docs/your-training.md): the fields of `NEEDED` must be there, all others
 are copied as they are. The report is made from `runs.jsonl` alone.
+
+In one file, because the contract, its checks and the two files of the table name the same fields.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from mnist_dist.study.analysis.cells import Comparison, Difference
+from mnist_dist.study.analysis.comparison import Comparison, Difference
 from mnist_dist.study.analysis.intervals import LEAST_CONCLUSIVE
 from mnist_dist.study.report.labels import level_of, say
 from mnist_dist.text import counted, printable

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from mnist_dist.tables import table
 
 ASSETS = Path(__file__).parent / "assets"
+REPORT, PICTURES = "report", "pictures"  # the name of a page, and of the folder of its pictures
 
 
 class Code(str):

@@ -14,14 +14,13 @@ from mnist_dist.study.analysis.step_time import (
     FLOOR,
     LATENCY,
     LATENCY_BETWEEN,
-    MODEL_ERROR,
     PARAMETERS,
-    WORSE,
-    Check,
     Model,
     Place,
     seconds,
 )
+from mnist_dist.study.analysis.step_time_check import Check
+from mnist_dist.study.analysis.step_time_fit import MODEL_ERROR, WORSE
 from mnist_dist.study.plan.grid import Cell, Options
 from mnist_dist.study.report import charts
 from mnist_dist.study.report.charts import MOST_LINES, Series

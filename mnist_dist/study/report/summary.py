@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.fitted_models import CheckedModel, worst_of
 from mnist_dist.study.analysis.intervals import LEAST_CONCLUSIVE, Interval, ratio
 from mnist_dist.study.plan.grid import Cell, Options

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.fitted_models import CheckedModel, as_timed
 from mnist_dist.study.analysis.intervals import Interval
 from mnist_dist.study.analysis.slowdown_causes import cause

@@ -9,11 +9,12 @@ from typing import Any
 from mnist_dist.config import TrainConfig
 from mnist_dist.disk.files import names_in
 from mnist_dist.record.wandb_run import Mirror
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.plan.grid import cell_of
 from mnist_dist.study.plan.table import CSV, JSONL, Row, rate_of, step_ms_of
 from mnist_dist.study.report.labels import name_of_line
-from mnist_dist.study.report.report import FORECASTS, PICTURES, REPORT
+from mnist_dist.study.report.page import PICTURES, REPORT
+from mnist_dist.study.report.report import FORECASTS
 
 COLUMNS = ("run", "batch size", "processes", "options", "rate", "ms per step", "status", "reason")
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mnist_dist.study.analysis.cells import Analysis
+from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.intervals import median_interval, more_repeats
 from mnist_dist.study.plan.grid import FIRST_REPEATS, PlannedRun
 

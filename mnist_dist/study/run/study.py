@@ -158,7 +158,7 @@ def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[
     last = [run for run in pending if run.role == "last"]
     if not _do_runs(study, [run for run in pending if run.role != "last"], request, machine, say):
         return
-    from mnist_dist.study.analysis.cells import Analysis  # scipy takes a second to import
+    from mnist_dist.study.analysis.analysis import Analysis
     from mnist_dist.study.run.rounds import expected_runs, next_round
 
     cells, open_cells = set(request.grid.cells()), 0
