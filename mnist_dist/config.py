@@ -75,8 +75,8 @@ class TrainConfig:
     target_nll: str | None = knob(None, str, "end when the test NLL (mean per image, nats) is at or below this; of "
                                   "several, separated by commas, the lowest; none = no target", metavar="X[,X]",
                                   none=True)
-    evaluate_every: str | None = knob(None, str, "evaluate also within the epochs, after so many samples, rounded up "
-                                      "to whole steps: 10000samples; none = at their ends alone", metavar="Nsamples",
+    evaluate_every: str | None = knob(None, str, "evaluate also within the epochs, each time after N samples, rounded "
+                                      "up to whole steps: 10000samples; none = at their ends alone", metavar="Nsamples",
                                       none=True)
     noise_scale: bool = knob(False, bool, "estimate the gradient noise scale in each epoch, from some of its steps; "
                              "not with --reproducible, Local SGD, fp16 or batches of one sample", fixed=True)

@@ -47,7 +47,7 @@ COLUMNS = (  # 78 characters
 
 
 def fitting(width: int) -> list[Column]:
-    """The columns that fit in so many characters."""
+    """The columns that fit in `width` characters."""
     chosen = list(COLUMNS)
     while sum(column.width + 1 for column in chosen) > width and any(column.rank for column in chosen):
         chosen.remove(max(chosen, key=lambda column: column.rank))

@@ -74,7 +74,7 @@ def say(text: object = "", *, end: str = "\n", is_error: bool = False) -> None:
 
 
 def wrapped(line: str, width: int) -> list[str]:
-    """The line in parts of at most so many characters, cut between words, the second and later ones indented by two
+    """The line in parts of at most `width` characters, cut between words, the second and later ones indented by two
     more than the first. A longer word stays whole: a path can then be copied.
     """
     indent = " " * (len(line) - len(line.lstrip()))

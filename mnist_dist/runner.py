@@ -1,7 +1,7 @@
 """Trains in other processes and reads the result: what `reproduce`, studies, benchmarks and tests stand on.
 
 A command's processes carry a mark in their environment, which their children inherit. So the whole tree can be ended,
-also ranks whose launcher has died: these are in sessions of their own and nobody's children. Needs no torch.
+also ranks whose launcher has died: these are in other sessions, without a parent. Needs no torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 def train(options: Sequence[object], folder: Path, *, processes: int = 1, timeout: float | None = None,
           environment: Mapping[str, str] | None = None, show: bool = False) -> Outcome:
-    """Run `mnist-dist train OPTIONS --output-dir FOLDER` in processes of its own; a failure is an outcome, no error.
+    """Run `mnist-dist train OPTIONS --output-dir FOLDER` in new processes; a failure is an outcome, not an error.
 
     After `timeout` seconds all its processes are killed. `environment` is added to this process's; with `show` the
     output goes to the terminal.

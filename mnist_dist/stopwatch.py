@@ -36,8 +36,8 @@ class HostMarks:
 
 
 def in_windows(samples: Sequence[int], seconds: Sequence[float], at_most: int = 40) -> list[list[float]]:
-    """Consecutive steps together: [steps, samples, seconds] of at most so many windows with nearly equal numbers of
-    steps. What is measured over time, short enough to be kept.
+    """At most `at_most` windows of consecutive steps, with nearly equal numbers of steps: [steps, samples, seconds] of
+    each.
     """
     count = min(at_most, len(seconds))
     edges = [len(seconds) * i // count for i in range(count + 1)] if count else []

@@ -116,7 +116,7 @@ def lesson(config: TrainConfig, launch: Launch, output_dir: Path) -> None:
 
 def train_for(batch_size: int, config: TrainConfig, team: Team, sets: ImageSets, samples: int, seconds: float
               ) -> Course:
-    """Train for so many seconds, and one sample at a time for so many samples at most. The first evaluation at or after
+    """Train for `seconds`; one sample at a time for at most `samples`. The first evaluation at or after
     `samples` is the one to compare.
     """
     from mnist_dist.training.trainer import Trainer

@@ -1,6 +1,6 @@
 """`mnist-dist reproduce`: the tutorial's two trainings beside its numbers (its steps 4 and 6), and what a batch buys.
 
-Each training is a run of `mnist-dist train` in a process of its own, read back from its `result.json`. A run that is
+Each training is a run of `mnist-dist train` in a new process, read back from its `result.json`. A run that is
 whole already is not run again. Writes `report.md` and the prediction grid.
 """
 

@@ -26,8 +26,8 @@ from mnist_dist.worker import Worker
 
 TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 LOCK_SECONDS = 3600.0  # for another process that fetches the same
-STALL_SECONDS = 10.0  # a mirror that sends nothing for so long is given up, or on average less than
-LEAST_BYTES_PER_SECOND = 5_000
+STALL_SECONDS = 10.0  # without data, after which a mirror is given up
+LEAST_BYTES_PER_SECOND = 5_000  # on average; a slower mirror is given up
 MOST_BYTES = 50_000_000  # of a file: twice the largest one of these data sets
 POLL_SECONDS = 0.5
 
@@ -149,8 +149,8 @@ def _first(failures: Sequence[str]) -> str:
 def _fetch(url: str, md5: str, path: Path) -> None:
     """Fetch a file. Raises `OSError`, `HTTPException` or `ValueError`, also if the mirror is slow, or sends too much.
 
-    A mirror that sends a byte now and then passes every time limit of a socket. So a thread reads, and this one looks
-    how much has come.
+    A mirror that sends a byte now and then passes every time limit of a socket. So a thread reads, and this
+    thread checks how much has come.
     """
     transfer = Transfer(url, md5, path)
     worker = Worker()

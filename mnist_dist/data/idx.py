@@ -50,7 +50,7 @@ def read_idx(path: Path, what: str) -> np.ndarray:
             if shape and not (0 < shape[0] <= MOST and (what == "labels" or shape[1:] == (SIDE, SIDE))):
                 raise UserError(f"{path} says that it holds {' x '.join(map(str, shape))}, but N x {SIDE} x {SIDE} is "
                                 f"needed, N from 1 to {MOST:,}: {remedy}")
-            # read into its place: the images may be most of what the memory holds. The header of a damaged file may ask
+            # read into its place: the images may take most of the memory. The header of a damaged file may ask
             # for more than the file can hold
             most = os.fstat(opened.fileno()).st_size * (MOST_UNPACKED if path.suffix == ".gz" else 1)
             size = math.prod(shape) if shape else 0

@@ -1,7 +1,7 @@
 """Where the files of a data set lie: the layouts in which people keep MNIST, and which known data set it is.
 
 A folder holds the four IDX files, or `mnist.npz`, or has them below it in `raw/` or in torchvision's `MNIST/raw/`. An
-IDX file may be packed (.gz), be named `train-images.idx3-ubyte`, or lie in a folder of its own name.
+IDX file may be packed (.gz), be named `train-images.idx3-ubyte`, or lie in a folder of the same name.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find(data_dir: Path, torchvision_name: str) -> Files | None:
 
 
 def _places(folder: Path, stem: str) -> Iterator[Path]:
-    """Where the file of this name may be."""
+    """The paths at which the file of this name may be."""
     for name in (stem, stem.replace("-idx", ".idx")):
         yield from (folder / name, folder / f"{name}.gz", folder / name / name, folder / name / f"{name}.gz")
 

@@ -2,7 +2,7 @@
 
 The method is that of LeCun et al. 1998, "Gradient-based learning applied to document recognition", section III.A: the
 digit is scaled to fit into 20 x 20 pixels with its proportions, and moved so that its centre of mass is the image's
-centre. Before that, ink is told from paper, by levels that the noise of the picture does not reach.
+centre. Before that, ink is separated from paper, by levels that the noise of the picture does not reach.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _inner(name: str, handle: int, path: Path, create: bool) -> int:
 
 
 def _named(error: OSError, name: str, handle: int, path: Path) -> OSError:
-    """The error with the whole path, and with a link as the reason if it is that."""
+    """The error with the whole path; if a link is the reason, it says so."""
     with suppress(OSError):
         if stat.S_ISLNK(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
             return OSError(errno.ELOOP, f"{cut(name)} is a symbolic link, and no link is followed here", str(path))
@@ -66,7 +66,7 @@ def _named(error: OSError, name: str, handle: int, path: Path) -> OSError:
 
 
 def open_file(path: Path, flags: int) -> int:
-    """A descriptor of a regular file that is opened so; its mode follows the user's umask. Raises `OSError`."""
+    """A descriptor of a regular file, opened with these flags; its mode follows the umask. Raises `OSError`."""
     with _folder(path.parent) as folder:
         try:
             # without O_NONBLOCK, opening a pipe waits for its other end

@@ -36,7 +36,7 @@ class FolderLock:
         self._descriptor = -1
 
     def acquire(self, wait_s: float = 0.0) -> None:
-        """Take the lock; waits so long for another holder. Raises `Held`, and `OSError` if the file cannot be made."""
+        """Take the lock; waits `wait_s` for another holder. Raises `Held`, and `OSError` if the file cannot be made."""
         deadline = time.monotonic() + max(wait_s, LEAST_SECONDS)
         while True:
             descriptor = open_file(self.path, os.O_RDWR | os.O_CREAT)

@@ -19,7 +19,7 @@ def addresses_of(host: str) -> list[str]:
 
 
 def is_loopback(addresses: Sequence[str]) -> bool:
-    """Whether these lead to nothing but the machine itself."""
+    """Whether all of these are loopback addresses."""
     return all(address.startswith("127.") or address == "::1" for address in addresses)
 
 

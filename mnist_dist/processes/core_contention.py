@@ -29,8 +29,8 @@ import torch
 
 LOOK_SECONDS = 0.1
 TOO_LONG = 0.2  # of a look: threads waited for a core for more than this part of it, and others had one for as long
-# While spins are short, threads hardly wait for a core, so that nothing is seen. They are short for so many seconds,
-# and for twice as many each time that others are still there, up to the second number.
+# Seconds for which spins are short. Meanwhile threads hardly wait for a core, so that contention cannot be seen. The
+# time doubles each time that contention is still there, from the first number up to the second.
 SHORT_SPINS_SECONDS = (2.0, 16.0)
 
 PROCESS = Path("/proc/self")
@@ -97,7 +97,7 @@ class CoreContention:
         self._thread = None
         if openmp_may_spin(on_cpu):
             self._thread = threading.Thread(target=self._run, name="contention", daemon=True)
-        # those that libgomp counts, whatever a container's share of them
+        # as libgomp counts them, whatever the container's share
         self._cores = len(os.sched_getaffinity(0)) if self._thread else 0
 
     def __enter__(self) -> CoreContention:
@@ -111,7 +111,7 @@ class CoreContention:
             self._thread.join()
 
     def _run(self) -> None:
-        with suppress(OSError):  # what the system shows of itself can be forbidden to read
+        with suppress(OSError):  # /proc may be forbidden to read
             self._look_on()
 
     def _look_on(self) -> None:

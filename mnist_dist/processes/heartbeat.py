@@ -1,4 +1,4 @@
-"""Signs of life: every rank writes one to the store that joined the ranks, twice a second, from a thread of its own.
+"""Signs of life: every rank writes one to the store that joined the ranks, twice a second, from its own thread.
 
 The thread alone talks to the store, because a store whose machine is lost blocks whoever asks it. It needs no
 collective, so it works while one hangs.
@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 BEAT_SECONDS = 0.5
-SILENT_SECONDS = 3.0  # without a sign of life a rank is taken to be lost
+SILENT_SECONDS = 3.0  # without a sign of life, after which a rank counts as lost
 KEY = "mnist_dist/alive/{}"
 
 
@@ -25,7 +25,7 @@ class Heartbeats:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.store, self.rank, self.size = store, rank, size
-        self.is_stuck = False  # this rank waits for others in vain; the others read it
+        self.is_stuck = False  # this rank waits for others, which do not answer; the others read it
         self._signs: dict[int, bytes] = {}  # the last one of each rank
         self._seen: dict[int, float] = {}  # when it changed
         self._asked_at: float | None = None  # looks at the others since then
@@ -64,9 +64,9 @@ class Heartbeats:
         return [0] if self.rank in silent else silent  # this rank's own sign is missing: the store does not answer
 
     def look(self) -> list[int]:
-        """Ask, and wait until it is clear which ranks are silent: some seconds, if none is."""
+        """Ask, and wait until it is known which ranks are silent: some seconds, if none is."""
         self.ask()
-        # a rank's last sign is seen only now, perhaps a beat after asking; the store may be slow
+        # a rank's last sign is seen only now; the store may be slow
         deadline = time.monotonic() + SILENT_SECONDS + 4 * BEAT_SECONDS
         while not (silent := self.silent()) and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 5)

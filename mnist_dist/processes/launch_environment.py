@@ -1,7 +1,7 @@
 """The launcher's variables in the environment, read once. No other module reads them.
 
 Launchers: torchrun, `accelerate launch` and `mnist-dist train --processes` set RANK and its like, `mpirun` and
-`srun` have variables of their own. Needs no torch.
+`srun` have other variables. Needs no torch.
 
 In one file, because every variable of every launcher is here, and no other module reads one.
 """
@@ -33,7 +33,7 @@ SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TA
 OTHER_WAYS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
               "ACCELERATE_USE_PARALLELISM_CONFIG")
 
-BEGUN = time.monotonic()  # when this command began, but for the start of Python
+BEGUN = time.monotonic()  # when this command began, after the start of Python
 FINAL_STATUS = "MNIST_DIST_FINAL_STATUS"  # environment variable, set by our launcher on Ray
 
 
@@ -66,7 +66,7 @@ class Launch:
 
     @property
     def says_errors(self) -> bool:
-        """Whether this process prints an error that all know: one does for each place where somebody looks."""
+        """Whether this process prints an error that all ranks have: one process does for each terminal or log file."""
         return self.rank == 0 or (self.local_rank == 0 and not self.has_one_output)
 
     @property
@@ -101,7 +101,7 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
         if environment.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
             raise UserError(f"{name}={environment[name]} asks for a way to train that mnist-dist does not have: unset "
                             "it, or choose multi-GPU or multi-CPU in `accelerate config`")
-    if "," in environment.get("OMP_NUM_THREADS", ""):  # one number for each level of nesting; Accelerate reads one
+    if "," in environment.get("OMP_NUM_THREADS", ""):  # one number for each level of nesting; Accelerate reads only one
         environment["OMP_NUM_THREADS"] = environment["OMP_NUM_THREADS"].split(",")[0].strip()
     common: dict[str, Any] = {
         "use_cpu": environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"),
@@ -146,7 +146,7 @@ def _place(environment: Mapping[str, str]) -> Place:
     """This process, from torchrun's variables, or those of MPI or SLURM. Raises `UserError` if they disagree."""
     torchs, *of_mpi = (Place(names, *(_number(environment, name) for name in names)) for names in (TORCH, *MPI))
     if torchs.rank is None and environment.get("SLURM_PTY_PORT") and has_terminal():
-        # the shell of `srun --pty`: one person's, whatever the number of tasks. The tasks of an srun that is typed
+        # the shell of `srun --pty`: one shell, whatever the number of tasks. The tasks of an srun that is typed
         # there inherit the variable, and have no terminal
         place = Place(SLURM, None, None, None, None)
     elif torchs.rank is None:
@@ -283,13 +283,13 @@ def number_asked_of_accelerate(environment: Mapping[str, str] = os.environ) -> i
         if args.num_processes is not None:
             return args.num_processes
         return load_config_from_file(args.config_file).num_processes
-    except (SystemExit, OSError, ValueError, AttributeError):  # no config file: what it started is what it meant
+    except (SystemExit, OSError, ValueError, AttributeError):  # no config file: it started as many as asked
         return None
 
 
 def variables_of(*, rank: int, size: int, local_rank: int, local_size: int, address: str, port: int, restart: int,
                  max_restarts: int, on_cpu: bool, final_status: int) -> dict[str, str]:
-    """What torchrun sets, for a process that another launcher starts. Its processes make a store of their own."""
+    """What torchrun sets, for a process that another launcher starts. Its processes make the store."""
     values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size,
               "MASTER_ADDR": address, "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": restart,
               "TORCHELASTIC_MAX_RESTARTS": max_restarts, FINAL_STATUS: final_status,

@@ -1,7 +1,7 @@
 """The network interface over which the processes of a run reach each other. Needs no torch.
 
-gloo takes the one that this machine's own name resolves to. On Debian that is the loopback interface, which no other
-machine reaches. So the one that routes to the master is named to it.
+gloo takes the interface that this machine's name resolves to. On Debian that is the loopback interface, which no other
+machine reaches. So gloo is given the interface that routes to the master.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _check(named: str, launch: Launch) -> None:
 
     there = sorted(psutil.net_if_addrs())
     if missing := [name for name in named.split(",") if name not in there]:
-        kind = NotJoined if launch.local_rank == 0 else UserError  # a machine says it once
+        kind = NotJoined if launch.local_rank == 0 else UserError  # one line per machine
         raise kind(f"{VARIABLE} is {named}, but {socket.gethostname()} has no interface {missing[0]}: name one of "
                    f"{', '.join(there)}, or unset it")
 

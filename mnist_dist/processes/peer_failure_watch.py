@@ -1,7 +1,7 @@
 """Ends the processes of this machine if another machine has failed, and they do not end by themselves.
 
-A process that waits for a lost one ends in time. One that is stopped or hangs does not, and its launcher waits for it.
-So the launchers tell each other that they have failed, in the store in which they have met.
+A process that waits for a lost process ends in time. A process that is stopped or hangs does not, and its launcher
+waits for it. So each launcher writes into the store in which they met that it has failed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mnist_dist.processes.stores import within
 
 ANSWER_SECONDS = 2.0  # of the store; after that it is lost
 LOOK_SECONDS = 0.5
-STOPPED_SECONDS = 5.0  # after which a process that is stopped is ended
-GRACE_SECONDS = 30.0  # for any other one, which may write a checkpoint or send the rest to W&B
+STOPPED_SECONDS = 5.0  # until a stopped process is killed
+GRACE_SECONDS = 30.0  # until another process is killed: it may write a checkpoint or send the rest to W&B
 
 
 class Watch:
-    """A thread that looks after the others, from now until `end`. `ended` says what it has done, "" if nothing."""
+    """A thread that watches the other machines until `end`. `ended` says what it has done, "" if nothing."""
 
     def __init__(self, store: Any, machine: int) -> None:
         from torch.distributed import PrefixStore
@@ -34,7 +34,7 @@ class Watch:
         self._thread.start()
 
     def end(self, *, failed: bool) -> None:
-        """This machine is done: tell the others."""
+        """This machine has ended: write that for the others."""
         self._over.set()
         self._thread.join(2 * ANSWER_SECONDS)
         with contextlib.suppress(RuntimeError, OSError):

@@ -1,9 +1,9 @@
 """Starts the processes of a run on a Ray cluster: `mnist-dist train --launcher ray`.
 
 Ray decides which nodes the processes are on, notices a node or a process that is lost, and makes a new group, of
-another size if it must. Each of its workers starts `mnist-dist train` in a process of its own, as torchrun would, and
-waits for it: signals, the exit status and what is printed are then as under every launcher. A board, which is an actor
-on this machine, takes what the processes print and how they have ended, and tells them of signals.
+another size if it must. Each of its workers starts `mnist-dist train` in a new process, as torchrun would, and waits
+for it: signals, the exit status and what is printed are then as under every launcher. A board, which is an actor
+on this machine, takes what the processes print and how they have ended, and passes signals on to them.
 
 In one file, because all that knows Ray is here.
 """
@@ -36,7 +36,7 @@ from mnist_dist.text import counted, cut, first_line, whole
 POLL_SECONDS = 0.2  # between two looks at the board
 ANSWER_SECONDS = 10.0  # for a cluster's port to take a connection
 LOOK_SECONDS = 30.0  # for a node to say whether it sees the run's folder
-GROUP_SECONDS = 20  # that Ray waits for a group of the same size after a loss, before it makes a smaller one
+GROUP_SECONDS = 20  # that Ray waits for a group of the same size after a loss, before it makes a smaller group
 GROW_SECONDS = 20.0  # between two looks whether the cluster has room for a larger group
 MOST_OF_RAYS = 300  # characters of a message
 GRACE_SECONDS = 30.0  # after a signal, for the processes to leave a checkpoint
@@ -63,7 +63,7 @@ class Group(NamedTuple):
 
 
 class Board:
-    """What the driver and the workers tell each other. An actor on the driver's node."""
+    """What the driver and the workers exchange. An actor on the driver's node."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, bool]] = []  # and whether on standard error
@@ -153,7 +153,7 @@ def _pass_signals(process: subprocess.Popen[str], board: Any) -> None:
 
 
 def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: int, timeout_s: float) -> int:
-    """Run `mnist-dist ARGUMENTS` on the cluster that RAY_ADDRESS names, else on one of its own on this machine; the
+    """Run `mnist-dist ARGUMENTS` on the cluster that RAY_ADDRESS names, else on a new one on this machine; the
     exit status. `folder` is the run's, which all nodes share. Raises `UserError` if the cluster is not fit for it, or
     has not started the processes after `timeout_s`.
     """
@@ -194,9 +194,8 @@ def launch(arguments: Sequence[str], group: Group, folder: Path, max_restarts: i
 
 
 def _shorten() -> None:
-    """Ray prints a page on standard output for each node that is lost, with what its daemon did last, and prints it
-    again later. Here it is one line on standard error. Ray has no option for it: a version whose function has another
-    name prints the page.
+    """Ray prints a page on standard output for each lost node, and prints it again later. Here it is one line on
+    standard error. Ray has no option for this: a version whose function has another name prints the page.
     """
     from ray._private import worker
 
@@ -285,7 +284,7 @@ def _follow(trainer: Any, board: Any, max_restarts: int, wait: Wait, group: Grou
             failed.append(error)
 
     fitting = threading.Thread(target=fit, daemon=True)
-    told, until = 0, float("inf")
+    reported, until = 0, float("inf")
     with StopSignals() as signals:
         fitting.start()
         while True:
@@ -301,8 +300,8 @@ def _follow(trainer: Any, board: Any, max_restarts: int, wait: Wait, group: Grou
                 until = time.monotonic() + GRACE_SECONDS
             if is_done or time.monotonic() > until:
                 break
-            if told < len(starts) <= max_restarts and not set(FINAL).issuperset(starts[-1].values()):
-                told = len(starts)
+            if reported < len(starts) <= max_restarts and not set(FINAL).issuperset(starts[-1].values()):
+                reported = len(starts)
                 say(f"mnist-dist: Ray looks for a new group: for {GROUP_SECONDS} s of the same size", is_error=True)
             time.sleep(POLL_SECONDS)
     if signals.number:

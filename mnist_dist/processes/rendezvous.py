@@ -24,7 +24,7 @@ from mnist_dist.text import first_line
 from mnist_dist.worker import Worker
 
 POLL_SECONDS = 0.05  # between two looks whether all are there
-CLOCK_SECONDS = 2.0  # apart: more is said
+CLOCK_SECONDS = 2.0  # difference of two clocks from which there is a warning
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank, or one machine, is; what must be the same on all but for the host."""
+    """The facts of a rank or a machine. All but the host must be the same on all."""
 
     host: str = field(default_factory=platform.node)
     versions: Mapping[str, str] = field(default_factory=_versions)
@@ -61,7 +61,7 @@ class Meeting:
         self.worker = Worker()
 
     def facts(self, facts_here: Facts) -> list[Facts]:
-        """Bring this one's facts; those of all, in their order, once all are there and like each other."""
+        """Write these facts; returns the facts of all, in their order, once all are there and equal."""
         name = f"{facts_here.host} {uuid.uuid4().hex}"
         first = self._ask(lambda: self.store.compare_set(f"{self.own}/name", "", name)).decode()
         if first != name:

@@ -1,8 +1,8 @@
-"""What the starts of a launch know of each other, if its launcher starts all processes again when one is lost.
+"""What a start of a launch knows of earlier starts, if its launcher starts all processes again when one is lost.
 
-The launcher's store outlives the processes. It holds addresses of processes that are dead, and a new one that reads
-them fails or hangs: so the processes of each start meet under names of their own. And it tells a later start which
-folder an earlier one has opened, and whether the run has ended in a way that another start does not change.
+The launcher's store outlives the processes. It holds addresses of dead processes, and a new process that reads them
+fails or hangs. So the processes of each start meet under other names. The store also holds the folder that an earlier
+start has opened, and whether the run has ended in a way that another start does not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class RestartState:
 
     def __init__(self, launch: Launch, timeout_s: float) -> None:
         self.launch, self.timeout_s = launch, timeout_s
-        # a launcher of torch's has the store; its variables are no surprise to the person who has started it
+        # the store is torchrun's, whose variables the user expects
         self._why = "" if launch.has_store else launch.variables
         self._store = store_at(LOOPBACK if launch.is_one_machine and not launch.has_store else launch.master_address,
                                launch.master_port, setting="MASTER_ADDR", timeout_s=timeout_s, why=self._why,
@@ -34,7 +34,7 @@ class RestartState:
         """
         from torch.distributed import PrefixStore, init_process_group
 
-        # a store that is made anew at each start needs no name of its own: after machines have come and gone, their
+        # a store that is made at each start needs no such name: after machines have come and gone, their
         # launchers have counted differently
         start = self.launch.restart if self.launch.has_store else 0
         store = PrefixStore(f"start-{start}", self._store)
@@ -67,4 +67,4 @@ class RestartState:
 
     def _write(self, name: str, text: str) -> None:
         self._store.set(name, text)
-        self._store.get(name)  # `set` does not wait for the store: this answer comes after the text is stored
+        self._store.get(name)  # `set` does not wait for the store; an answer to this comes after the text is stored

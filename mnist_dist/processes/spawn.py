@@ -49,7 +49,7 @@ def read_machines(number: str | None, rank: str | None, address: str | None) -> 
         raise UserError("--machines needs --address HOST or HOST:PORT, which all machines reach machine 0 by: give the "
                         "same on each machine")
     host, port = address, str(PORT)
-    if re.fullmatch(r"\[.*\]:.*|[^:]*:[^:]*", address):  # an IPv6 address has colons of its own
+    if re.fullmatch(r"\[.*\]:.*|[^:]*:[^:]*", address):  # an IPv6 address has colons too
         host, _, port = address.rpartition(":")
     host = host.strip("[]")
     number_of_port = whole(port)
@@ -66,7 +66,7 @@ def runs_on_cpu(launch: Launch) -> bool:
 
 
 def check_gpus(launch: Launch, num_local_processes: int) -> None:
-    """Raises `UserError` if the run is on GPUs and this machine has fewer than processes."""
+    """Raises `UserError` if the run is on GPUs and this machine has fewer GPUs than processes."""
     import torch
 
     if not runs_on_cpu(launch) and num_local_processes > torch.cuda.device_count():
@@ -77,7 +77,7 @@ def check_gpus(launch: Launch, num_local_processes: int) -> None:
 
 
 def too_many(launch: Launch, num_local_processes: int) -> str | None:
-    """A warning if processes on the CPU are more than its cores; None if not."""
+    """A warning if there are more processes on the CPU than cores; None if not."""
     if not runs_on_cpu(launch) or num_local_processes <= (cores := num_cores()):
         return None
     return (f"{num_local_processes} processes on {counted(cores, 'core')} take turns: a step takes longer than with "
@@ -133,7 +133,7 @@ def spawn(launch: Launch, num_processes: int, arguments: Sequence[str], machines
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     os.environ["ACCELERATE_USE_CPU"] = str(runs_on_cpu(launch)).lower()
     os.environ.update(child_environment())
-    for name in logging.root.manager.loggerDict:  # each has a level of its own
+    for name in logging.root.manager.loggerDict:  # each has its level
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes print what went wrong
     local = local_store(timeout_s) if machines.number == 1 else None  # kept to the end

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. They are noted; the run obeys them when it can leave a checkpoint."""
+"""Signals that ask a run to stop. They are noted, and the run stops when it can write a checkpoint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 def number_of(interrupt: KeyboardInterrupt) -> int:
-    """The signal behind it."""
+    """The number of the signal that caused it."""
     return interrupt.number if isinstance(interrupt, Interrupt) else signal.SIGINT
 
 

@@ -57,7 +57,7 @@ class Wait:
 
 
 def within(seconds: float, task: Callable[[], T]) -> T:
-    """What `task` returns. Raises `TimeoutError` if it takes longer; it is then left behind in its thread."""
+    """What `task` returns. Raises `TimeoutError` if it takes longer; its thread then goes on."""
     worker = Worker()
     try:
         return worker.submit(task).result(seconds)

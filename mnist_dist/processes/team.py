@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from accelerate.utils import DistributedDataParallelKwargs
 
 T = TypeVar("T")
-# For tasks with a time limit of their own, such as a download. A process that dies is noticed at once all the same.
+# For tasks that have a time limit, such as a download. A process that dies is noticed at once.
 PATIENT_TIMEOUT = timedelta(hours=1)
 POLL_SECONDS = 50e-6  # between two looks at an event
 ASK_SECONDS = 2.0  # of waiting for the device; then this rank looks for the others' signs of life
@@ -87,8 +87,8 @@ class Team:
         return gathered
 
     def swap(self, tensor: Tensor, partner: int) -> Tensor:
-        """The partner rank's tensor, which gets this one's; the lower rank sends first. Both call it, with tensors of
-        one shape.
+        """Send this rank's tensor to the partner and return the partner's. The lower rank sends first. Both ranks call
+        it, with tensors of one shape.
         """
         received = torch.empty_like(tensor)
         sends, receives = functools.partial(dist.send, tensor, partner), functools.partial(dist.recv, received, partner)
@@ -98,13 +98,13 @@ class Team:
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """What is done inside counts as exchanging tensors with other ranks."""
+        """The time inside counts as exchange of tensors with other ranks."""
         begin = time.perf_counter()
         yield
         self.exchanged_since(begin)
 
     def exchanged_since(self, begin: float) -> None:
-        """Since this reading of `time.perf_counter` this rank has been exchanging tensors with others."""
+        """Count the time since this reading of `time.perf_counter` as exchange of tensors."""
         if not self.is_cuda:
             self.exchange_seconds += time.perf_counter() - begin
 
@@ -133,7 +133,7 @@ class Team:
 
         Returns the main rank's result, or with "every" this rank's own. If a task raises a `MnistDistError`, every
         rank raises the first one, so that none waits for a rank that has left. `patient` waits longer than --timeout,
-        for tasks with a time limit of their own. Collective.
+        for tasks that have a time limit. Collective.
         """
         here = {"main": self.is_main, "machine": self.accelerator.is_local_main_process, "every": True}[where]
         result: Any = None
@@ -161,12 +161,12 @@ class Team:
             dist.barrier(group=self._host)
 
     def synchronize(self) -> None:
-        """Wait until the device has worked off its queue and every rank is here. Collective."""
+        """Wait until the device's queue is empty and every rank is here. Collective."""
         self.wait_for_device()
         self.barrier()
 
     def wait_for_device(self) -> None:
-        """Wait until the device has worked off its queue. Raises as `wait_for`."""
+        """Wait until the device's queue is empty. Raises as `wait_for`."""
         if self.is_cuda:
             event = torch.cuda.Event()
             event.record()

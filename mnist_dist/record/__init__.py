@@ -1,6 +1,6 @@
 """What a run leaves behind, and how it is read back. Reading needs neither torch nor accelerate.
 
-`checkpoint` and `pictures` hold tensors, so these two import torch; nothing else here does.
+Only `checkpoint` and `run_pictures` hold tensors and import torch.
 """
 
 from mnist_dist.record.metrics import EpochRecord, RunSummary

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: tensors as safetensors, the rest as JSON, a manifest of checksums last.
 
-A checkpoint is written to a temporary folder, synced, and renamed. If one does not match its manifest, a warning names
-it and the one before it is read. Nothing is unpickled. One process writes, beside its training; it knows nothing of the
-others.
+A checkpoint is written to a temporary folder, synced, and renamed. If it does not match its manifest, a warning names
+it, and the previous checkpoint is read. Nothing is unpickled. One process writes, beside its training; it knows nothing
+of the other ranks.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class CheckpointWriter:
         self._error: BaseException | None = None
 
     def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Copy everything, and begin to write `root`/step-<step>. Waits for the one before, and raises as `wait`. Of
-        tensors that are not finite nothing is written: the last good checkpoint stays the newest.
+        """Copy everything, and begin to write `root`/step-<step>. Waits for the previous checkpoint, and raises as
+        `wait`. If a tensor is not finite, nothing is written: the last good checkpoint stays the newest.
         """
         begin = time.perf_counter()
         self.wait()
@@ -90,13 +90,13 @@ class CheckpointWriter:
         self.pauses.append(time.perf_counter() - begin)
 
     def tidy(self, step: int) -> None:
-        """Finish what an earlier process has left undone, of which the checkpoint of this step was the last one."""
+        """Finish what an earlier process left undone, whose last checkpoint was that of this step."""
         _remove_left(self.root)
         _drop_old(self.root, step, self.keep)
 
     def wait(self) -> None:
-        """Wait until the last one is whole. Raises `MnistDistError` if the disk is full or cannot be written; the older
-        checkpoints are then unchanged.
+        """Wait until the last checkpoint is whole. Raises `MnistDistError` if the disk is full or cannot be written; the
+        older checkpoints are then unchanged.
         """
         if self._thread:
             self._thread.join()
@@ -106,7 +106,7 @@ class CheckpointWriter:
             raise error
 
     def figures(self) -> dict[str, Any]:
-        """How many were written, and how long they took, as `RunSummary` names it."""
+        """The number of checkpoints and their times, as `RunSummary` names them."""
         return {
             "checkpoints": len(self.delays),
             "checkpoint_pause_seconds": statistics.median(self.pauses) if self.pauses else None,
@@ -121,7 +121,7 @@ class CheckpointWriter:
             self.wait()
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the tensors to where they are in the file, so that nothing is left to do but to write it."""
+        """Copy the tensors to their places in the file's bytes, which then only have to be written."""
         if not self._content:
             self._content = bytearray(tensor_bytes(tensors))
             # a safetensors file has the length of its head, the head as JSON, the data
@@ -167,16 +167,16 @@ def _write_checkpoint(root: Path, step: int, files: dict[str, bytes | bytearray]
 
 
 def _remove_left(root: Path) -> None:
-    """Remove what a process has left that was killed while it wrote a checkpoint."""
+    """Remove what a process left behind that was killed while it wrote a checkpoint."""
     for name in names_in(root):
         if name.startswith(".step-"):
-            with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way
+            with contextlib.suppress(OSError):  # what cannot be removed does no harm
                 remove_tree(root / name)
 
 
 def _drop_old(root: Path, step: int, keep: int) -> None:
     """Drop all but the newest `keep` up to this step: a later one is damaged, or it would have been resumed from."""
-    with contextlib.suppress(OSError):  # what cannot be dropped today is dropped another time
+    with contextlib.suppress(OSError):  # what cannot be removed now is removed with the next checkpoint
         for old in [folder for folder in _newest_first(root) if 0 <= _step_of(folder) < step][keep - 1 :]:
             remove_tree(old)
 
@@ -187,7 +187,7 @@ def step_name(step: int) -> str:
 
 
 def _newest_first(root: Path) -> list[Path]:
-    """Everything that is called like a checkpoint; what has no number comes last."""
+    """All folders with the name of a checkpoint, the newest first; names without a number come last."""
     folders = [root / name for name in names_in(root) if name.startswith("step-")]
     return sorted(folders, key=lambda path: (_step_of(path), path.name), reverse=True)
 

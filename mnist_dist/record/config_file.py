@@ -18,7 +18,7 @@ from mnist_dist.disk.files import read_limited
 from mnist_dist.errors import UserError
 from mnist_dist.text import cause, cut
 
-# of an option, which wandb's own functions would otherwise find and ours override
+# of options. wandb's functions would read these variables too, and ours override them
 VARIABLES = {"mirror": "MNIST_DIST_MIRROR", "wandb_project": "WANDB_PROJECT", "wandb_entity": "WANDB_ENTITY",
              "wandb_notes": "WANDB_NOTES", "run_name": "WANDB_NAME", "tags": "WANDB_TAGS"}
 MOST_BYTES = 65_536  # of a file of options, which has 2,000
@@ -34,7 +34,7 @@ def merged(*layers: Mapping[str, Any]) -> TrainConfig:
             values.pop("per_device_batch_size", None)
         values |= layer
     if values.get("data_dir") is not None and values.get("dataset", "auto") == "auto":
-        values["dataset"] = "mnist"  # in a folder that somebody names, nothing else stands in for it
+        values["dataset"] = "mnist"  # in a folder that the user names, the embedded digits do not replace MNIST
     return TrainConfig(**values)
 
 
@@ -86,12 +86,12 @@ def _read(path: Path, source: str) -> dict[str, Any]:
     try:
         # a link that a person names is followed
         text = read_limited(path.resolve(), MOST_BYTES).decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few of them unfold to gigabytes
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few aliases unfold to gigabytes
             raise ValueError("it has an alias (*name): write the value out")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source} cannot be read ({cause(error)}): name a run's config.yaml") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: no such date
         reason = " ".join(str(error).split())
         raise UserError(f"{source} is not YAML ({cut(reason, 200)}): correct or replace it") from None
     if values is None:

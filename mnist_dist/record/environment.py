@@ -55,7 +55,7 @@ def vector_instructions() -> list[str]:
 
 
 def processor_kind() -> str:
-    """A short name for processors that run the same code: two that only have the same name may not."""
+    """A short name for processors that run the same code. Two processors with one name may not."""
     features = _of_processor("flags", "Features") or ""  # as x86 and ARM have it
     words = [platform.machine(), processor_name(), *sorted(features.split())]
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]

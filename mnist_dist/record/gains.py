@@ -22,7 +22,7 @@ class Gain:
     torch: str
 
     def pays(self, steps: float) -> bool:
-        """Whether so many steps save more time than compiling takes."""
+        """Whether `steps` steps save more time than compiling takes."""
         return steps * self.saved_seconds_per_step > self.compile_seconds
 
 

@@ -1,4 +1,4 @@
-"""The figures that a run records, each once: name, group, unit, meaning (as `TrainConfig` has the options).
+"""The metrics that a run records, each once: name, group, unit, meaning (as `TrainConfig` has the options).
 
 `EpochRecord` is a line of `metrics.jsonl` and an entry of `result.json`; its groups are those that W&B shows. Importing
 this needs no torch.
@@ -102,7 +102,7 @@ class RunSummary:
     """The figures of a run over all its epochs."""
 
     global_batch_size: int = figure("summary", "samples that one optimizer step averages over", unit="samples")
-    per_device_batch_size: int = figure("summary", "of these, at most so many on one process", unit="samples")
+    per_device_batch_size: int = figure("summary", "the most of these on one process", unit="samples")
     learning_rate: float = figure("summary", "the rate in force, after --lr-rule")
     compile_seconds: float = figure("summary", "compiling the step, outside all other times", unit="s")
     checkpoints: int = figure("summary", "checkpoints written since the process started", default=0)
@@ -139,7 +139,7 @@ def evaluations_of(records: Sequence[EpochRecord], num_train: int, batch: int) -
 
 
 def reached(targets: Sequence[float], evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each target the first evaluation at or below it."""
+    """For each target the first evaluation at or below it."""
     names = ("step", "samples", "train_seconds", "test_nll")
     times = []
     for target in targets:

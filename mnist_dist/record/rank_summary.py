@@ -1,4 +1,4 @@
-"""What is said of all ranks together, and the meter of another training. Needs no torch."""
+"""The summary over ranks, and the meter of another training. Needs no torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Meter:
         self._window = self._open.enter_context(self._watch.window(warmup=self._warmup_left > 0))
 
     def step(self, samples: int) -> None:
-        """An optimizer step is done, over so many samples of all processes."""
+        """An optimizer step is done, over `samples` samples of all processes."""
         self._window.lap(samples, 0.0)
         if self._warmup_left:
             self._warmup_left -= 1
@@ -74,7 +74,7 @@ class Meter:
     def write(self, folder: str | Path, *, global_batch_size: int, num_processes: int, **environment: Any) -> None:
         """Write `result.json` into the folder, which is made if it is missing; for one process to call.
 
-        `environment` is what else the study's table is to say of hardware and versions, such as torch="2.6".
+        `environment` is what the study's table shows of hardware and versions, such as torch="2.6".
         """
         result = {
             "status": "completed",

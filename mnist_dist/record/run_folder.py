@@ -84,7 +84,7 @@ def check_place(config: TrainConfig) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """What is done inside writes to the run's folder. Raises `MnistDistError` if the disk is full or fails."""
+    """For code that writes to the run's folder. Raises `MnistDistError` if the disk is full or fails."""
     try:
         yield
     except OSError as error:

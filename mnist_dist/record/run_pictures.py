@@ -1,7 +1,7 @@
 """The pictures: one digit, a grid of digits, predictions beside their truth, a run's learning curves.
 
 PNG on a white ground, readable in light and dark viewers; wrong predictions are marked by a word and a frame, not by
-colour alone. Images are uint8 [N, 1, 28, 28]. It draws what it is given and knows nothing of runs or models.
+colour alone. Images are uint8 [N, 1, 28, 28]. It knows nothing of runs or models.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def draw_grid(images_N1HW: Tensor, titles: Sequence[str], path: Path, *, columns
     rows, top = -(-len(titles) // columns), 0.35 if heading else 0.0
     width, height = 1.7 * columns, 1.95 * rows + top  # inches
     figure = Figure(figsize=(width, height))
-    # all in one pair of axes, in units of an inch: a pair for each image takes four times as long to draw
+    # all in one pair of axes, in inches: a pair of axes for each image takes four times as long
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     for i, title in enumerate(titles):

@@ -19,7 +19,7 @@ MOST = 2**63  # a whole number is below it
 
 @functools.cache
 def _model(kind: type, is_partial: bool) -> Any:
-    """The model of a record; of a partial one, all that is missing or None is right, and any number for a whole one."""
+    """The model of a record. In a partial record any field may be missing or None, and a float may stand for an int."""
     from pydantic import create_model
 
     hints = get_type_hints(kind)

@@ -55,7 +55,7 @@ def mode_asked(asked: str, warn: Callable[[str], None]) -> Mode:
     """The mode that the user wants: `--wandb`, and for "auto" all of wandb's ways to switch it off."""
     if asked != "auto":
         return MODES[asked]
-    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ON:  # wandb itself no longer reads it
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ON:  # wandb no longer reads it
         return "disabled"
     for source, name in (("WANDB_MODE", os.environ.get("WANDB_MODE")),
                          ("mode in wandb/settings", settings_of_folder().get("mode")),

@@ -34,7 +34,7 @@ Row = Mapping[str, Any]  # values by W&B's names; `step`, `samples` and `epoch`,
 
 
 class Rows(NamedTuple):
-    """What W&B gets of a run whose epochs have `num_train` samples in batches of `batch`."""
+    """The rows that W&B gets from a run whose epochs have `num_train` samples in batches of `batch`."""
 
     num_train: int
     batch: int
@@ -66,7 +66,7 @@ class Rows(NamedTuple):
 
 
 def run_name(batch: int, num_processes: int, learning_rate: float, seed: int) -> str:
-    """A name that tells runs apart: `b200-p2-lr1e-4-seed0`."""
+    """The name of a run in W&B: `b200-p2-lr1e-4-seed0`."""
     mantissa, exponent = f"{learning_rate:e}".split("e")
     return f"b{batch}-p{num_processes}-lr{float(mantissa):g}e{int(exponent)}-seed{seed}"
 
@@ -79,7 +79,7 @@ class Mirror:
         self.mode: Mode = "disabled"
         self.run: Any = None  # wandb's
         self._worker: Worker | None = None
-        self._late = False  # a call has exceeded its limit: it is waited for at the end only
+        self._late = False  # a call has exceeded its limit: only `finish` waits for it
         self._errors: list[str] = []
         self.is_whole = True  # whether W&B has taken everything, as far as is known
 
@@ -166,7 +166,7 @@ class Mirror:
         self.send(task)
 
     def send(self, task: Callable[[Any], None]) -> None:
-        """Do something with W&B's run, in the thread; `finish` waits for it."""
+        """Call `task` with W&B's run, in the thread; `finish` waits for it."""
         self._call(lambda: task(self.run), 0)
 
     def log_results(self, summary: RunSummary, labels: Sequence[int], guesses: Sequence[int],

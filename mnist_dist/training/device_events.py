@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-STEPS_PER_EVENT = 16  # at batch 1 some 0.3 ms, in which the host looks at an event and queues the next steps
+STEPS_PER_EVENT = 16  # 0.3 ms at batch 1: time for the host to check an event and queue the next steps
 
 
 class DeviceMarks:
-    """Events in the queue of the GPU; `wait_for` waits until the GPU has come to one."""
+    """Events in the queue of the GPU; `wait_for` waits until the GPU reaches an event."""
 
     every = STEPS_PER_EVENT
 
@@ -24,7 +24,7 @@ class DeviceMarks:
         self._last: torch.cuda.Event | None = None
 
     def mark(self) -> torch.cuda.Event:
-        """An event; returns when the GPU has come to the one before."""
+        """A new event; returns when the GPU reaches the previous event."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         if self._last is not None:

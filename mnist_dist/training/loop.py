@@ -126,7 +126,7 @@ class Loop:
         return bool(targets) and test["test_nll"] <= targets[-1]
 
     def _add_evaluation(self, test_nll: float, test_accuracy: float, seconds: float) -> dict[str, Any]:
-        """Note an evaluation within the epoch, after so many seconds of training in it."""
+        """Note an evaluation within the epoch, after `seconds` of training in it."""
         progress, trainer = self.progress, self.trainer
         evaluation = {
             "step": progress.global_step,

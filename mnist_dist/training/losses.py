@@ -1,4 +1,4 @@
-"""The loss within an epoch: points for `steps.jsonl`, over all ranks, and this rank's latest for a person who watches.
+"""The loss within an epoch: points for `steps.jsonl`, over all ranks, and this rank's latest loss for the screen.
 
 The sums of losses exist for each step. Points are made when these are summed over the ranks anyway: at a checkpoint, an
 evaluation, the end of an epoch. The latest loss is read without waiting for the device.
@@ -19,8 +19,8 @@ from mnist_dist.console import Console
 from mnist_dist.record.metrics import samples_at
 from mnist_dist.training.sampling import GlobalBatchSampler
 
-SHOW_SECONDS = 0.25  # between two looks at the progress at least
-POINTS = 50  # of an epoch, unless --log-every says otherwise
+SHOW_SECONDS = 0.25  # the least time between two updates
+POINTS = 50  # per epoch, unless --log-every says otherwise
 
 
 def ends_of_points(every: Every | None, batches: GlobalBatchSampler, epoch: int) -> list[int]:
@@ -37,8 +37,8 @@ def points(ends: Sequence[int], since: int, losses: Sequence[float], step_second
            batches: GlobalBatchSampler) -> list[dict[str, Any]]:
     """The points that end after step `since` of the epoch, each as a line of `steps.jsonl` has it.
 
-    `losses` are the sums of losses of the epoch's steps so far, in nats over all ranks; `step_seconds` are the times of
-    the last of these steps on this rank. A point has no rate if a time is missing: of the warm-up, or before a resume.
+    `losses` are the sums of losses of the epoch's steps so far, in nats over all ranks. `step_seconds` are the times of
+    the last of these steps on this rank. A point has no rate if a time is missing: in the warm-up, or before a resume.
     """
     first_timed, before = len(losses) - len(step_seconds), epoch * batches.num_batches
     made = []
@@ -89,8 +89,8 @@ class RunningLoss:
         self._step = step
 
     def after(self, step: int) -> float | None:
-        """Mean loss per sample over the steps since the last call, `step` steps of the epoch being done; on a GPU of
-        the last steps whose sum has arrived. None if this rank has had no sample yet.
+        """Mean loss per sample over the steps since the last call, when `step` steps of the epoch are done. On a GPU it
+        is of the last steps whose sum has arrived. None if this rank has had no sample yet.
         """
         samples, total = self.batches.own_samples(range(self._step, step)), self.sums[0, self._step : step].sum()
         self._step = step
@@ -126,7 +126,7 @@ class Display:
         self._last = time.monotonic(), step
 
     def show(self, epoch: int, done: int) -> None:
-        """`done` steps of the epoch are done: show that, if the last time is long enough ago."""
+        """Show that `done` steps of the epoch are done, at most every SHOW_SECONDS."""
         now, (then, before) = time.monotonic(), self._last
         if now - then < SHOW_SECONDS:
             return

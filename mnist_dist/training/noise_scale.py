@@ -1,4 +1,4 @@
-"""The gradient noise scale: the batch size beyond which more samples say little that is new (McCandlish et al. 2018,
+"""The gradient noise scale: the batch size beyond which more samples add little information (McCandlish et al. 2018,
 arXiv 1812.06162). It is tr(S) / |G|^2, with the true gradient G and the covariance S of single samples' gradients.
 
 Both follow from the mean squared norm of single samples' gradients, |G|^2 + tr(S), and the squared norm of a batch's
@@ -24,7 +24,7 @@ Z = 1.96  # of a normal distribution, for 95 %
 
 
 class NoiseScale(NamedTuple):
-    """The estimate and its 95 % interval, in samples. All are None if the gradient cannot be told from its noise."""
+    """The estimate and its 95 % interval, in samples. All are None if the gradient is not larger than its noise."""
 
     noise_scale: float | None
     noise_scale_low: float | None
@@ -68,7 +68,7 @@ class SampleNorms:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The squared norm of all of them together."""
+    """The squared norm of all gradients together."""
     return torch.stack(torch._foreach_norm(list(gradients))).square().sum()
 
 

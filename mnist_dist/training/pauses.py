@@ -1,7 +1,7 @@
-"""When a run looks up from its steps: for a signal, a checkpoint, an evaluation, or a word about its progress.
+"""When a run stops taking steps for a moment: for a signal, a checkpoint, an evaluation, or a line on the screen.
 
-All ranks must look up at the same step and come to the same answer, so they agree about every half second; how many
-steps that is follows from their own speed. It knows nothing of models or files.
+All ranks must stop at the same step, so they agree about every half second. The number of steps in half a second
+follows from their speed. It knows nothing of models or files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PauseSchedule:
         return self.every.number > 0
 
     def next_stop(self, epoch: int, step: int) -> int:
-        """The step of the epoch, after `step`, before which the ranks look up next; the epoch may end earlier."""
+        """The step of the epoch before which the ranks stop next, after `step`; the epoch may end earlier."""
         stop = step + self._poll_steps
         if self.every.unit == "steps" and self.is_on:
             stop = min(stop, step + self.every.number - (epoch * self.num_batches + step) % self.every.number)
@@ -47,7 +47,7 @@ class PauseSchedule:
         return min([stop, *evaluations[bisect_right(evaluations, step) :][:1]])
 
     def poll(self, steps_done: int = 0) -> None:
-        """Agree on signals and the checkpoint clock, after so many steps since the last time. Collective."""
+        """Agree on signals and the checkpoint clock, `steps_done` steps after the last call. Collective."""
         now = self.clock()
         per_step = (now - self._polled_at) / steps_done if steps_done else 0.0
         self._polled_at = now
@@ -55,19 +55,19 @@ class PauseSchedule:
         signal, agreed, per_step = self.team.max(self.signals.number, due, per_step)
         self.stop_signal, self._clock_is_due = int(signal), bool(agreed)
         if per_step:
-            # at most twice as many as before: the first steps of a GPU are only queued, which takes no time
+            # at most twice the last number: the first steps on a GPU are only queued, which takes no time
             self._poll_steps = max(1, min(2 * self._poll_steps, math.floor(POLL_SECONDS / per_step)))
 
     def is_evaluation_due(self, epoch: int, step: int) -> bool:
-        """Whether to evaluate, `step` steps of the epoch being done."""
+        """Whether to evaluate when `step` steps of the epoch are done."""
         return step in self.evaluates_after(epoch)
 
     def is_pause_due(self, epoch: int, step: int) -> bool:
-        """Whether to pause, `step` steps of the epoch being done."""
+        """Whether to pause when `step` steps of the epoch are done."""
         return self.is_evaluation_due(epoch, step) or self.is_checkpoint_due(epoch, step)
 
     def is_checkpoint_due(self, epoch: int, step: int) -> bool:
-        """Whether a checkpoint is due or a signal has come, `step` steps of the epoch being done."""
+        """Whether a checkpoint is due, or a signal has come, when `step` steps of the epoch are done."""
         done = epoch * self.num_batches + step
         multiple = self.is_on and self.every.unit == "steps" and done % self.every.number == 0
         return multiple or self._clock_is_due or self.stop_signal > 0

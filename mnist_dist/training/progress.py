@@ -16,7 +16,7 @@ from mnist_dist.text import cause
 
 @dataclass
 class Progress:
-    """Of one run, whose epochs have `num_batches` steps."""
+    """The progress of one run, whose epochs have `num_batches` steps."""
 
     run_id: str
     num_batches: int
@@ -64,9 +64,9 @@ class Progress:
             self.watch = dict(state["watch"])
             if not all(isinstance(value, (int, float)) for value in self.watch.values()):
                 raise TypeError("its stopwatch has values that are not numbers")
-            Stopwatch(lambda: None, **self.watch)  # it has these names
+            Stopwatch(lambda: None, **self.watch)  # raises TypeError for other names
             self.evaluations = [dict(evaluation) for evaluation in state["evaluations"]]
-            json.dumps(self.state(), allow_nan=False)  # or the next checkpoint would find a number that is not finite
+            json.dumps(self.state(), allow_nan=False)  # a number that is not finite would stop the next checkpoint
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{kept.folder} is not a checkpoint of this program ({cause(error)}): "
                             "remove it, or give another --output-dir") from None

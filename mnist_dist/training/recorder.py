@@ -91,12 +91,12 @@ class Recorder:
             self.console.evaluation_row(progress.epoch, evaluation)
 
     def add_points(self, watch: Stopwatch, done: int) -> None:
-        """Keep the new points of the loss, `done` steps of the epoch being done. They go to W&B now, which takes rows
-        in the order of their steps, and to the folder with the next write.
+        """Keep the new points of the loss, when `done` steps of the epoch are done. They go to W&B now, which takes
+        rows in the order of their steps, and to the folder with the next write.
         """
         losses, times = self.trainer.losses, watch.step_seconds
         if self.team.is_main:
-            with_loss = max(0, len(times) - done + len(losses))  # where a step diverges, fewer losses than steps
+            with_loss = max(0, len(times) - done + len(losses))  # if a step diverges, there are fewer losses than steps
             if new := self.losses.add(self.progress.epoch, losses, times[:with_loss]):
                 self.mirror.log(list(map(self.rows.of_point, new)))
 
@@ -128,7 +128,7 @@ class Recorder:
         step = self.progress.global_step
 
         def task() -> None:
-            self._write_points()  # before the checkpoint, from which a resume goes on with the next point
+            self._write_points()  # before the checkpoint: a resume continues with the next point
             self.checkpoints.write(step, self.trainer.tensors(), state)
 
         self.write(task)

@@ -1,4 +1,4 @@
-"""What a run leaves at its end beside its figures: the model and the pictures.
+"""What a run leaves at its end beside its metrics: the model and the pictures.
 
 Called by the main process alone; `load_model` reads a run's model back, executing nothing from it.
 """

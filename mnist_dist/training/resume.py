@@ -30,8 +30,8 @@ class Earlier(NamedTuple):
     fixed: Mapping[str, Any] = {}
 
     def refuse_changes(self, now: Mapping[str, Any]) -> None:
-        """Raises `UserError`, naming everything that `now` has otherwise. A run of which nothing but its options is
-        left is compared in these alone.
+        """Raises `UserError` that names everything in `now` that differs. If only the options of the earlier start are
+        left, only these are compared.
         """
         if self.source is None:
             return
@@ -40,7 +40,7 @@ class Earlier(NamedTuple):
         if missing:
             raise UserError(f"{self.source} has no {cut(', '.join(missing), 200)}: another version of mnist_dist "
                             "wrote it; continue with that version, or give another --output-dir")
-        # two descriptions of a data set, with their digests, are whole
+        # long enough for two descriptions of a data set with their digests
         changed = [f"{name} {cut(self.fixed[name], 130)} (now {value})" for name, value in now.items()
                    if name in self.fixed and self.fixed[name] != value]
         if changed:
@@ -79,7 +79,7 @@ def look_at(folder: Path, warn: Callable[[str], None]) -> Earlier:
             **fixed_options(result.config), PRECISION: result.environment.mixed_precision,
             BATCH: result.summary.global_batch_size, DATA: dict(result.dataset),
         })
-    # None is what the launcher says
+    # None: the launcher decides
     options = {name: value for name, value in fixed_options(config).items() if value is not None}
     return Earlier(None, None, folder / CONFIG, options) if options else Earlier()
 

@@ -37,7 +37,7 @@ from mnist_dist.training.results import describe_environment
 from mnist_dist.training.resume import BATCH, DATA, PRECISION, Earlier, fixed_options, has_ended, look_at
 from mnist_dist.training.trainer import Trainer
 
-RESTART_SECONDS = 30.0  # that a start waits for the one before it, which may still write its last checkpoint
+RESTART_SECONDS = 30.0  # that a start waits for the previous start, which may still write its last checkpoint
 
 
 def train(config: TrainConfig, launch: Launch) -> None:
@@ -82,7 +82,7 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
             if team.starts and team.is_main and not isinstance(error, Stopped):
                 team.starts.end = error.exit_status, str(error)
             if run:
-                # before any rank ends: a launcher would then end the main one, which has a line to print
+                # before any rank ends: a launcher would then end the main rank, which has a line to print
                 team.run_on("main", partial(run.recorder.mirror.finish, error.exit_status), patient=True)
             team.end()
             raise

@@ -89,10 +89,10 @@ class GlobalBatchSampler:
 
     def rows(self, parts: int = 1) -> Tensor:
         """All of the epoch's as rows of int64 [steps * passes * parts, longest], padded with `NO_INDEX`, on the host.
-        Each pass is cut into so many parts, of which those at its end may be empty.
+        Each pass is cut into `parts`; those at its end may be empty.
 
-        By numpy, which has no threads: torch shares so little work out to 16 threads, which takes longer than an epoch
-        on a fast GPU (docs/performance.md).
+        By numpy, which has no threads: torch would use 16 threads for little work, which takes longer than an epoch on
+        a fast GPU.
         """
         order = self._order()
         begin, end = (cuts.reshape(-1, 1) for cuts in self._cuts())

@@ -31,13 +31,13 @@ from mnist_dist.training.sampling import make_loader, share_out
 from mnist_dist.training.steps import cpu_products, make_step, reproducible, wants_compiling
 from mnist_dist.training.steps.step import StepParts
 
-WARMUP_STEPS = 5  # the first steps of a process allocate and tune: timed apart
+WARMUP_STEPS = 5  # the first steps of a process allocate and tune, so they are timed separately
 EVALUATION_BATCH = 1000  # images per rank: bounds memory, changes no result
 
 
 class Adam(torch.optim.Adam):
-    """PyTorch's Adam: the same functions, without the decorators that make each start import PyTorch's compiler, which
-    takes a second. They keep the compiler out of these functions, and ours does not come to them (see compiled.py).
+    """PyTorch's Adam, without the decorators that make each start import PyTorch's compiler, which takes a second. They
+    keep the compiler out of these functions; our compiled step does not call them (compiled.py).
     """
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
@@ -108,7 +108,7 @@ class Trainer:
         return least if isinstance(least, int) and all(team.share(cpu_products.has_onednn())) else None
 
     def _measures_noise(self) -> bool:
-        """Whether the noise scale is wanted and can be had: fp16 scales gradients, and alone each rank has its own."""
+        """Whether the noise scale is wanted and possible. fp16 scales gradients; Local SGD has one for each rank."""
         config, precision = self.config, self.team.accelerator.mixed_precision
         return (config.noise_scale and not config.reproducible and config.local_sgd_steps == 1 and precision != "fp16"
                 and self.batches.count(0) > 1)
@@ -168,7 +168,7 @@ class Trainer:
         finite. The sums are then whole on the main rank and zero elsewhere, and `noise` is what they say. Collective.
         """
         total = self.team.sum(self.sums.clone())
-        self.team.wait_for_device()  # with a time limit, which reading the sums has not
+        self.team.wait_for_device()  # with a time limit; reading the sums has none
         losses, samples, batches = total[:, :num_steps].tolist()
         self.losses = losses
         for step, loss in enumerate(losses):

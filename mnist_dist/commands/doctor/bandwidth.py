@@ -26,7 +26,7 @@ PAIR_SECONDS = 0.2  # that one exchange should take
 
 @dataclass(frozen=True)
 class AllReduce:
-    """An all-reduce of so many bytes per rank: the median time, of the slowest rank, and what follows from it."""
+    """An all-reduce of `bytes` per rank: the median time, of the slowest rank, and what follows from it."""
 
     bytes: int
     seconds: float
@@ -63,7 +63,7 @@ def _median_seconds(team: Team, exchange: Callable[[], object]) -> float:
 
 
 def rounds(number: int) -> Iterator[list[tuple[int, int]]]:
-    """All pairs of so many, in rounds of pairs that have nobody in common (the circle method)."""
+    """All pairs of `number` hosts, in rounds of pairs that share no host (the circle method)."""
     places: list[int | None] = [*range(number), *([None] if number % 2 else [])]
     for _ in range(len(places) - 1):
         half = len(places) // 2

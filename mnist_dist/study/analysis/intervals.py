@@ -151,7 +151,7 @@ def ratio(top: Sequence[Estimate], bottom: Sequence[Estimate], comparisons: int 
     interval. What is in both cancels. Spreads of several pools are joined as by Welch (1947) and Satterthwaite (1946).
 
     The interval is one of `comparisons` that hold their truths all together (Sidak 1967, JASA 62: the bound holds for
-    t statistics that share a spread), or of all pairs `among` so many quantities (Tukey; Games & Howell 1976 for
+    t statistics that share a spread), or of all pairs of `among` quantities (Tukey; Games & Howell 1976 for
     spreads that differ). So the best of them may be compared with the others.
 
     Its level is at most that at which the ranges of two samples of so few repeats separate by chance, which needs no
@@ -206,7 +206,7 @@ def _quantile(freedom: float, comparisons: int, among: int) -> float:
 
 @functools.cache
 def _of_range(among: int, freedom: float) -> float:
-    """The same for all pairs among so many, from the studentized range. It takes scipy 0.3 s."""
+    """The same for all pairs of `among` quantities, from the studentized range. It takes scipy 0.3 s."""
     return float(stats.studentized_range.isf(1 - CAUTIOUS, among, freedom)) / math.sqrt(2)
 
 

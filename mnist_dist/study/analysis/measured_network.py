@@ -25,7 +25,7 @@ class AllReduceTimes:
     points: Sequence[tuple[int, float]]
 
     def seconds(self, size: float) -> float:
-        """An all-reduce of so many bytes, on the line between the two nearest sizes or beyond the last two."""
+        """An all-reduce of `size` bytes, on the line between the two nearest sizes or beyond the last two."""
         at = next((at for at, (bytes, _) in enumerate(self.points[1:-1], 1) if size <= bytes), len(self.points) - 1)
         (smaller, sooner), (larger, later) = self.points[at - 1 : at + 1]
         return later + (later - sooner) / (larger - smaller) * (size - larger)

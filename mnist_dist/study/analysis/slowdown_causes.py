@@ -10,7 +10,7 @@ from mnist_dist.tables import number
 from mnist_dist.text import counted
 
 LEAST_SHARE = 0.1  # a part that is less of what is lost is not named
-AS_LARGE = 0.5  # a part that is so much of the largest one is a cause as well
+AS_LARGE = 0.5  # a part that is at least this share of the largest one is a cause as well
 COMPUTING = "computing"
 CAUSES = {
     COMPUTING: "computing", "wait": "waiting for data", "straggler": "waiting for the slowest rank",

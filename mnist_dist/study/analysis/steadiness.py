@@ -75,7 +75,7 @@ def _evenly(count: int) -> np.ndarray:
 
 
 def _p(z: float, places: int = 1) -> float:
-    """The two-sided probability of a normal value, by Bonferroni's bound for the largest of so many."""
+    """The two-sided probability of a normal value, by Bonferroni's bound for the largest of `places`."""
     return 2 * places * float(special.ndtr(-z))
 
 

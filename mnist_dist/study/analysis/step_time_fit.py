@@ -37,10 +37,10 @@ from mnist_dist.study.analysis.step_time import (
 
 DRAWS = 200  # over all hypotheses that are left
 LEAST_DRAWS = 30  # of one
-F_OF_FLOOR = 6.0  # there is a floor if it makes the squared distances so much smaller: an F test at 2 to 5 %
+F_OF_FLOOR = 6.0  # the F statistic from which there is a floor: a test at 2 to 5 %
 MOST_STARTS = 4  # floors from which the search begins
 MODEL_ERROR = 0.01  # of a step: what no law explains, and is no reason to refute it
-WORSE = 9.0  # in squared standard errors: a hypothesis that is so much worse than the best one is refuted
+WORSE = 9.0  # squared standard errors: a hypothesis that is worse than the best one by this is refuted
 REFUTED = 0.01  # no hypothesis describes the cells, if chance makes the best one so bad less often
 
 
@@ -230,7 +230,7 @@ def _search(shape: Shape, means: np.ndarray, errors: np.ndarray, start: np.ndarr
 
 def _with_undecided(cells: Cells, solved: Solved, draws: np.ndarray, random: np.random.Generator,
                     ring: tuple[float, float] | None) -> Fit:
-    """The fit in which each draw has a value of its own for what the cells do not decide."""
+    """The fit in which each draw has another value for what the cells do not decide."""
     undecided, values, free = set(), solved.values, solved.free
     smallest = min(place.batch for place in cells.places)
     if FLOOR not in free:

@@ -174,7 +174,7 @@ def plan(cells: Sequence[Cell], grid: Grid, seed: int, number: int, done: Iterab
 
 def possible(cells: Iterable[Cell], devices: int, kind: str, oversubscribe: bool,
              check: Callable[[Cell], None]) -> tuple[list[Cell], dict[Cell, str]]:
-    """(cells that can run, the others with the reason), on a machine with so many `kind` ("GPUs" or "cores").
+    """(cells that can run, the others with the reason) on a machine with these devices of `kind`, "GPUs" or "cores".
 
     `check` raises `UserError` for a cell that the training refuses.
     """

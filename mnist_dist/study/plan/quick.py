@@ -20,7 +20,7 @@ LADDER = tuple(50 * 4**k for k in range(6))  # 50 to 51,200: 200, the tutorial's
 SIZES = 5  # enough for a fit of the critical batch size
 SMALL, LARGE = LADDER[1], LADDER[4]  # those of the first look
 SHORTER = ((200, 800, 3200, 12_800), (200, 1600, 12_800), (SMALL, LARGE))  # batch sizes where five take too long
-FLAT = 8  # the largest batch size computes so many times as long as a step's fixed part, if the ladder has it
+FLAT = 8  # the largest batch size computes this many times as long as a step's fixed part, if the ladder has it
 REPEATS = (5, 4, 3)
 # A rate that follows the batch size, or the study would say that a larger batch does not help. The plain step at all
 # batch sizes, because compiling takes as long as a run. Large batches need many epochs; a run ends at its last target.

@@ -35,7 +35,7 @@ STYLE: Any = {
     "axes.spines.right": False, "legend.fontsize": 8,
 }
 BACKGROUND = "background"  # white in the files; the page has its own
-MOST_LINES = 16  # of a picture: more cannot be told apart
+MOST_LINES = 16  # of a picture: more cannot be distinguished
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ METHOD = (
 
 
 def add_learning(page: Page, targets: Sequence[Target], folder: Path) -> None:
-    """The section: a table for each target, and the critical batch size where it can be told."""
+    """The section: a table for each target, and the critical batch size where it is known."""
     page.add(Heading(2, TITLE))
     if not targets:
         page.add(Text(("Not measured: the runs have no target. ", Code("--target-nll 0.3,0.2 --evaluate-every "

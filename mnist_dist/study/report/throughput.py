@@ -202,7 +202,7 @@ def add_ranks(page: Page, analysis: Analysis) -> None:
 
 
 def lines_on_batches(analysis: Analysis, processes: int) -> list[Inline]:
-    """Whether so many processes are faster than the fewest that ran the same global batch size."""
+    """Whether `processes` processes are faster than the fewest that ran the same global batch size."""
     lines: list[Inline] = []
     compared = {cell: scaling for cell, scaling in analysis.strong.items() if cell.processes == processes}
     for base in sorted({scaling.base.processes for scaling in compared.values()}):

@@ -59,7 +59,7 @@ class Study:
     runs: list[PlannedRun] = field(default_factory=list)  # all of them, in their order
     impossible: dict[Cell, str] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)  # whose runs are in SLURM's queue, or not looked at since
-    predicted: Callable[[Cell], float] | None = None  # seconds of a run, where a first look has told them
+    predicted: Callable[[Cell], float] | None = None  # seconds of a run, from a first look
     _rows: dict[str, Row] = field(default_factory=dict)  # as read: a study of many runs reads each once
 
     def save(self) -> None:

@@ -83,7 +83,7 @@ def look_at_machine(use_cpu: bool) -> Machine:
 def environment_for(machine: Machine, mark: str) -> dict[str, str]:
     """What the processes of a run get, which all carry the study's `mark`."""
     marks = [os.environ.get(runner.MARK), mark]  # the study may belong to a tree itself
-    # each run has a name of its own in W&B
+    # each run has its name in W&B
     environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks)), "WANDB_NAME": ""}
     if not machine.gpus and machine.launcher == "torch":
         environment["ACCELERATE_USE_CPU"] = "true"
@@ -108,7 +108,7 @@ def facts_of_machine() -> dict[str, str]:
 
 
 def examine(processes: int, folder: Path, machine: Machine, mark: str) -> list[dict[str, Any]]:
-    """What `mnist-dist doctor` finds on so many processes. Raises `UserError` if it finds out nothing."""
+    """What `mnist-dist doctor` finds on `processes` processes. Raises `UserError` if it finds nothing."""
     words = [sys.executable, "-m", "mnist_dist", "doctor", "--json", f"--processes={processes}", "--dataset=synthetic",
              "--wandb=disabled", f"--output-dir={folder}"]
     try:

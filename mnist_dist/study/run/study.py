@@ -120,7 +120,7 @@ def _run(request: Request, machine: Machine) -> int:
 
         hint = mirror_study(study.folder, rows, request.tracking, study.mark.split("-")[1], request.command, say)
         if hint:
-            say(f"W&B was offline: to bring this study there, {hint}; each run's folder has a run of its own")
+            say(f"W&B was offline: to bring this study there, {hint}; each run's folder has its own run")
         failed = [row for row in rows if row["status"] == "failed"]
         for row in failed:
             say(f"failed: {row['run']}: {row['reason']}")
@@ -207,8 +207,8 @@ def _do_runs(study: Study, pending: Sequence[PlannedRun], request: Request, mach
 
 
 def _look_at_fabric(study: Study, processes: int, machine: Machine, say: Callable[[str], None]) -> None:
-    """Have the doctor measure what joins so many processes, if it has not yet, and pass on what it finds wrong. For our
-    own training only: the size of another one's gradient is not known.
+    """Have the doctor measure the network of `processes` processes, if it has not yet, and say what it finds wrong. For
+    our training only: the size of another training's gradient is not known.
     """
     known = all_reduce_times_of(study.fabric)
     if not study.program.is_ours or machine.launcher != "torch" or processes <= (known.processes if known else 1):

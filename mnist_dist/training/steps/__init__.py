@@ -21,8 +21,8 @@ WORTH_COMPILING_STEPS = 12_000
 def wants_compiling(config: TrainConfig, parts: StepParts, before: str | None = None) -> bool:
     """Whether this run's step is to be compiled: as asked, and with `auto` if that pays within the run.
 
-    A run that is continued keeps the kind of step that it had `before`, because its bits depend on it. What pays on a
-    GPU was measured on one of its kind (record/gains.py), or is not known: then the step is the plain one. Raises
+    A run that is continued keeps the kind of step that it had `before`, because its bits depend on it. On a GPU the
+    saving must have been measured on the same kind of GPU (record/gains.py); else the step is the plain one. Raises
     `UserError`. Collective.
     """
     precision = parts.team.accelerator.mixed_precision

@@ -26,8 +26,8 @@ from mnist_dist.training.steps.inductor import compile_once, compiler_failure, k
 from mnist_dist.training.steps.plain import NO_SAMPLE, loss_sum
 from mnist_dist.training.steps.step import Lap, StepParts, no_lap
 
-# On the CPU a larger batch is taken in parts of about so many samples, so that the last batch of an epoch is padded by
-# a part at most, and not to a whole batch.
+# Samples. On the CPU a larger batch is taken in parts of about this size, so that the last batch of an epoch is padded
+# by at most a part.
 PART = 1024
 
 
@@ -64,7 +64,7 @@ class CompiledStep:
         if self.team.size > 1 or self.parts > 1:
             self.flat = torch.zeros(sum(weight.numel() for weight in self.weights.values()), dtype=self.dtype,
                                     device=self.device)
-        # None: not tried yet. Of more than two threads, one is too few: the others have more than one core left
+        # None: not tried yet. With more than two threads, one thread would leave more than one core idle
         self.same_bits_with_one_thread = None if torch.get_num_threads() == 2 else False
         begin = time.perf_counter()
         keep_compiled_code()
@@ -92,11 +92,11 @@ class CompiledStep:
         labels_B = self.images.labels[rows_B].masked_fill(rows_B == NO_INDEX, NO_SAMPLE)
         images_B1HW = self.images.images[rows_B]
 
-        # the gradient of an output is that of something that is added to it: of zeros, which cost nothing
+        # zeros are added to each output: their gradient is the gradient of the output, and they cost nothing
         zeros = [images_B1HW.new_zeros(len(rows_B), size, dtype=self.dtype) for size in self.outputs]
 
         def mean_loss(both: tuple[dict[str, Tensor], list[Tensor]]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-            """The mean over the batch, and beside it what is wanted of its making: the sum, and the layers' inputs."""
+            """The mean over the batch; and the sum and the layers' inputs, which are computed on the way."""
             weights, zeros = both
             inputs: list[Tensor] = []
 
@@ -144,7 +144,7 @@ class CompiledStep:
         return sums
 
     def _apply_gradient(self) -> Tensor | None:
-        square = self.flat.square().sum() / self.team.size  # every rank has it, and they are added up
+        square = self.flat.square().sum() / self.team.size  # every rank has the same, and they are added
         sizes = [weight.numel() for weight in self.weights.values()]
         parts = zip(self.flat.split(sizes), self.weights.values(), strict=True)
         self._adam([part.view_as(weight) for part, weight in parts])
@@ -163,7 +163,7 @@ class CompiledStep:
         return [*totals, *self._apply()]
 
     def _may_take_one_thread(self, rows: Tensor, count: Tensor) -> bool:
-        """Whether a step has the same bits with one thread. It is tried once, and the weights are then as before."""
+        """Whether a step has the same bits with one thread. It is tried once; the weights do not change."""
         if self.same_bits_with_one_thread is None:
             tensors = [*self.weights.values(), *(tensor for kept in self.state.values() for tensor in kept)]
             before, outcomes = [tensor.clone() for tensor in tensors], []

@@ -25,8 +25,8 @@ ONEDNN_FROM: dict[tuple[str, int] | None, dict[str, int]] = {
 
 
 def onednn_from(kind: str, family: tuple[str, int] | None = None) -> int | None:
-    """The least multiplications that oneDNN gets in this kind of step, on a processor of this family, by default on
-    this machine's; None if MKL gets all.
+    """The least multiplications of a product that oneDNN computes in this kind of step, on a processor of this family
+    (default: this machine's). None if MKL computes all.
     """
     return ONEDNN_FROM.get(family or processor_family(), {}).get(kind) if has_onednn() else None
 
@@ -57,7 +57,7 @@ class _Linear(Function):
 
 
 def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor, *, least: int) -> Tensor:
-    """As PyTorch's function of this name, [B, O]; by oneDNN if the product has at least so many multiplications. Each
+    """As PyTorch's function of this name, [B, O]; by oneDNN if the product has at least `least` multiplications. Each
     of the three products of a layer has the same number of them.
     """
     # of a function that is compiled, the pass over its graph replaces the products (steps/graph_pass.py)

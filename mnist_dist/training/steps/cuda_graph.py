@@ -1,4 +1,4 @@
-"""The compiled step as a CUDA graph: the GPU runs a step from one call of the host, which knows no batch."""
+"""The compiled step as a CUDA graph: the host starts a whole step with one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GraphStep(CompiledStep):
 
     def __init__(self, parts: StepParts) -> None:
         super().__init__(parts)
-        self.epoch, self.ahead = 0, dict[int, Tensor]()  # the order of a later epoch, made beforehand
+        self.epoch, self.ahead = 0, dict[int, Tensor]()  # the order of the next epoch, made while this one runs
 
     @torch.no_grad()
     def record(self) -> None:
@@ -45,7 +45,7 @@ class GraphStep(CompiledStep):
             self._step_at_cursor()
         for count in self.state["step"]:
             count.zero_()
-        torch.cuda.reset_peak_memory_stats()  # the compiler's trials are no part of training
+        torch.cuda.reset_peak_memory_stats()  # what the compiler used is not the run's
 
     def _step_at_cursor(self) -> None:
         rows_PB = self.order.index_select(0, self.cursor)[0]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 EXACT_BITS = 53  # whole numbers up to 2^53 are exact in float64
 KEPT_BITS = {torch.float32: 22, torch.float64: 53}  # of a number, next to the largest of its sum; or more
-SMALLEST = -700.0  # exp of less is as good as 0
+SMALLEST = -700.0  # exp of less rounds to 0
 LN2 = math.log(2.0)
 # Taylor series of exp up to |r| = ln(2) / 2, and of artanh(s) / s in s^2 up to |s| = 0.172: to a float64's last bits
 EXP_SERIES = [1 / math.factorial(n) for n in range(14, -1, -1)]
@@ -63,7 +63,7 @@ def whole(x: Tensor, peak: Tensor, bits: int, kept: int) -> Whole:
 
 
 def bits_for(terms: int, other: int | None = None) -> int:
-    """Bits of a factor in a sum of so many products, if the other has `other` bits; by default each has the same."""
+    """Bits of a factor in a sum of `terms` products, if the other factor has `other` bits (default: the same)."""
     free = EXACT_BITS - max(terms - 1, 0).bit_length()
     return free // 2 if other is None else free - other
 
@@ -92,8 +92,8 @@ def value(products: Tensor, a: Whole, b: Whole) -> Tensor:
 
 
 def sqrt_(x: Tensor) -> Tensor:
-    """The square root, in place, rounded as IEEE 754 wants. On the CPU torch asks MKL, whose last bit is often another
-    one, and not the same on each make of processor; numpy and a GPU take the processor's instruction.
+    """The square root, in place, rounded as IEEE 754 wants. On the CPU torch calls MKL, whose last bit is often wrong
+    and differs between makes of processor. numpy and a GPU take the processor's instruction.
     """
     if x.device.type != "cpu":
         return x.sqrt_()

@@ -1,4 +1,4 @@
-"""A pass of inductor's over the graph of a step, for the CPU: its products and Adam's loops fit each other.
+"""A pass over inductor's graph of a step, for the CPU: it fits the products to Adam's loops.
 
 Adam's loop over a weight gives each thread a block of its rows, which stay in the cache of that thread's core. MKL
 shares the weight's products out in other ways, or not at all. So at small batches the weight and its gradient move from
@@ -41,17 +41,16 @@ library.define("product(Tensor left_MK, Tensor right_NK) -> Tensor")
 library.impl("product", product, "CPU")
 library.impl("product", lambda left_MK, right_NK: left_MK.new_empty(len(left_MK), len(right_NK)), "Meta")
 
-# Weights of so many elements are large. For more samples than this MKL's own way is as fast.
+# Weights with at least this number of elements are large. For more samples than this MKL's own way is as fast.
 LARGE_WEIGHT, MOST_SAMPLES = 100_000, 512
 
-# A loop reads the right operand once for each row of the left one. So it is faster than MKL, which reads blocks, up to
-# so many multiplications, if that operand stays in the first cache of a core, of so many bytes. With one thread it is
-# not.
+# Inductor's loop reads the right operand once for each row of the left one. It is faster than MKL, which reads blocks,
+# up to SMALL_PRODUCT multiplications, with that operand inside the L1 cache (FIRST_CACHE bytes) and several threads.
 SMALL_PRODUCT, FIRST_CACHE = 5_000_000, 32 * 1024
 
 
 def value(node: Any) -> Tensor:
-    """What stands for the node's tensor: its shape, type and device."""
+    """The node's fake tensor: its shape, type and device."""
     return node.meta["val"]
 
 
@@ -73,7 +72,7 @@ class GraphPass(CustomGraphPass):
         self._replace_divisions(graph)
 
     def uuid(self) -> bytes:
-        """Compiled code is kept under this, among others."""
+        """A part of the key under which compiled code is kept."""
         return get_hash_for_files((__file__,), f"{type(self).__name__} {self.threads} {self.onednn_from}")
 
     def _replace_products(self, graph: Graph) -> None:

@@ -38,8 +38,8 @@ def compiler_failure(error: BaseException) -> str | None:
 
 
 def keep_compiled_code() -> None:
-    """Have inductor keep its code in the user's cache: its own folder for temporary files is lost when a machine starts
-    again. One folder for each kind of processor, for which the code is made: machines may share the user's files.
+    """Have inductor keep its code in the user's cache; its default folder is lost when a machine restarts. There is one
+    folder for each kind of processor, because machines may share the user's files.
     """
     if not os.environ.get(CACHE):
         with suppress(OSError):
@@ -56,8 +56,8 @@ def inductor_options(onednn_from: int | None = None) -> dict[str, Any]:
 
 
 def compile_graph(graph: Any, examples: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor's code for a graph. It is trusted that the C++ compiler knows the vector instructions of the processor:
-    inductor compiles a program for each of them to see that, which takes a third of a first start.
+    """Inductor's code for a graph. We assume that the C++ compiler knows the processor's vector instructions. Inductor
+    would compile a program for each of them to check, which takes a third of a first start.
     """
     try:
         return torch._inductor.compile(graph, examples, options={**options, "cpp.vec_isa_ok": True})
@@ -77,14 +77,14 @@ def compile_once(function: Callable[..., Tensor | None], *varying: Tensor, onedn
                  ) -> Callable[..., Sequence[Tensor]]:
     """`function`, which returns a tensor or nothing, compiled for arguments like `varying`, without being run.
 
-    A function that torch.compile returns checks everything that it refers to at each call; at batch 1 this takes longer
-    than the step. Here all of that are tensors that stay the same, so the compiled graph is called directly, with these
+    A function from torch.compile checks everything that it refers to at each call; at batch 1 this takes longer than
+    the step. Here it refers only to tensors that stay the same. So the compiled graph is called directly, with these
     tensors and the arguments that vary.
     """
-    # on a machine without a GPU it logs a warning about that
+    # it logs a warning on a machine without a GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     captured: dict[str, Any] = {}
-    torch.compiler.reset()  # otherwise it counts as a recompilation of a function compiled earlier in this process
+    torch.compiler.reset()  # otherwise it counts as a recompilation of an earlier function
 
     def backend(graph: Any, examples: Any) -> Callable[..., list[Tensor]]:
         captured["graph"] = compile_graph(graph, examples, inductor_options(onednn_from))

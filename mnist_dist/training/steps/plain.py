@@ -26,8 +26,8 @@ def loss_sum(model: Callable[[Tensor], Tensor], images_B1HW: Tensor, labels_B: T
 class PlainStep:
     """Forward, loss, backward and Adam as usually written, with a batch from the DataLoader.
 
-    `local_steps` above 1 is Local SGD (Stich 2019, arXiv 1805.09767): so many steps of its own on each rank, then the
-    weights are averaged.
+    `local_steps` above 1 is Local SGD (Stich 2019, arXiv 1805.09767): each rank takes this number of steps alone, then
+    the weights are averaged.
     """
 
     kind = "plain"
@@ -37,8 +37,8 @@ class PlainStep:
     def __init__(self, parts: StepParts, local_steps: int = 1) -> None:
         self.team, self.batches, self.sums, self.dtype = parts.team, parts.batches, parts.sums, parts.dtype
         self.accelerator = parts.team.accelerator
-        # Accelerate's wrapper is needed for fp16, whose losses it scales. It looks for a package on the disk at each
-        # step, which takes longer than Adam (docs/performance.md)
+        # Accelerate's wrapper is needed for fp16, whose losses it scales. It looks for a package on the disk in each
+        # step, which takes longer than Adam
         self.optimizer = parts.optimizer if self.accelerator.scaler else parts.optimizer.optimizer
         self.model = self.accelerator.prepare_model(parts.module, evaluation_mode=not self.exchanges_gradients)
         self.parameters = list(parts.module.parameters())
@@ -84,7 +84,7 @@ class PlainStep:
                     if self.gradients_ready:
                         self.team.exchanged_since(self.gradients_ready)
                     if norms and norms.total is not None:
-                        # over this rank's samples, whose gradients DistributedDataParallel has yet to divide
+                        # of this rank's samples; DistributedDataParallel divides their gradients later
                         self.sums[1, step] += norms.total / self.team.size**2
                     if self.norms and step % EVERY == 0 and self.team.is_main and accelerator.sync_gradients:
                         self.sums[2, step] = gradient_norm([gradient for parameter in self.parameters
@@ -99,7 +99,7 @@ class PlainStep:
         return waited
 
     def _note_gradient(self, parameter: Tensor) -> None:
-        """Called for each gradient, before DistributedDataParallel sends it; the last of them counts."""
+        """Called for each gradient before DistributedDataParallel sends it; the last call counts."""
         self.gradients_ready = time.perf_counter()
 
     def _average(self) -> None:

@@ -1,8 +1,8 @@
 """`--reproducible`: a step whose bits depend neither on the number of ranks nor on the processor.
 
-Every sum, of a matrix product, over the samples of a batch, over the ranks, is exact (exact_sums.py), and so has no
-order. It takes the place of autograd, DistributedDataParallel's reduction and the optimizer's kernels. Each sum over
-samples takes two exchanges: the largest magnitudes of its factors, which say how to round them, and the sum itself.
+Every sum is exact (exact_sums.py), and so has no order: in a matrix product, over the samples of a batch, and over the
+ranks. The step takes the place of autograd, DistributedDataParallel's reduction and the optimizer's kernels. Each sum
+over samples takes two exchanges: the largest magnitudes of its factors, which decide their rounding, and the sum.
 
 Shapes: B samples on this rank, C = 10 classes.
 """
@@ -76,7 +76,7 @@ def loss(outputs_BC: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
     logits_BC = outputs_BC - outputs_BC.amax(1, keepdim=True)
     exps_BC = exp(logits_BC)
     total_B1 = exps_BC[:, :1].clone()
-    for column in range(1, exps_BC.shape[1]):  # `sum` has no order of its own
+    for column in range(1, exps_BC.shape[1]):  # the order of `sum` is not fixed
         total_B1 += exps_BC[:, column : column + 1]
     picked = torch.zeros_like(logits_BC).scatter_(1, labels_B.unsqueeze(1), 1.0)
     nll_B = (log(total_B1) - logits_BC.gather(1, labels_B.unsqueeze(1))).squeeze(1)
@@ -175,7 +175,7 @@ class ReproducibleStep(PlainStep):
         return [gradient.to(self.dtype) for gradient in gradients]
 
     def _adam(self, gradients: list[Tensor], taken: int) -> None:
-        """Adam's step number `taken` as PyTorch's documentation has it, one operation after the other."""
+        """Adam's step number `taken` as in PyTorch's documentation, one operation after the other."""
         (group,) = self.optimizer.param_groups
         beta1, beta2 = group["betas"]
         rate = group["lr"] / (1 - power(beta1, taken))

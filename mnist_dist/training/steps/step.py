@@ -19,10 +19,10 @@ from mnist_dist.training.sampling import GlobalBatchSampler
 
 @dataclass(frozen=True)
 class StepParts:
-    """What a step works on. `sums` [3, steps of an epoch], float64, gets of each step this rank's sum of losses.
+    """What a step works on. A step writes this rank's sum of losses into `sums` [3, steps of an epoch], float64.
 
-    With `measures_noise` it gets also the sum over this rank's samples of |gradient / B|^2, for a global batch of B,
-    and on the main rank |gradient|^2 of the global batch (training/noise_scale.py), from some of the steps or all.
+    With `measures_noise` it also writes, in some of the steps or all, what noise_scale.py needs: the sum over this
+    rank's samples of |gradient / B|^2, for a global batch of B, and on the main rank |gradient|^2 of the global batch.
     """
 
     team: Team
@@ -34,14 +34,14 @@ class StepParts:
     dtype: torch.dtype
     contention: CoreContention
     measures_noise: bool = False
-    onednn_from: int | None = None  # least multiplications of a matrix product that is oneDNN's; None: of none
+    onednn_from: int | None = None  # least multiplications of a product that oneDNN computes; None: MKL computes all
 
 
 Lap = Callable[[int, float], None]  # samples of a step over all ranks, seconds of it that this rank waited for data
 
 
 def no_lap(samples: int, waited: float) -> None:
-    """For steps that nobody times."""
+    """For steps that are not timed."""
 
 
 class Step(Protocol):
@@ -59,7 +59,7 @@ class Step(Protocol):
         """Optimizer steps, without returning in between; `lap` is called after each. Collective."""
 
     def flush(self, step: int) -> None:
-        """Called before step `step`, now and then: sums that are kept elsewhere go to `sums`."""
+        """Called before step `step`: sums that are kept elsewhere go to `sums`."""
 
     def pause(self) -> None:
         """Called before the weights are read (checkpoint, evaluation). Collective."""
