@@ -124,5 +124,5 @@ def shell_words(text: str) -> tuple[str, ...]:
     """The words of a command line."""
     try:
         return tuple(shlex.split(text))
-    except ValueError:  # a quotation mark without its twin
+    except ValueError:  # a quotation mark that is not closed
         raise ValueError("options of sbatch as a shell reads them, with every quotation closed") from None

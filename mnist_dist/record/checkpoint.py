@@ -95,8 +95,8 @@ class CheckpointWriter:
         _drop_old(self.root, step, self.keep)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is whole. Raises `MnistDistError` if the disk is full or cannot be written; the
-        older checkpoints are then unchanged.
+        """Wait until the last checkpoint is whole. Raises `MnistDistError` if the disk is full or fails; the older
+        checkpoints are then unchanged.
         """
         if self._thread:
             self._thread.join()

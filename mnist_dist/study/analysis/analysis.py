@@ -26,7 +26,7 @@ SHOWN_OF_ENVIRONMENT = ("device_name", "device", "driver", "torch", "accelerate"
 
 
 class Analysis:
-    """All figures of a study, each computed when it is asked for."""
+    """All figures of a study, each computed when it is first used."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -54,12 +54,12 @@ class Analysis:
 
     @cached_property
     def estimates(self) -> dict[Cell, Estimate]:
-        """Of each cell the throughput."""
+        """The throughput of each cell."""
         return dict(zip(self.cells, estimates([figures.rates for figures in self.cells.values()]), strict=True))
 
     @cached_property
     def undisturbed(self) -> dict[Cell, Estimate]:
-        """Of each cell whose runs have enough windows the undisturbed rate."""
+        """The undisturbed rate of each cell whose runs have enough windows."""
         rates = {cell: figures.undisturbed for cell, figures in self.cells.items() if figures.undisturbed is not None}
         return dict(zip(rates, estimates(list(rates.values())), strict=True))
 
@@ -100,7 +100,7 @@ class Analysis:
 
     @cached_property
     def marks(self) -> list[tuple[Row, str]]:
-        """Completed runs that are not as they should be, with what was seen."""
+        """Completed runs that are marked, with the reasons."""
         rows = []
         for row in self.rows:
             if row["status"] == "completed" and rate_of(row) is None:
@@ -129,8 +129,8 @@ class Analysis:
 
     @cached_property
     def environments(self) -> dict[tuple[tuple[str, str], ...], int]:
-        """Each hardware and software that runs were done on, with the number of runs. The kind of step is none of it if
-        the study varies that.
+        """Each hardware and software that runs were done on, with the number of runs. The kind of step is left out if
+        the study varies it.
         """
         varied = {"step"} if any("compile" in dict(cell.options) for cell in self.cells) else set()
         shown = [name for name in SHOWN_OF_ENVIRONMENT if name not in varied]
@@ -169,7 +169,7 @@ def straggler(row: Row) -> str:
 
 
 def usual_own_ms(ranks: Mapping[str, Any]) -> float:
-    """The own time per step of a rank that is no straggler. Of two ranks the median is the mean of both, so it is the
-    smaller one.
+    """The time per step, without exchange, of a rank that is no straggler. With two ranks it is the smaller time,
+    because the median is the mean of both.
     """
     return ranks["own_ms"]["median" if ranks["count"] > 2 else "min"]

@@ -36,7 +36,7 @@ class Scaling:
 
 @dataclass
 class CellMetrics:
-    """A cell, its repeats, and what they give."""
+    """A cell, its repeats, and their metrics."""
 
     cell: Cell
     precision: float = PRECISION  # half an interval that is wider than this part of its value is too wide
@@ -44,12 +44,12 @@ class CellMetrics:
 
     @cached_property
     def rates(self) -> np.ndarray:
-        """Of each run the throughput, in units/s."""
+        """The throughput of each run, in units/s."""
         return np.array([run.rate for run in self.repeats])
 
     @cached_property
     def undisturbed(self) -> np.ndarray | None:
-        """Of each run the rate of the 10th percentile of its step times; None if a run has too few windows.
+        """For each run the rate of the 10th percentile of its step times; None if a run has too few windows.
 
         What disturbs a run makes it slower and never faster, so the fast windows say most of the code and the hardware
         (Chen & Revels 2016, arXiv 1608.04295).
@@ -114,19 +114,19 @@ class CellMetrics:
 
     @cached_property
     def ranks(self) -> list[Mapping[str, Any]]:
-        """Of each run that has them, the figures over ranks of its last epoch."""
+        """The summary over ranks of the last epoch, for each run that has it."""
         return [epoch["ranks"] for run in self.repeats for epoch in run.row["epochs"][-1:]
                 if isinstance(epoch.get("ranks"), Mapping)]
 
     @property
     def exchange_ms(self) -> float | None:
-        """Milliseconds of a step that are the exchange of gradients, the median over runs; None if no run has that."""
+        """Milliseconds of a step for the exchange of gradients: the median over runs; None if no run has it."""
         each = [rank["step_ms"]["median"] - rank["own_ms"]["median"] for rank in self.ranks if rank.get("step_ms")]
         return statistics.median(each) if each else None
 
     @property
     def more_repeats(self) -> int:
-        """Repeats that are missing for a conclusion."""
+        """The number of further repeats that a conclusion needs."""
         return more_repeats(self.rate, self.precision)
 
 

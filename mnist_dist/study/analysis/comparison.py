@@ -27,8 +27,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two studies, cell by cell. The intervals of all factors hold their truths together, so that at most 1 of 20
-    comparisons of a thing with itself calls anything faster or slower.
+    """Two studies, cell by cell. The intervals of all factors hold their truths together: if a study is compared with
+    itself, at most 1 of 20 comparisons calls anything faster or slower.
     """
 
     differences: Sequence[Difference]

@@ -24,8 +24,8 @@ AXES = {"processes": lambda cell: cell.processes, "batch size": lambda cell: cel
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What the model says of the cells with one batch size, or one number of processes, without them: predicted over
-    measured, less 1, of the cell where that is most (NaN if it says nothing, with the reason).
+    """The error of the model for cells with one batch size, or one number of processes, that are left out of its fit:
+    predicted over measured, less 1, of the worst cell (NaN if there is none, with the reason).
     """
 
     axis: str
@@ -35,14 +35,14 @@ class LeftOut:
 
 
 def worst_of(left_out: Sequence[LeftOut]) -> LeftOut | None:
-    """What is predicted worst; None if nothing is."""
+    """The worst of these predictions; None if there are none."""
     return max((check for check in left_out if not check.reason), key=lambda check: abs(check.error), default=None)
 
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """The cells with the same options, their model (or the reason why there is none), and how it does without the cells
-    that are `left_out`.
+    """The cells with the same options, their model (or the reason why there is none), and its check with the cells that
+    are `left_out`.
     """
 
     members: Sequence[CellMetrics]
@@ -67,7 +67,7 @@ class CheckedModel:
         None if one process alone was run, which says nothing of communication. Only twice as many, if the cells do not
         tell the laws of an exchange apart.
 
-        Processes that share a machine's cores have fewer threads the more they are, and one at least.
+        If processes share a machine's cores, more processes have fewer threads each, and at least one.
         """
         largest = max(self.members, key=lambda member: member.cell.processes)
         place, shared = self.places[largest.cell], min(place.speed for place in self.places.values()) < 1
@@ -132,7 +132,7 @@ def as_timed(cell: Cell) -> Cell:
 
 
 def _merged(cells: Mapping[Cell, CellMetrics]) -> list[CellMetrics]:
-    """The cells, of which those that differ in nothing that takes time are one."""
+    """The cells; those that differ only in options that take no time are merged."""
     figures_of: dict[Cell, CellMetrics] = {}
     for cell, figures in cells.items():
         timed = as_timed(cell)

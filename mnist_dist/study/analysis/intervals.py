@@ -16,13 +16,13 @@ import numpy as np
 from scipy import special, stats
 
 LEVEL = 0.95
-CAUTIOUS = 0.96  # asked for, to have LEVEL: the choice of a common spread costs a point
+CAUTIOUS = 0.96  # the level that is computed, to have LEVEL: the choice of a common spread costs a point
 PRECISION = 0.05  # half an interval wider than this part of the median is too wide to conclude from
-LEAST_CONCLUSIVE = 3  # repeats behind a figure that is called larger or smaller than another
+LEAST_CONCLUSIVE = 3  # the least repeats of a figure that is called larger or smaller than another
 FAR = 0.01  # a spread is far above the others', if chance makes it so far less often
 UNEQUAL = 0.05  # the same for all spreads together
 ROUNDING = 1e-9  # the least half width of a ratio: equal figures differ by rounding
-FREEDOMS = (*range(1, 11), 12, 15, 20, 30, 60, math.inf)  # of which the studentized range is asked; others round down
+FREEDOMS = (*range(1, 11), 12, 15, 20, 30, 60, math.inf)  # of the studentized range; others round down
 MANY = 1e6  # degrees of freedom from which Student's distribution is the normal one
 TINY = 1e-300  # in place of a spread of 0, of which there is no logarithm
 LEAST_REPEATS = 5
@@ -105,10 +105,10 @@ class Estimate:
 
 
 def estimates(groups: Sequence[Sequence[float] | np.ndarray]) -> list[Estimate]:
-    """Of each group of positive repeats an estimate. They have one relative spread, pooled over the groups.
+    """An estimate for each group of positive repeats. They have one relative spread, pooled over the groups.
 
-    A group whose spread is far above the others' (an F test, corrected for their number) has a spread for itself. All
-    have, if the rest is not equal (Bartlett 1937, Proceedings of the Royal Society A 160).
+    A group whose spread is far above the others' (an F test, corrected for their number) has its own spread. All groups
+    have their own, if the other spreads are not equal (Bartlett 1937, Proceedings of the Royal Society A 160).
     """
     logarithms = [np.log(np.asarray(group, dtype=float)) for group in groups]
     squares = np.array([((values - values.mean()) ** 2).sum() for values in logarithms])
@@ -139,7 +139,7 @@ def _pooled(squares: np.ndarray, freedom: np.ndarray) -> np.ndarray:
 
 
 def _bartlett(squares: np.ndarray, freedom: np.ndarray) -> float:
-    """The probability that spreads of the same variance differ as much."""
+    """The probability that samples with equal variances have spreads that differ as much."""
     variances, whole = np.maximum(squares / freedom, TINY), freedom.sum()
     statistic = whole * math.log((freedom * variances).sum() / whole) - (freedom * np.log(variances)).sum()
     scale = 1 + ((1 / freedom).sum() - 1 / whole) / (3 * (len(freedom) - 1))

@@ -1,6 +1,6 @@
-"""What joins the processes of a study: the all-reduce as `mnist-dist doctor` has measured it, before the study's runs.
+"""The network of a study's processes: the all-reduce as `mnist-dist doctor` measures it, before the study's runs.
 
-The model of the step time begins its search there, and its own latency and bandwidth are held against it.
+The model of the step time begins its search there, and its latency and bandwidth are compared with it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def all_reduce_times_of(values: Any) -> AllReduceTimes | None:
 
 
 def from_doctor(findings: Sequence[Mapping[str, Any]], dtype: str) -> AllReduceTimes | None:
-    """What the findings of `mnist-dist doctor --json` say of it; None if they say nothing."""
+    """The times in the findings of `mnist-dist doctor --json`; None if there are none."""
     by_name = {finding.get("name"): finding for finding in findings}
     try:
         ranks, reduced = by_name["processes"]["value"], by_name["all-reduce"]["value"]

@@ -1,4 +1,4 @@
-"""Why a step on more processes is not as much shorter as it could be."""
+"""Why a step on more processes takes longer than an ideal division of the work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mnist_dist.study.analysis.cells import CellMetrics
 from mnist_dist.tables import number
 from mnist_dist.text import counted
 
-LEAST_SHARE = 0.1  # a part that is less of what is lost is not named
+LEAST_SHARE = 0.1  # a smaller part of the loss is not named
 AS_LARGE = 0.5  # a part that is at least this share of the largest one is a cause as well
 COMPUTING = "computing"
 CAUSES = {

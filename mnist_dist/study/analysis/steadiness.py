@@ -53,7 +53,7 @@ def steadiness(windows: np.ndarray) -> Steadiness:
     jump, z_jump = behind / before - 1, float(np.abs(z).max())
     tau = stats.kendalltau(place, times).statistic  # not a number, if all times are equal
     z_drift = abs(np.nan_to_num(tau)) / math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))
-    # dependence only lowers a statistic: what is not significant without it needs no look at the residuals
+    # dependence only lowers a statistic: if it is not significant without dependence, the residuals are not needed
     is_jump = abs(jump) >= LEAST_CHANGE and _p(z_jump, n - 1) < SIGNIFICANT and (
         _p(z_jump * _worth(off_jump), n - 1) < SIGNIFICANT)
     if _p(z_drift) >= SIGNIFICANT:
@@ -90,7 +90,7 @@ def _worth(residuals: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Drift:
-    """How the machine changed during the study: the rates' change over all its runs, relative to its start, with an
+    """The change of the machine during the study: of the rates over all its runs, relative to the start, with an
     interval.
     """
 

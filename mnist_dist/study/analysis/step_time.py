@@ -4,8 +4,8 @@
     computing = per_sample max(batch, floor) / speed
     exchange = law(processes of a machine) + law(machines)
 
-`batch` is the largest one of a process, and a smaller one than `floor` takes as long as that. `speed` is 1 on GPUs; on
-a CPU it is the threads of a process, as a part of the most that one has. A law has other parameters between
+`batch` is the largest batch of a process; a batch below `floor` takes as long as `floor`. `speed` is 1 on GPUs. On a
+CPU it is the threads of a process, as a part of the most threads of a process. A law has other parameters between
 machines. There are two: a ring all-reduce, 2 (n - 1) latency + 2 (n - 1) / n transfer, where `transfer` is the time to
 send the whole gradient once, and a tree, log2(n) latency (Thakur et al. 2005, IJHPCA 19(1)). `hidden` is the part of
 the computing during which an exchange costs nothing (0: none, as with one message; 1: all; compare gamma in Pollux,

@@ -11,7 +11,7 @@ from mnist_dist.study.analysis.intervals import CAUTIOUS, Interval, level_of_rep
 from mnist_dist.study.analysis.step_time import FLOOR, Model, Place, seconds
 from mnist_dist.study.analysis.step_time_fit import Cells, fit, hypotheses_left
 
-WIDEST = 0.2  # of the half width of a band that checks something
+WIDEST = 0.2  # half width of a band that still is a check
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def errors_without(cells: Cells, left_out: Sequence[bool], model: Model, ring: t
 
 
 def _unseen(fitted: Sequence[Place], asked: Sequence[Place]) -> str:
-    """What communicates in `asked` and in no cell of the fit, in words; "" if there is nothing."""
+    """The communication that is in `asked` and in no cell of the fit, in words; "" if there is none."""
     for name, size in (("with several processes on a machine", lambda place: place.processes / place.machines),
                        ("on several machines", lambda place: place.machines)):
         if max(map(size, asked)) > 1 >= max(map(size, fitted)):

@@ -39,21 +39,21 @@ DRAWS = 200  # over all hypotheses that are left
 LEAST_DRAWS = 30  # of one
 F_OF_FLOOR = 6.0  # the F statistic from which there is a floor: a test at 2 to 5 %
 MOST_STARTS = 4  # floors from which the search begins
-MODEL_ERROR = 0.01  # of a step: what no law explains, and is no reason to refute it
+MODEL_ERROR = 0.01  # part of a step that no law explains; it refutes none
 WORSE = 9.0  # squared standard errors: a hypothesis that is worse than the best one by this is refuted
-REFUTED = 0.01  # no hypothesis describes the cells, if chance makes the best one so bad less often
+REFUTED = 0.01  # the least probability of the best distance, for a model that describes the cells
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The places of a study, and of each the seconds of a step in its runs."""
+    """The places of a study, and for each the seconds of a step in its runs."""
 
     places: Sequence[Place]
     runs: Sequence[np.ndarray]
 
     @cached_property
     def estimates(self) -> list[Estimate]:
-        """Of each place the seconds of a step.
+        """The seconds of a step at each place.
 
         Cells whose spreads are not pooled have at least the mean of their variances. A few runs have a small spread by
         chance, and skewed noise then also makes their mean too small.
@@ -133,7 +133,7 @@ def hypotheses_left(cells: Cells, ring: tuple[float, float] | None, among: Seque
     needed = max(len(_free(cells.places, law)) for law in LAWS) - (FLOOR in _free(cells.places, LAWS[0]))
     if len(cells.places) < needed:
         return f"its {needed} parameters need as many cells, and there are {len(cells.places)}"
-    # without an exchange there is nothing to tell apart
+    # without an exchange all laws are the same
     is_alone = all(place.processes == 1 for place in cells.places)
     # rounded, because two laws with one free parameter each differ by rounding alone: then the first is the closest
     solved = sorted((_solve(cells, hypothesis, ring) for hypothesis in ([PLAIN] if is_alone else among)),
@@ -142,7 +142,7 @@ def hypotheses_left(cells: Cells, ring: tuple[float, float] | None, among: Seque
 
 
 def _describes(cells: Cells, solved: Solved) -> bool:
-    """Whether chance makes the closest hypothesis so far off the cells as it is; not known of single runs."""
+    """Whether chance explains the distance of the closest hypothesis; not known from single runs."""
     left = len(cells.places) - len(solved.free)
     known = [estimate.freedom for estimate in cells.estimates if estimate.freedom]
     if left < 1 or not known:
@@ -155,7 +155,7 @@ def _solve(cells: Cells, hypothesis: Hypothesis, ring: tuple[float, float] | Non
     free = _free(cells.places, hypothesis.law)
     shape = Shape(cells.places, hypothesis)
     without = [at for at in free if at != FLOOR]
-    # an exchange that is hidden everywhere may be of any length up to that: a search from a short and from a long one
+    # a hidden exchange may be short or long: search from both
     starts = [_start(cells, 0.0, ring, is_long) for is_long in ((False, True) if hypothesis.hidden else (False,))]
     searches = [_search(shape, cells.means, cells.errors, start, without) for start in starts]
     best = min(searches, key=lambda search: search.cost)

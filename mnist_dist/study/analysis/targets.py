@@ -108,8 +108,8 @@ class Target:
     times: list[TimeToTarget]
 
     def ratio(self, time: TimeToTarget, than: TimeToTarget) -> Interval:
-        """How many times as long one takes. The intervals of all pairs of cells hold their truths together, so that the
-        cell that happens to be the soonest may be compared with all others.
+        """How many times as long `time` takes as `than`. The intervals of all pairs of cells hold their truths
+        together, so that the soonest cell may be compared with all others.
         """
         return ratio((*time.above, *than.below), (*time.below, *than.above), among=len(self.times))
 
@@ -137,7 +137,7 @@ def targets_of(analysis: Analysis) -> list[Target]:
 
 
 def _add(learnt: StepsToTarget, row: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    """Add a run to what is known of its batch size."""
+    """Add a run to the runs of its batch size."""
     seed = (row.get("config") or {}).get("seed")
     if seed in learnt.seeds:
         return
@@ -208,7 +208,7 @@ def _noise_scale(epochs: Sequence[Mapping[str, Any]], step: int) -> float | None
 
 
 def _times(analysis: Analysis, goal: Goal, cells: Sequence[StepsToTarget]) -> list[TimeToTarget]:
-    """Of each cell whose runs reached the target: of each run the samples that it took over its own rate."""
+    """The times of each cell whose runs reached the target: the samples of each run over its rate."""
     learnt = {(steps.options, steps.batch): (steps, steps.estimate) for steps in cells if steps.estimate is not None}
     doubts = {key: _exact(1.0, steps.doubt**2 / 3) for key, (steps, _) in learnt.items()}
     times = []
@@ -231,7 +231,7 @@ def _times(analysis: Analysis, goal: Goal, cells: Sequence[StepsToTarget]) -> li
 
 
 def _exact(value: float, error: float = 0.0) -> Estimate:
-    """Of a value that no repeats are behind, with the variance of its logarithm."""
+    """An estimate of a value without repeats, with the variance of its logarithm."""
     return Estimate(math.log(value), error, sys.maxsize, math.inf, object())
 
 

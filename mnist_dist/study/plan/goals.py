@@ -1,4 +1,4 @@
-"""What a run is to reach: a figure, its value, and the direction from which it comes."""
+"""The goal of a run: a metric, its value, and whether it falls or rises to it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Goal:
 
     @property
     def place(self) -> tuple[str, float]:
-        """By this goals are listed: the easiest of a figure first."""
+        """The order of goals: the easiest of a metric first."""
         return self.figure, self.value if self.is_higher else -self.value
 
     @property
     def file(self) -> str:
-        """As a part of a file's name."""
+        """The goal as a part of a file's name."""
         name = "" if self.figure == NLL else re.sub(r"[^A-Za-z0-9]", "_", self.figure) + "-"
         return f"{name}{self.value:g}"
 
     @property
     def title(self) -> str:
-        """As the start of a sentence, or a heading."""
+        """The goal as the start of a sentence, or a heading."""
         return f"Test {self}" if self.figure == NLL else f"{self.figure[0].upper()}{self.figure[1:]} {self.value:g}"
 
     def is_reached(self, value: float) -> bool:

@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """By this cells are listed: options, processes, batch size."""
+        """The order of cells: options, processes, batch size."""
         return self.options, self.processes, self.global_batch_size
 
     def as_row(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Grid:
         return list(cells)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The grid as JSON."""
         return {**asdict(self), "axes": {key: list(values) for key, values in self.axes.items()}}
 
 
@@ -142,7 +142,7 @@ class HoldOut:
     values: Mapping[str, int] = field(default_factory=dict)  # a field of `Cell` to its value
 
     def leaves_out(self, cell: Cell, cells: Iterable[Cell]) -> bool:
-        """Whether the cell is one of them, among `cells`."""
+        """Whether the cell, one of `cells`, is left out."""
         wanted = self.values or {"processes": max(other.processes for other in cells)}
         return all(getattr(cell, name) == value for name, value in wanted.items())
 

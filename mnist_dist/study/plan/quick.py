@@ -19,7 +19,7 @@ SECONDS = 540.0  # of all runs: the rest of ten minutes is for the reports
 LADDER = tuple(50 * 4**k for k in range(6))  # 50 to 51,200: 200, the tutorial's, is one of them
 SIZES = 5  # enough for a fit of the critical batch size
 SMALL, LARGE = LADDER[1], LADDER[4]  # those of the first look
-SHORTER = ((200, 800, 3200, 12_800), (200, 1600, 12_800), (SMALL, LARGE))  # batch sizes where five take too long
+SHORTER = ((200, 800, 3200, 12_800), (200, 1600, 12_800), (SMALL, LARGE))  # of batch sizes, if five take too long
 FLAT = 8  # the largest batch size computes this many times as long as a step's fixed part, if the ladder has it
 REPEATS = (5, 4, 3)
 # A rate that follows the batch size, or the study would say that a larger batch does not help. The plain step at all
@@ -62,7 +62,7 @@ def batch_sizes(small_step: float, large_step: float) -> tuple[int, ...]:
 
 
 class Looks:
-    """What the runs of the first look say of others. Raises `MnistDistError` if one of them failed."""
+    """Estimates of other runs from the runs of the first look. Raises `MnistDistError` if one of them failed."""
 
     def __init__(self, rows: Sequence[Row], devices: int) -> None:
         self.devices = devices

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 # Of an epoch: a training must say at least this. An epoch without measured steps has 0 samples.
 # By which part the sums of windows may differ from their epoch's: seconds are those of the slowest process.
 PARTS_OF_WINDOWS = {"measured_samples": (1, "samples", 0.001), "measured_seconds": (2, "seconds", 0.2)}
-SAMPLES = "samples"  # the unit of a rate, if the result names no other
+SAMPLES = "samples"  # the default unit of a rate
 UNIT = r"[A-Za-z][A-Za-z ]{0,29}"  # what a unit may be
 NEEDED_OF_EPOCH = ("measured_samples", "measured_seconds")
 
@@ -69,7 +69,7 @@ def _add_windows(values: dict[str, Any], path: Path) -> None:
 
 
 def _missing(values: Mapping[str, Any]) -> list[str]:
-    """What a result, or a row of a completed run, must have and has not."""
+    """What is missing in a result, or in the row of a completed run."""
     problems = [name for name in ("status", "environment", "summary", "epochs") if name not in values]
     problems += [f"environment.{name}" for name in ("num_processes",) if name not in _part(values, "environment")]
     problems += [f"summary.{name}" for name in ("global_batch_size",) if name not in _part(values, "summary")]
@@ -144,7 +144,7 @@ def _is_target(target: Any) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    """A number from 0 to MOST; what is less than 1e-9 is no time, and no number of samples."""
+    """A number from 0 to MOST. Less than 1e-9 is neither a time nor a number of samples."""
     return is_number(value) and (value == 0 or 1e-9 <= value <= MOST)
 
 
@@ -239,7 +239,7 @@ def _check_names(path: Path, rows: Iterable[Row]) -> None:
 
 
 def hold_out_of(rows: Iterable[Row]) -> HoldOut:
-    """What the study that has left these rows left out of its model's fit."""
+    """The cells that the study of these rows left out of its model's fit."""
     for row in rows:
         values = (row.get("study") or {}).get("hold_out")
         if isinstance(values, dict):

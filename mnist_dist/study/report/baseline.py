@@ -1,7 +1,7 @@
 """Whether a study is slower than a baseline by more than a limit: the lines and the JUnit file for a CI system.
 
 Only what the repeats show counts: the whole interval of a cell's factor must be beyond the limit. The intervals of all
-factors hold together, so that at most 1 of 20 comparisons of a thing with itself fails.
+factors hold together, so that at most 1 of 20 comparisons of a study with itself fails.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def _draw_series(axes: Any, line: Series, number: int, values: dict[str, list[st
                  say: Callable[[float], str]) -> None:
     color = COLORS[number % len(COLORS)]
     marker = MARKERS[(number // len(COLORS) + number) % len(MARKERS)]
-    # beside the median, not behind its bar
+    # beside the median, so that its bar does not cover them
     points = [(x * 0.97, value) for x, repeats in zip(line.x, line.repeats, strict=True) for value in repeats]
     if points:
         axes.plot(*zip(*points, strict=True), linestyle="none", marker=".", markersize=5, color=color, alpha=0.5,
@@ -135,7 +135,7 @@ def _draw_model(axes: Any, line: Series, color: str) -> None:
 def _ticks(axes: Any, xs: Sequence[float], log_y: bool) -> None:
     """A tick at each x that was measured, if they are few; numbers without exponents."""
     ys = [float(value) for line in axes.lines for value in line.get_ydata() if len(line.get_ydata())]
-    if max(ys) <= min(ys) * (1 + 1e-6):  # one value: matplotlib finds no scale for it
+    if max(ys) <= min(ys) * (1 + 1e-6):  # for one value matplotlib finds no scale
         axes.set_autoscaley_on(False)
         axes.set_ylim(0.5 * min(ys), 2 * max(ys))
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")

@@ -113,7 +113,7 @@ def add_origin(page: Page, analysis: Analysis) -> None:
 
 
 def measured_network_of(rows: Sequence[Row]) -> AllReduceTimes | None:
-    """What the doctor has measured before the runs, the last time if there were several."""
+    """What the doctor measured before the runs, the last time."""
     fabrics = (all_reduce_times_of(row["study"].get("fabric")) for row in reversed(rows)
                if isinstance(row.get("study"), Mapping))
     return next(filter(None, fabrics), None)

@@ -22,7 +22,7 @@ def say(interval: Interval) -> str:
 
 
 def level_of(interval: Interval) -> str:
-    """What the interval is worth, in percent."""
+    """The level of the interval, in percent."""
     return f"{100 * interval.level:.0f} %" if interval.n > 1 else "-"
 
 
@@ -66,7 +66,7 @@ def name_of_line(processes: int, options: Options) -> str:
 
 
 def options_alone(options: Options) -> Code:
-    """The options of a cell, by themselves."""
+    """The options of a cell alone."""
     return Code(short(options).removeprefix(", "))
 
 

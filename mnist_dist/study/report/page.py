@@ -19,13 +19,13 @@ REPORT, PICTURES = "report", "pictures"  # the name of a page, and of the folder
 
 
 class Code(str):
-    """Text that is not ours: a name, a value, a reason."""
+    """Text from outside: a name, a value, a reason."""
 
     __slots__ = ()
 
 
 class Strong(str):
-    """Text of ours that nobody should overlook."""
+    """Important text."""
 
     __slots__ = ()
 

@@ -152,7 +152,7 @@ def _table(cells: Sequence[StepsToTarget]) -> Table:
 
 
 def _resolution(cells: Sequence[StepsToTarget]) -> str:
-    """How many samples lie between the evaluations around the target, and what they leave open."""
+    """The samples between the evaluations around the target, and the doubt that they leave."""
     apart = [run.apart for cell in cells for run in cell.runs if math.isfinite(run.samples) and run.apart]
     if not apart:
         return "The runs do not say between which evaluations they reached it: samples are those of an evaluation."

@@ -1,4 +1,4 @@
-"""The part of a report that holds the model of the step time against the study, and forecasts with it."""
+"""The part of a report that checks the model of the step time with the study, and forecasts with it."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _ms(interval: Interval) -> str:
 
 
 def _title(fitted: Mapping[Options, tuple[CheckedModel, Model]]) -> str:
-    """How well the model does."""
+    """The title of the picture: the largest error of the model."""
     worst = worst_of([left_out for judged, _ in fitted.values() for left_out in judged.left_one_out])
     if worst is None:
         return "The model's line through the measured points"
@@ -181,7 +181,7 @@ SHARES = ("fixed", "computing", "communication")
 
 
 def _add_parameters(page: Page, fitted: dict[Options, Model], fabric: AllReduceTimes | None) -> None:
-    """The parameters, with their intervals; what the cells do not tell apart is said."""
+    """The parameters, with their intervals, and which of them the cells do not decide."""
     lines: list[list[Inline]] = []
     measured = _measured(fabric) if fabric else {}
     for options, model in fitted.items():

@@ -36,7 +36,7 @@ class Contest:
         return self.cells[0]
 
     def is_worse(self, cell: Cell) -> bool:
-        """Whether that is shown."""
+        """Whether the cell is shown to be worse than the best."""
         return self.worse(cell).is_above(1)
 
 
@@ -117,7 +117,7 @@ def _span(interval: Interval) -> str:
 
 
 def _exchange(cell: Cell, analysis: Analysis) -> str:
-    """How much of a step is the exchange of gradients, if the runs say it."""
+    """The part of a step for the exchange of gradients, if the runs have it."""
     figures = analysis.cells[cell]
     if figures.exchange_ms is None:
         return ""
@@ -126,7 +126,7 @@ def _exchange(cell: Cell, analysis: Analysis) -> str:
 
 
 def how_sure(analysis: Analysis, judged: Sequence[CheckedModel]) -> list[Inline]:
-    """What a reader has to know before the answer is believed; nothing if all is well."""
+    """What makes the answer less certain; nothing if all is well."""
     notes: list[Inline] = []
     cells = analysis.cells
     if failed := sum(row["status"] == "failed" for row in analysis.failed):

@@ -119,7 +119,7 @@ def _why(cell: Cell, analysis: Analysis) -> list[str]:
 
 
 def _ahead(choice: Answer) -> list[str]:
-    """The soonest of what the models forecast, and whether that is sooner."""
+    """The soonest forecast, and whether it is sooner than the soonest cell."""
     if not choice.ahead:
         return []
     time, trusted = min(choice.ahead, key=lambda pair: pair[0].seconds.value)
@@ -145,7 +145,7 @@ def _forecasts(target: Target, models: Mapping[Options, CheckedModel]) -> list[t
 
 
 def _judged(options: Options, models: Mapping[Options, CheckedModel]) -> tuple[CheckedModel, Model] | None:
-    """What is known of the step time with these options; None if there is no model."""
+    """The checked model of the step time with these options; None if there is no model."""
     judged = models.get(as_timed(Cell(1, 1, options)).options)
     return (judged, judged.model) if judged is not None and isinstance(judged.model, Model) else None
 

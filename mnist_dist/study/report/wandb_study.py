@@ -58,7 +58,7 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
     for name in (f"{REPORT}.md", f"{REPORT}.html", JSONL, CSV, FORECASTS):
         artifact.add_file(str(folder / name))
     for name in names_in(folder / PICTURES):
-        if not (folder / PICTURES / name).is_symlink():  # what it names stays here
+        if not (folder / PICTURES / name).is_symlink():  # the files that it names are not sent
             artifact.add_file(str(folder / PICTURES / name), name=f"{PICTURES}/{name}")
     run.log_artifact(artifact)
 

@@ -54,11 +54,11 @@ class Study:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     hold_out: HoldOut = MOST_PROCESSES
     precision: float | None = None
-    fabric: dict[str, Any] | None = None  # see fabric.py; None if it was not measured
+    fabric: dict[str, Any] | None = None  # measured_network.py; None if it was not measured
     grids: list[dict[str, Any]] = field(default_factory=list)  # each command, with its seed and date
-    runs: list[PlannedRun] = field(default_factory=list)  # all of them, in their order
+    runs: list[PlannedRun] = field(default_factory=list)  # all runs, in their order
     impossible: dict[Cell, str] = field(default_factory=dict)
-    jobs: list[Job] = field(default_factory=list)  # whose runs are in SLURM's queue, or not looked at since
+    jobs: list[Job] = field(default_factory=list)  # whose runs are in SLURM's queue, or have left it unseen
     predicted: Callable[[Cell], float] | None = None  # seconds of a run, from a first look
     _rows: dict[str, Row] = field(default_factory=dict)  # as read: a study of many runs reads each once
 
@@ -74,7 +74,7 @@ class Study:
         replace_json(self.folder / STUDY, values)
 
     def run_folder(self, run: PlannedRun) -> Path:
-        """Where the run leaves its files."""
+        """The folder of the run."""
         return self.folder / RUNS / run.name
 
     def row(self, order: int, run: PlannedRun) -> Row | None:
@@ -131,7 +131,7 @@ def open_study(folder: Path) -> Study:
     """The study in the folder, or a new one. Raises `UserError` if its `study.json` cannot be read."""
     try:
         values = read_json(folder / STUDY)
-        if not re.fullmatch(r"study-[0-9a-f]{16}", values["mark"], re.ASCII):  # processes that have it are ended
+        if not re.fullmatch(r"study-[0-9a-f]{16}", values["mark"], re.ASCII):  # processes that carry it are ended
             raise ValueError(f"its mark is {values['mark']!r:.100}")
         return Study(
             folder, values["mark"], program_of(values), values["fixed"],

@@ -80,7 +80,7 @@ def do_in_queue(study: Study, pending: Sequence[PlannedRun], request: Request, m
         for task in never:
             slurm.take_out(task)
         for task in [task for task in left if task not in reasons or task in never]:
-            if task not in left:  # its cell is out of memory
+            if task not in left:  # the run's cell is out of memory
                 continue
             add(task, left.pop(task), f"SLURM never starts it ({never[task]}): {slurm.REMEDY}" if task in never else "")
         there = [job for job in study.jobs if any(job.task(name) in left for name in job.runs)]

@@ -40,7 +40,7 @@ OUTPUT, OUTCOME = "output.txt", "outcome.json"
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|no GPU memory left|(?:can't|cannot) allocate memory|MemoryError|"
                            r"std::bad_alloc|RESOURCE_EXHAUSTED", re.IGNORECASE)
 WAS_KILLED, KILLED = re.compile(r"SIGKILL|[Ss]ignal 9|Killed"), (-signal.SIGKILL, 128 + signal.SIGKILL)
-DOCTOR_SECONDS = 180.0  # it takes less than 60
+DOCTOR_SECONDS = 180.0  # the doctor takes less than 60
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Machine:
 
     @property
     def devices(self) -> tuple[int, str]:
-        """How many of what: (8, "GPUs") or (2, "cores")."""
+        """The number and the kind: (8, "GPUs") or (2, "cores")."""
         if self.launcher != "torch":
             return sys.maxsize, "cores"
         return (self.gpus, "GPUs") if self.gpus else (self.cores, "cores")
@@ -81,8 +81,8 @@ def look_at_machine(use_cpu: bool) -> Machine:
 
 
 def environment_for(machine: Machine, mark: str) -> dict[str, str]:
-    """What the processes of a run get, which all carry the study's `mark`."""
-    marks = [os.environ.get(runner.MARK), mark]  # the study may belong to a tree itself
+    """The environment of a run's processes, which all carry the study's `mark`."""
+    marks = [os.environ.get(runner.MARK), mark]  # the study may run within another study or test
     # each run has its name in W&B
     environment = {**child_environment(), runner.MARK: ":".join(filter(None, marks)), "WANDB_NAME": ""}
     if not machine.gpus and machine.launcher == "torch":

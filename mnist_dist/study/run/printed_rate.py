@@ -86,7 +86,7 @@ def number_of(text: str) -> float:
 
 def rates_in(text: str, pattern: str) -> list[float]:
     """The rates above 0 that the text has, in their order. Raises `UserError`."""
-    plain = ESCAPES.sub("", text).replace("\r\n", "\n").replace("\r", "\n")  # a progress bar goes back with \r
+    plain = ESCAPES.sub("", text).replace("\r\n", "\n").replace("\r", "\n")  # a progress bar ends its line with \r
     try:
         rates = [number_of(match[1] or "") for match in pattern_of(pattern).finditer(plain)]
     except ValueError as error:
@@ -99,7 +99,7 @@ def rates_in(text: str, pattern: str) -> list[float]:
 
 def warmup_of(seconds: Sequence[float]) -> int:
     """How many of the first windows belong to the warm-up."""
-    import numpy as np  # the command line needs neither
+    import numpy as np  # the command line needs no numpy and no scipy
 
     from mnist_dist.study.analysis.steadiness import steadiness
 

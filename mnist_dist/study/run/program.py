@@ -54,7 +54,7 @@ def words_of(command: str) -> list[str]:
     """The words of a command as a shell reads them. Raises `ValueError`."""
     try:
         words = shlex.split(command)
-    except ValueError:  # a quotation mark without its twin
+    except ValueError:  # a quotation mark that is not closed
         raise ValueError("a command as a shell reads it, with every quotation closed") from None
     if not words:
         raise ValueError("a command")

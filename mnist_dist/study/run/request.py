@@ -30,7 +30,7 @@ class Request:
     seed: int
     cell_timeout: float
     oversubscribe: bool
-    hold_out: HoldOut | None  # None: not said
+    hold_out: HoldOut | None  # None: the default
     quick: bool
     precision: float | None = None  # repeat each cell until half its interval is at most this part; None: `grid` says
     seconds: float = math.inf  # no run is started that would end later, in seconds of runs

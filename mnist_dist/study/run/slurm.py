@@ -28,7 +28,7 @@ from mnist_dist.study.run.launches import OUTCOME, environment_for, look_at_mach
 from mnist_dist.study.run.program import command_of, environment_of
 from mnist_dist.text import counted
 
-ANSWER_SECONDS = 60.0  # for a command of SLURM's
+ANSWER_SECONDS = 60.0  # for a command of SLURM's to answer
 POLL_SECONDS = 2.0  # between two looks at the queue
 AGAIN_SECONDS = 60.0  # between two lines that say the same
 NEVER_SECONDS = 30.0  # that such a reason must last: SLURM also gives one for a moment, while a node starts
@@ -143,7 +143,7 @@ def _of_memory(reason: str) -> dict[str, Any]:
 
 
 def take_out(task: str) -> None:
-    """Cancel a task that SLURM never starts; a controller that does not answer keeps it."""
+    """Cancel a task that SLURM never starts, if the controller answers."""
     with contextlib.suppress(UserError):
         ask("scancel", task)
 
@@ -191,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
         if is_preempted or was_lost:
             ask("scontrol", "requeue", arguments.job)
             return 1
-        if known.get("JobState") == "PENDING":  # it is put back into the queue
+        if known.get("JobState") == "PENDING":  # SLURM puts it back into the queue
             return 1
         outcome["reason"] = ended_by_the_queue(known) or outcome["reason"]
         outcome |= _of_memory(outcome["reason"])
