@@ -1,6 +1,6 @@
 """`mnist-dist lesson`: what a mini-batch changes, measured on this machine in at most 90 seconds.
 
-One sample at a time is trained on first, for `SAMPLES` samples; that sets the seconds which every batch size gets. The
+The first training takes one sample at a time, `SAMPLES` in all; its time is the time of every batch size. The
 steps are those of `mnist-dist train --compile off`. Evaluations are off the clock.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mnist_dist.training.trainer import Trainer
 
 BATCH_SIZES = (1, 8, 32, 200, 1000)
-SAMPLES = 10_000  # that every batch size is compared after
+SAMPLES = 10_000  # after which the batch sizes are compared
 LEAST_SECONDS, MOST_SECONDS = 2.0, 12.0  # of training for each batch size: 60 in all, which leaves 30 for the rest
 EVALUATIONS_PER_DOUBLING = 2  # of the samples done, for the picture
 FIRST_EVALUATION = 1000  # samples
@@ -187,7 +187,7 @@ def _figures(course: Course, num_train: int) -> tuple[str, str, str, str, str]:
 
 
 def sentences(courses: Sequence[Course], samples: int, seconds: float, num_train: int) -> list[str]:
-    """What the figures say."""
+    """What the metrics say, in five sentences."""
     alone, largest = courses[0], courses[-1]
     of_samples = min(courses, key=lambda course: course.at_samples.nll)
     of_seconds = min(courses, key=lambda course: course.last.nll)

@@ -1,4 +1,4 @@
-"""`mnist-dist reproduce`: the tutorial's two trainings beside its numbers (its steps 4 and 6), and what a batch buys.
+"""`mnist-dist reproduce`: the tutorial's two trainings beside its numbers (its steps 4 and 6), and their speeds.
 
 Each training is a run of `mnist-dist train` in a new process, read back from its `result.json`. A run that is
 whole already is not run again. Writes `report.md` and the prediction grid.
@@ -74,7 +74,7 @@ def reproduce(options: Mapping[str, Any], output_dir: str | None) -> None:
     results: list[RunResult] = []
     for protocol in PROTOCOLS:
         results.append(run_protocol(protocol, root / protocol.folder, options))
-        # the next one has the same kind of step: what a batch buys is not what compiling buys
+        # the next training has the same kind of step, so that the ratio of their speeds is that of the batch sizes
         options = {"compile": "on" if results[0].environment.step == "compiled" else "off", **options}
     report = "\n".join(report_lines(results))
     with writing_to(root):

@@ -24,7 +24,7 @@ MOST_PROCESSES = 4096  # on a machine
 
 @contextmanager
 def writing_to(output_dir: Path) -> Iterator[None]:
-    """What is done inside writes to the folder that --output-dir names. Raises `UserError` if that fails."""
+    """For code that writes to the folder of --output-dir. Raises `UserError` if that fails."""
     try:
         yield
     except OSError as error:

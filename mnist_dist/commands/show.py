@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
 
 
 def open_images(config: TrainConfig, note: Callable[[str], None] = lambda line: None) -> ImageSets:
-    """The data set that the config names, for a command of one process; `note` gets a line if it is no known one.
+    """The data set that the config names, for a command of one process; `note` gets a line if it is not a known set.
     Raises `UserError`.
     """
     from mnist_dist.data import check_name, load, obtain

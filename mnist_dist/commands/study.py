@@ -158,7 +158,7 @@ def request_from(args: argparse.Namespace, argv: Sequence[str]) -> Request:
     if args.launcher != "torch":
         fixed["--launcher"] = args.launcher
     if program.is_ours:
-        TrainConfig(**training)  # what is wrong for every cell is an error
+        TrainConfig(**training)  # an option that is wrong for every cell is an error
         # on nodes without data and without a network "auto" would train on the embedded digits, unseen
         of_jobs = {"dataset": "mnist"} if args.launcher != "torch" else {}
         words = {"checkpoint_every": "never", **of_study, **of_jobs, **training}

@@ -26,7 +26,7 @@ PAIR_SECONDS = 0.2  # that one exchange should take
 
 @dataclass(frozen=True)
 class AllReduce:
-    """An all-reduce of `bytes` per rank: the median time, of the slowest rank, and what follows from it."""
+    """An all-reduce of `bytes` per rank: the median time of the slowest rank, and the bandwidths."""
 
     bytes: int
     seconds: float
@@ -35,7 +35,7 @@ class AllReduce:
 
 
 def all_reduces(team: Team, sizes: Sequence[int] = SIZES) -> list[AllReduce]:
-    """One of each size, but none that would take long over a slow network. Collective."""
+    """An all-reduce of each size, except sizes that would take long over a slow network. Collective."""
     reduced = []
     for size in sizes:
         tensor = torch.zeros(size // 4, device=team.device)
@@ -75,7 +75,7 @@ def rounds(number: int) -> Iterator[list[tuple[int, int]]]:
 def pair_bandwidths(team: Team) -> dict[tuple[str, str], float]:
     """Bytes per second between each pair of hosts, there and back; on every rank. Collective."""
     hosts = list(dict.fromkeys(team.hosts))
-    firsts = [team.hosts.index(host) for host in hosts]  # the rank that speaks for its host
+    firsts = [team.hosts.index(host) for host in hosts]  # the rank that measures for its host
     host_number = firsts.index(team.rank) if team.rank in firsts else None
     bandwidths: dict[tuple[str, str], float] = {}
     for pairs in rounds(len(hosts)):

@@ -1,6 +1,6 @@
 """`mnist-dist doctor`: is this machine, or this launch, fit for a study?
 
-Each machine looks at itself (machine.py). Under a launcher the ranks then measure their network (bandwidth.py),
+Each machine is examined (machine.py). Under a launcher the ranks then measure their network (bandwidth.py),
 take the same step, and are compared: a slow link, a slow rank or a rank that computes something else is named. Each
 problem comes with its remedy.
 """
@@ -36,7 +36,7 @@ SAME_GRADIENT = 1e-4  # relative: processors of different makes round differentl
 
 
 def _here(config: TrainConfig, launch: Launch) -> list[Finding]:
-    """What this machine finds out about itself."""
+    """The findings about this machine."""
     return [*machine.versions(), *machine.cores(torch.get_num_threads(), launch.local_size), *machine.products(),
             *machine.gpus(), *machine.data(config.dataset, config.data_dir, config.mirror),
             *machine.disk(Path(config.output_dir or "runs")), *machine.tracking(config.wandb)]
@@ -103,7 +103,7 @@ def _size(number: int) -> str:
 
 
 def _fabric(team: Team, interface: str | None) -> Iterator[Finding]:
-    """Latency and bandwidth of what joins the ranks. Collective."""
+    """Latency and bandwidth of the network between the ranks. Collective."""
     points = all_reduces(team)
     over = f" over {interface}" if interface else ""
     yield Finding("all-reduce", f"latency {1e6 * points[0].seconds:,.0f} us, bus bandwidth up to "
@@ -115,7 +115,7 @@ def _fabric(team: Team, interface: str | None) -> Iterator[Finding]:
     if not pairs:
         return
     hosts = list(dict.fromkeys(team.hosts))
-    # of each host its best pair: of three hosts a slow one slows two of three pairs
+    # the best pair of each host: with three hosts a slow host slows two of three pairs
     problem = None
     usual = statistics.median(max(rate for pair, rate in pairs.items() if host in pair) for host in hosts)
     slow = {pair: rate for pair, rate in pairs.items() if rate < SLOW_LINK * usual}

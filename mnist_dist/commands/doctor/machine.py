@@ -1,7 +1,7 @@
 """What `mnist-dist doctor` finds out about one machine: versions, cores, GPUs, data, disk, W&B.
 
 Each check returns findings: a figure for programs, words for people, and if something is wrong, the problem with its
-remedy. A check never fails: what it cannot find out, it says.
+remedy. A check never fails: if it cannot find something out, it says so.
 
 In one file, because the checks are a list in which each is short and none needs another.
 """
@@ -44,7 +44,7 @@ FREE_BYTES = 1_000_000_000  # on the disk of the runs: less may not be enough fo
 SYNC_SECONDS = 0.5  # to have a checkpoint on the disk: more makes training wait for it
 BURN_SECONDS = 0.25  # of work on every core at once
 PRODUCT_TURNS = 30  # of which the fastest counts
-SLOW_PRODUCTS = 0.7  # of oneDNN's rate: a lower rate of PyTorch's products is worth a word
+SLOW_PRODUCTS = 0.7  # of oneDNN's rate: below it PyTorch's products are reported as slow
 LEAST_OF_CORES = 0.7  # of the work that all cores together should do
 
 
@@ -82,9 +82,9 @@ def _burnt(block: bytes) -> tuple[int, float]:
 
 
 def cores(threads: int, processes: int) -> Iterator[Finding]:
-    """Cores that this process may use, those that are really there, and whether the threads fit on them."""
+    """Cores that this process may use, cores that work at once, and whether the threads fit on them."""
     number, share, block = num_cores(), cores_of_container(), bytes(1_000_000)
-    # what a whole core does: a busy neighbour does not slow it, as only its own time counts
+    # the work of a whole core: only the time of this thread counts, so that other processes do not change it
     alone = max(count / seconds for count, seconds in (_burnt(block), _burnt(block)))
     with concurrent.futures.ThreadPoolExecutor(number) as pool:
         together = sum(count for count, _ in pool.map(_burnt, [block] * number))
