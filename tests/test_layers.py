@@ -130,3 +130,48 @@ def test_long_modules_and_functions_have_a_reason():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{name}.{node.name} is long"
+
+
+# Of a module without a test file of its name: the file that tests it.
+TESTED_IN = {
+    "__main__": "test_cli", "errors": "test_cli", "options": "test_cli", "tables": "test_benchmarks",
+    "worker": "record/test_wandb_run",
+    "commands.doctor.bandwidth": "commands/test_doctor", "commands.doctor.machine": "commands/test_doctor",
+    "commands.reproduce": "commands/test_predict", "commands.shared": "test_cli",
+    "commands.show": "commands/test_predict",
+    "commands.train": "training/test_loop",
+    "data.download": "data/test_data", "data.idx": "data/test_data", "data.images": "data/test_data",
+    "data.npz": "data/test_layouts", "data.sources": "data/test_data",
+    "processes.launch_environment": "processes/test_launch_words", "processes.stop_signals": "processes/test_signals",
+    "processes.stores": "processes/test_rendezvous",
+    "record.config_file": "test_config", "record.environment": "training/test_cpu_products",
+    "record.metrics": "record/test_record", "record.result": "record/test_record",
+    "record.run_folder": "record/test_record",
+    "record.run_pictures": "commands/test_lesson",
+    "study.analysis.analysis": "study/test_report", "study.analysis.cells": "study/test_report",
+    "study.analysis.comparison": "study/test_baseline", "study.analysis.fitted_models": "study/test_step_time_section",
+    "study.analysis.slowdown_causes": "study/test_time_to_target",
+    "study.analysis.step_time_check": "study/test_step_time",
+    "study.analysis.step_time_fit": "study/test_step_time",
+    "study.plan.goals": "study/test_targets",
+    "study.report.charts": "study/test_screens", "study.report.comparison": "study/test_baseline",
+    "study.report.labels": "study/test_report", "study.report.page": "study/test_table",
+    "study.report.throughput": "study/test_report", "study.report.wandb_study": "study/test_study",
+    "study.run.folder": "study/test_study", "study.run.in_queue": "study/test_study_slurm",
+    "study.run.launches": "study/test_study", "study.run.request": "study/test_study",
+    "training.device_events": "training/test_fake_cuda", "training.evaluation": "test_stopwatch",
+    "training.recorder": "training/test_resume", "training.run": "training/test_trainer",
+    "training.steps.cuda_graph": "training/test_fake_cuda", "training.steps.exact_sums": "training/test_reproducible",
+    "training.steps.graph_pass": "training/test_compiled", "training.steps.inductor": "training/test_compiled",
+    "training.steps.plain": "training/test_exactness", "training.steps.step": "training/test_exactness",
+}
+
+
+def test_every_module_is_tested_somewhere():
+    tests = ROOT / "tests"
+    files = {path.relative_to(tests).with_suffix("").as_posix() for path in tests.rglob("test_*.py")}
+    names = {file.split("/")[-1] for file in files}
+    without = {name for name, path in MODULES.items()
+               if path.name != "__init__.py" and f"test_{path.stem}" not in names}
+    assert without == set(TESTED_IN), without ^ set(TESTED_IN)
+    assert set(TESTED_IN.values()) <= files

@@ -78,10 +78,10 @@ def interfaces_to(host: str) -> Iterator[str]:
     for family, kind, _, _, address in addresses:
         try:
             with socket.socket(family, kind) as probe:
-                probe.connect(address)  # chooses a route, and with it this machine's own address
-                own = probe.getsockname()[0].split("%")[0]
+                probe.connect(address)  # chooses a route, and with it this machine's address
+                own_address = probe.getsockname()[0].split("%")[0]
         except OSError:
             continue
-        if not ipaddress.ip_address(own).is_loopback:
+        if not ipaddress.ip_address(own_address).is_loopback:
             yield from (name for name, its in psutil.net_if_addrs().items()
-                        if any(it.family == family and it.address.split("%")[0] == own for it in its))
+                        if any(it.family == family and it.address.split("%")[0] == own_address for it in its))

@@ -26,7 +26,7 @@ def over_ranks(of_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {"count": len(of_rank)}
     for name in of_rank[0]:
         if name != "host":
-            values = sorted(own[name] for own in of_rank)
+            values = sorted(values_of_rank[name] for values_of_rank in of_rank)
             figures[name] = {"min": values[0], "median": statistics.median(values), "max": values[-1]}
     return {**figures, "slowest_rank": slowest, "slowest_host": of_rank[slowest]["host"]}
 

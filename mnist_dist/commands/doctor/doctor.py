@@ -149,15 +149,16 @@ def examine(config: TrainConfig, launch: Launch) -> list[Finding]:
     by_host: dict[str, list[Finding]] = {}
     for host, of_host in zip(team.hosts, team.share(here), strict=True):
         by_host.setdefault(host, []).extend(of_host)
-    findings = [replace(one, says=f"{host}: {one.says}" if len(by_host) > 1 else one.says,
-                        problem=one.problem and f"on {host}: {one.problem}")
-                for host, of_host in by_host.items() for one in of_host]
+    findings = [replace(finding, says=f"{host}: {finding.says}" if len(by_host) > 1 else finding.says,
+                        problem=finding.problem and f"on {host}: {finding.problem}")
+                for host, of_host in by_host.items() for finding in of_host]
     backend = torch.distributed.get_backend() if team.size > 1 else "alone"
     device = str(team.device) if team.is_cuda else team.device.type  # the CPU has no number
     ranks = [{"rank": rank, "host": host, **described} for rank, (host, described) in enumerate(zip(
         team.hosts, team.share({"device": f"{device} ({backend})", "backend": backend, "interface": interface}),
         strict=True))]
-    findings.append(Finding("processes", ", ".join("{rank} on {host}: {device}".format(**one) for one in ranks), ranks))
+    said = ", ".join("{rank} on {host}: {device}".format(**rank) for rank in ranks)
+    findings.append(Finding("processes", said, ranks))
     if team.clocks_apart:
         findings.append(Finding("clocks", "apart", None, team.clocks_apart, "timedatectl set-ntp true on each host"))
     findings += [*_differences(by_host), *_steps(team), *(_fabric(team, interface) if team.size > 1 else ())]

@@ -43,7 +43,7 @@ def cause(figures: CellMetrics, base: CellMetrics) -> str:
 
 def _parts(figures: CellMetrics) -> dict[str, float] | None:
     """Milliseconds of a step by what they are for: medians over the runs, of their last epoch."""
-    found: dict[str, list[float]] = {name: [] for name in CAUSES}
+    milliseconds: dict[str, list[float]] = {name: [] for name in CAUSES}
     if len(figures.ranks) < len(figures.repeats):
         return None
     for ranks in figures.ranks:
@@ -52,5 +52,5 @@ def _parts(figures: CellMetrics) -> dict[str, float] | None:
         usual, slowest, wait = usual_own_ms(ranks), ranks["own_ms"]["max"], ranks["data_wait_ms"]["median"]
         parts = (usual - wait, wait, slowest - usual, ranks["step_ms"]["median"] - slowest)
         for name, value in zip(CAUSES, parts, strict=True):
-            found[name].append(value)
-    return {name: statistics.median(values) for name, values in found.items()}
+            milliseconds[name].append(value)
+    return {name: statistics.median(values) for name, values in milliseconds.items()}

@@ -163,7 +163,7 @@ def _solve(cells: Cells, hypothesis: Hypothesis, ring: tuple[float, float] | Non
         inner = sorted({place.batch for place in cells.places})[1:-1]
         searched = [_search(shape, cells.means, cells.errors, _start(cells, floor, ring, False), free)
                     for floor in inner[:: -(-len(inner) // MOST_STARTS)]]
-        with_floor = min(searched, key=lambda one: one.cost)
+        with_floor = min(searched, key=lambda ended: ended.cost)
         left = len(cells.places) - len(free)
         if left > 0 and (best.cost - with_floor.cost) * left > F_OF_FLOOR * with_floor.cost and (
                 best.cost - with_floor.cost) > F_OF_FLOOR / 2:

@@ -128,10 +128,11 @@ def targets_of(analysis: Analysis) -> list[Target]:
     targets = []
     for goal, cells in sorted(by_goal.items(), key=lambda item: item[0].place):
         # a batch size that was run on several processes only is among the others
-        ordered = sorted(cells.values(), key=lambda one: (one.options, one.batch))
-        known = [one for one in ordered if one.is_reached]
-        for one, estimate in zip(known, estimates([[run.samples for run in one.runs] for one in known]), strict=True):
-            one.estimate = estimate
+        ordered = sorted(cells.values(), key=lambda steps: (steps.options, steps.batch))
+        known = [steps for steps in ordered if steps.is_reached]
+        samples = [[run.samples for run in steps.runs] for steps in known]
+        for steps, estimate in zip(known, estimates(samples), strict=True):
+            steps.estimate = estimate
         targets.append(Target(goal, ordered, _times(analysis, goal, ordered)))
     return targets
 

@@ -24,7 +24,7 @@ def lines(comparison: Comparison, limit: float) -> list[str]:
     """What to print: each cell that is too slow, and what the repeats can show."""
     percent = f"{100 * limit:g} %"
     slow = [difference for difference in comparison.differences if is_slower(difference, limit)]
-    said = [f"slower by more than {percent}: {_words(one)}" for one in slow]
+    said = [f"slower by more than {percent}: {_words(slower)}" for slower in slow]
     if not slow:
         said.append(f"no cell of {len(comparison.differences)} is shown to be slower by more than {percent}")
     if comparison.visible is None:

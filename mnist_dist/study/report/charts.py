@@ -65,7 +65,7 @@ def draw(folder: Path, name: str, title: str, alt: str, series: Sequence[Series]
     """
     with matplotlib.rc_context(STYLE):
         columns = 3 if max(len(line.name) for line in series) < 16 else 1
-        kinds = [*(["measured", "model"] if any(one.model for one in series) else []), *(["ideal"] if ideal else [])]
+        kinds = [*(["measured", "model"] if any(row.model for row in series) else []), *(["ideal"] if ideal else [])]
         legend_lines = -(-(min(len(series), MOST_LINES) + len(kinds)) // columns)
         figure = Figure(figsize=(5.2, 3.4 + 0.19 * legend_lines), layout="constrained")
         axes = figure.subplots()
