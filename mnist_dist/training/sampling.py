@@ -48,12 +48,6 @@ class GlobalBatchSampler:
         """Samples in global batch `step`, over all ranks, without padding."""
         return min(self.global_batch_size, self.num_samples - step * self.global_batch_size)
 
-    def own_positions(self, step: int) -> range:
-        """Positions, in the epoch's order, of this rank's samples of global batch `step`."""
-        rank, size = self.sampler.rank, self.sampler.num_replicas
-        start = step * self.global_batch_size
-        return range(start + (rank - start) % size, start + self.count(step), size)
-
     def own_samples(self, steps: range) -> int:
         """Samples of these consecutive steps on this rank."""
         rank, size = self.sampler.rank, self.sampler.num_replicas

@@ -70,7 +70,7 @@ def test_a_point_has_a_rate_if_all_of_its_steps_were_timed(num_steps, untimed):
 def test_the_running_loss_is_that_of_this_ranks_samples(number, batch, size, looks):
     for rank in range(size):
         batches = batches_of(number, batch, rank, size)
-        counts = [len(batches.own_positions(step)) for step in range(batches.num_batches)]
+        counts = [batches.own_samples(range(step, step + 1)) for step in range(batches.num_batches)]
         sums = torch.zeros(3, batches.num_batches, dtype=torch.float64)
         sums[0] = torch.tensor([3.5 * count for count in counts])
         running, before = RunningLoss(sums, batches), 0
