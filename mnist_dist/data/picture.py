@@ -107,8 +107,8 @@ def _resized(image_HW: Grey, factor: float) -> Grey:
 
 
 def _ink(grey_HW: Grey) -> tuple[Grey, float]:
-    """How much each pixel differs from the paper towards the ink, and the deviation of the paper's noise, both in grey
-    levels, after a mean over 3 x 3 pixels. The paper is a plane through the border, so that light may fall from a side.
+    """In grey levels, after a mean over 3 x 3 pixels: how much each pixel differs from the paper towards the ink, and
+    the deviation of the paper's noise. The paper is a plane through the border, so that light may fall from a side.
     """
     height, width = grey_HW.shape
     padded = np.pad(grey_HW, 1, mode="edge")
@@ -127,8 +127,8 @@ def _ink(grey_HW: Grey) -> tuple[Grey, float]:
 
 
 def _largest(ink_HW: Grey, noise: float, contrast: float) -> tuple[NDArray[np.bool_], int]:
-    """The pixels of the largest shape and of what belongs to it (the bar of a 5 that does not touch it), and the number
-    of other shapes of a digit's size beside it.
+    """The pixels of the largest shape with its parts, such as the separate bar of a 5; and the number of other shapes
+    of a digit's size.
     """
     is_core = ink_HW > CORE * contrast
     labels = _labels(ink_HW > max(EDGE * contrast, NOISE_LEVELS * noise))

@@ -2,9 +2,9 @@
 
 A thread that has done its part of a loop waits for the others, and GNU OpenMP lets it spin for some milliseconds before
 it sleeps. On a quiet machine this is right: the next loop begins within microseconds. But Linux counts spinning as use
-of the core. If another process wants that core, the thread has used up its share when the next loop begins, and waits
-for the core for milliseconds, at each of the many loops of a step: with one busy process beside it on two cores, a run
-takes some 50 times as long (docs/performance.md). A thread that sleeps instead gets the core at once.
+of the core. If another process wants that core, the thread has used up its share when the next loop begins. It then
+waits milliseconds for the core, in each loop of a step. With one busy process beside it on two cores, a run takes some
+50 times as long. A thread that sleeps instead gets the core at once.
 
 libgomp has both ways to wait, and takes the short one while there are more OpenMP threads than cores
 (`gomp_throttled_spin_count_var` in GCC's libgomp/config/linux/wait.h). So a second pool of threads, which does nothing,
@@ -75,8 +75,8 @@ def one_thread() -> Iterator[None]:
 
 
 def seconds_used() -> tuple[float, float]:
-    """Seconds for which threads of this process ran on a core, and for which they could run but had no core, in all,
-    since they began (Documentation/scheduler/sched-stats.rst of Linux).
+    """Seconds for which the threads of this process ran on a core, and seconds for which they waited for one, since
+    they began (Documentation/scheduler/sched-stats.rst of Linux).
     """
     ran = waited = 0
     for task in (PROCESS / "task").iterdir():

@@ -1,9 +1,9 @@
 """Starts the processes of a run on a Ray cluster: `mnist-dist train --launcher ray`.
 
-Ray decides which nodes the processes are on, notices a node or a process that is lost, and makes a new group, of
-another size if it must. Each of its workers starts `mnist-dist train` in a new process, as torchrun would, and waits
-for it: signals, the exit status and what is printed are then as under every launcher. A board, which is an actor
-on this machine, takes what the processes print and how they have ended, and passes signals on to them.
+Ray decides which nodes the processes are on. If a node or a process is lost, it makes a new group, of another size if
+it must. Each of its workers starts `mnist-dist train` in a new process, as torchrun would, and waits for it: signals,
+the exit status and what is printed are then as under every launcher. A board, which is an actor on this machine, takes
+what the processes print and how they have ended, and passes signals on to them.
 
 In one file, because all that knows Ray is here.
 """

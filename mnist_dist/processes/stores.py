@@ -28,8 +28,8 @@ NOTICE_SECONDS = 5.0  # after the command's begin: a line says for whom it waits
 
 
 class Wait:
-    """A wait of at most `limit_s` seconds. If it lasts until 5 s after the command's begin, and at least 1 s, a line on
-    standard error says for whom, unless that is "", or the wait ends by then.
+    """A wait of at most `limit_s` seconds. A line on standard error says for whom it waits, 5 s after the command's
+    begin and after 1 s of waiting; none if `for_whom` is "".
 
     `why` says what makes this process wait, if a person may not know: variables that an earlier command has left.
     """

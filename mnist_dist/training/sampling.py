@@ -1,7 +1,7 @@
 """Which samples a rank sees in which step: global batches, each cut into one share per rank.
 
 The order of an epoch is a function of (seed, epoch) alone. `DistributedSampler` gives rank r of P the positions r, r+P,
-r+2P … of it, so the ranks' shares of positions [kB, (k+1)B) together are the k-th batch of a single process, for any P.
+r+2P … of it. So the ranks' shares of positions [kB, (k+1)B) together are the k-th batch of a single process, for any P.
 It knows nothing of the model or of collectives.
 """
 

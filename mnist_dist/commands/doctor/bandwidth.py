@@ -1,7 +1,7 @@
 """How fast the ranks of a launch exchange tensors: latency and bandwidth of the all-reduce, and of each pair of hosts.
 
 Bandwidths are defined as by nccl-tests (doc/PERFORMANCE.md there): the algorithm bandwidth is the bytes of one rank's
-tensor over the time, the bus bandwidth is that times 2 (P - 1) / P for P ranks, which a ring needs of every link.
+tensor over the time. The bus bandwidth is that times 2 (P - 1) / P for P ranks: what a ring needs of every link.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ class CellMetrics:
     def undisturbed(self) -> np.ndarray | None:
         """For each run the rate of the 10th percentile of its step times; None if a run has too few windows.
 
-        What disturbs a run makes it slower and never faster, so the fast windows say most of the code and the hardware
-        (Chen & Revels 2016, arXiv 1608.04295).
+        Disturbances make a run slower, never faster. So the fast windows show the code and the hardware best (Chen &
+        Revels 2016, arXiv 1608.04295).
         """
         if any(len(run.windows) < LEAST_WINDOWS for run in self.repeats):
             return None

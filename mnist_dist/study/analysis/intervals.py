@@ -1,8 +1,8 @@
 """What the runs of a study say, with intervals. Pure functions of numbers; nothing here reads a file.
 
 The run is the unit that is repeated: steps within a run depend on each other (Kalibera & Jones 2013). A single figure
-is a median with an interval that assumes no distribution. A ratio of two figures is one of geometric means (Fleming &
-Wallace 1986), with an interval from the spread that the cells have in common, which few repeats need.
+is a median with an interval that assumes no distribution. A ratio is one of geometric means (Fleming & Wallace 1986).
+Its interval is from the common spread of the cells, so that few repeats are enough.
 """
 
 from __future__ import annotations

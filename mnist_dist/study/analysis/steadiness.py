@@ -36,8 +36,8 @@ def steadiness(windows: np.ndarray) -> Steadiness:
 
     A jump is found by the largest rank sum statistic over all places of the jump (Lausen & Schumacher 1992, Biometrics
     48(1)) with Bonferroni's bound, a drift by Kendall's; which of the two it is, by the fit with the smaller absolute
-    residuals. Neighbouring windows depend on each other, so that n of them are worth n (1 - r) / (1 + r), where r is
-    the correlation of neighbouring residuals of the fit.
+    residuals. Neighbouring windows depend on each other. So n windows count as n (1 - r) / (1 + r), where r is the
+    correlation of neighbouring residuals of the fit.
     """
     if len(windows) > MOST_WINDOWS:  # neighbours are joined
         windows = np.add.reduceat(windows, _evenly(len(windows)))

@@ -1,10 +1,10 @@
 """Repeats that adapt (`--precision`): which cells need another run until their throughput is known well enough.
 
 A study begins with FIRST_REPEATS of each cell, the fewest that give an interval of 95 %. Then it goes on in rounds:
-each cell that is not known yet runs once more. To stop as soon as the interval is narrow prefers samples that look
-narrow by chance, so that the interval holds the truth less often (Anscombe 1953, JRSS B 15). Here a cell stops when
-its interval was narrow in two rounds one after the other, which makes up for it. tests/study/test_rounds.py counts
-how often the intervals hold the truth with this correction and without it.
+each cell that is not known yet runs once more. If a cell stops as soon as its interval is narrow, samples that are
+narrow by chance are preferred. Then the interval holds the truth less often (Anscombe 1953, JRSS B 15). Here a cell
+stops when its interval was narrow in two rounds one after the other, which makes up for it. tests/study/test_rounds.py
+counts how often the intervals hold the truth with this correction and without it.
 """
 
 from __future__ import annotations

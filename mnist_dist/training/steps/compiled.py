@@ -1,8 +1,8 @@
 """The whole optimizer step as one compiled function: gather, scaling, forward, loss, backward and Adam.
 
-It runs on the weights of the model and the moments of the optimizer that Accelerate wraps, through the model's own
-forward, `loss_sum` and PyTorch's own Adam, so that the mathematics is written once. With several ranks or
-passes it is two functions, with one flat gradient between them. docs/performance.md has the measurements.
+It runs on the weights and Adam's moments that Accelerate wraps. It uses the model's forward, `loss_sum` and PyTorch's
+Adam, so that the mathematics is written once. With several ranks or passes it is two functions, with one flat gradient
+between them. docs/performance.md has the measurements.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Sums without an order, so that their bits are the same on any number of ranks and on any processor.
 
 Floating-point sums depend on their order, and each kernel has its own. Here both factors of a matrix product are first
-rounded to whole numbers of so few bits that every product and every sum of them is exact in float64 (pre-rounding:
-Ozaki et al. 2012, doi 10.1007/s11075-011-9478-1; Demmel and Nguyen 2015, doi 10.1109/TC.2014.2345391). What is exact
-has no order. All else is single additions, multiplications, divisions and square roots, each element by itself, which
-IEEE 754 defines to the last bit; exp and log are made of those too. Not among them are, in torch, a division by a
-number of Python's, which is a product with the reciprocal on a GPU, and `sqrt` on the CPU. It knows nothing of ranks.
+rounded to whole numbers of few bits. Then every product and every sum of them is exact in float64 (pre-rounding: Ozaki
+et al. 2012, doi 10.1007/s11075-011-9478-1; Demmel and Nguyen 2015, doi 10.1109/TC.2014.2345391). What is exact has no
+order. All else is single additions, multiplications, divisions and square roots, each element by itself, which IEEE 754
+defines to the last bit; exp and log are made of those too. Two operations of torch are not exact: a division by a
+Python number, which is a product with the reciprocal on a GPU, and `sqrt` on the CPU. It knows nothing of ranks.
 
 Shapes: B samples, T terms of a sum, K parts.
 """
