@@ -26,7 +26,7 @@ class Column(NamedTuple):
     """A column of the table. In a narrow terminal those with the highest `rank` are left out."""
 
     heading: str
-    figure: str  # of an epoch's record, or of an evaluation within one
+    metric: str  # of an epoch's record, or of an evaluation within one
     width: int
     form: str
     rank: int = 0
@@ -54,9 +54,9 @@ def fitting(width: int) -> list[Column]:
     return chosen
 
 
-def cell(column: Column, figures: Mapping[str, Any]) -> str:
+def cell(column: Column, metrics: Mapping[str, Any]) -> str:
     """A figure as wide as its column, blank if there is none: a number that is too long for it has an exponent."""
-    value = figures.get(column.figure)
+    value = metrics.get(column.metric)
     if value is None:
         return " " * column.width
     text = f"{100 * value:{column.form}} %" if column.is_share else f"{value:{column.form}}"
@@ -144,12 +144,12 @@ class Console:
         """The line of an evaluation within an epoch: the other figures are the whole epoch's, and stay blank."""
         self._table_row({"epoch": epoch, **{name: evaluation[name] for name in ("step", "test_nll", "test_accuracy")}})
 
-    def _table_row(self, figures: Mapping[str, Any]) -> None:
-        self.say(self._row(figures))
+    def _table_row(self, metrics: Mapping[str, Any]) -> None:
+        self.say(self._row(metrics))
         self._last_line = time.monotonic()
 
-    def _row(self, figures: Mapping[str, Any]) -> str:
-        return " ".join(cell(column, figures) for column in self._columns).rstrip()
+    def _row(self, metrics: Mapping[str, Any]) -> str:
+        return " ".join(cell(column, metrics) for column in self._columns).rstrip()
 
     def progress(self, epoch: int, num_epochs: int, step: int, num_steps: int, *, loss: float | None = None,
                  samples_per_second: float | None = None, is_share: bool = False) -> None:

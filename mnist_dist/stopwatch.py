@@ -105,7 +105,7 @@ class Stopwatch:
         names = ("seconds", "samples", "steps", "warmup_seconds", "warmup_samples", "waited", "exchanged")
         return {name: getattr(self, name) for name in names}
 
-    def figures(self, slowest_seconds: float, slowest_warmup: float, num_processes: int) -> dict[str, Any]:
+    def metrics(self, slowest_seconds: float, slowest_warmup: float, num_processes: int) -> dict[str, Any]:
         """The epoch's times and rates, given the times of the slowest process. A rate without measured steps is None.
 
         `train_seconds` is all training steps; `warmup_seconds` is the part of it that the rates leave out.

@@ -57,7 +57,7 @@ def test_no_figure_overflows_its_column(column, value):
         value = min(int(value), 99_999 if column.width == 5 else 9_999_999)
     if column.is_share:
         value = min(value, 1.0)
-    text = cell(column, {column.figure: value})
+    text = cell(column, {column.metric: value})
     assert len(text) == column.width
     assert float(text.replace(",", "").replace("%", "")) == pytest.approx(
         100 * value if column.is_share else value, rel=0.05, abs=0.5)

@@ -38,10 +38,10 @@ def test_sums_are_those_of_single_samples():
     nll = [-float(row[label]) for row, label in zip(log_probabilities, labels, strict=True)]
     hits = sum(int(row.argmax() == label) for row, label in zip(log_probabilities, labels, strict=True))
     sums = sum(batch_sums(log_probabilities[i : i + 7], labels[i : i + 7]) for i in range(0, 101, 7))
-    figures = evaluation.test_figures(sums.tolist())
-    assert figures["test_nll_sum"] == pytest.approx(sum(nll), abs=1e-12)
-    assert figures["test_nll"] == pytest.approx(sum(nll) / 101, abs=1e-12)
-    assert (figures["test_count"], figures["test_accuracy"]) == (101, pytest.approx(hits / 101))
+    metrics = evaluation.metrics_of_test(sums.tolist())
+    assert metrics["test_nll_sum"] == pytest.approx(sum(nll), abs=1e-12)
+    assert metrics["test_nll"] == pytest.approx(sum(nll) / 101, abs=1e-12)
+    assert (metrics["test_count"], metrics["test_accuracy"]) == (101, pytest.approx(hits / 101))
 
 
 def test_sums_of_an_empty_share_are_nothing():
@@ -56,20 +56,20 @@ def test_rate_leaves_out_warm_up_and_pauses():
     run_steps(watch, clock, [200] * 100)
     clock.now += 70  # a checkpoint
     run_steps(watch, clock, [200] * 99 + [7])  # a last batch that does not divide
-    figures = watch.figures(watch.seconds, watch.warmup_seconds, 4)
+    metrics = watch.metrics(watch.seconds, watch.warmup_seconds, 4)
     assert len(calls) == 6, "synchronised at a window's two ends, and never within"
-    assert figures["samples_per_second"] == pytest.approx((199 * 200 + 7) / 2.0)
-    assert figures["samples_per_second_per_process"] == pytest.approx((199 * 200 + 7) / 8.0)
-    assert figures["warmup_seconds"] == pytest.approx(5.0)
-    assert figures["train_seconds"] == pytest.approx(7.0)
-    assert figures["step_ms_p50"] == pytest.approx(10.0)
+    assert metrics["samples_per_second"] == pytest.approx((199 * 200 + 7) / 2.0)
+    assert metrics["samples_per_second_per_process"] == pytest.approx((199 * 200 + 7) / 8.0)
+    assert metrics["warmup_seconds"] == pytest.approx(5.0)
+    assert metrics["train_seconds"] == pytest.approx(7.0)
+    assert metrics["step_ms_p50"] == pytest.approx(10.0)
 
 
 def test_the_slowest_process_sets_the_rate():
     clock = FakeClock()
     watch = Stopwatch(lambda: None, clock)
     run_steps(watch, clock, [30] * 10, seconds=0.1)
-    assert watch.figures(2.0, 0.0, 3)["samples_per_second"] == pytest.approx(150)
+    assert watch.metrics(2.0, 0.0, 3)["samples_per_second"] == pytest.approx(150)
 
 
 def test_time_that_synchronising_takes_counts():
@@ -88,18 +88,18 @@ def test_waiting_for_data_and_percentiles():
     watch = Stopwatch(lambda: None, clock)
     for seconds in (0.01, 0.02, 0.03, 0.04):
         run_steps(watch, clock, [1], seconds=seconds, waited=0.005)
-    figures = watch.figures(watch.seconds, 0.0, 1)
-    assert figures["data_wait_fraction"] == pytest.approx(0.2)
-    assert figures["step_ms_p95"] == pytest.approx(float(np.percentile([10, 20, 30, 40], 95)))
+    metrics = watch.metrics(watch.seconds, 0.0, 1)
+    assert metrics["data_wait_fraction"] == pytest.approx(0.2)
+    assert metrics["step_ms_p95"] == pytest.approx(float(np.percentile([10, 20, 30, 40], 95)))
 
 
 def test_nothing_measured_is_none_and_not_zero():
     clock = FakeClock()
     watch = Stopwatch(lambda: None, clock)
     run_steps(watch, clock, [200], warmup=True)
-    figures = watch.figures(watch.seconds, watch.warmup_seconds, 2)
-    assert figures["samples_per_second"] is None and figures["samples_per_second_per_process"] is None
-    assert figures["step_ms_p50"] is None and figures["data_wait_fraction"] is None
+    metrics = watch.metrics(watch.seconds, watch.warmup_seconds, 2)
+    assert metrics["samples_per_second"] is None and metrics["samples_per_second_per_process"] is None
+    assert metrics["step_ms_p50"] is None and metrics["data_wait_fraction"] is None
 
 
 def test_an_interrupted_epoch_goes_on_counting():
@@ -109,7 +109,7 @@ def test_an_interrupted_epoch_goes_on_counting():
     clock.now += 1e6
     second = Stopwatch(lambda: None, clock, **first.state())
     run_steps(second, clock, [100] * 10)
-    assert second.figures(second.seconds, 0.0, 1)["samples_per_second"] == pytest.approx(3000 / 0.2)
+    assert second.metrics(second.seconds, 0.0, 1)["samples_per_second"] == pytest.approx(3000 / 0.2)
 
 
 def test_a_step_that_sleeps():
@@ -120,7 +120,7 @@ def test_a_step_that_sleeps():
             window.lap(100, 0.0)
     slept = watch.seconds  # by the same clock: what sleeping really took on a busy machine
     assert slept >= 0.4 and watch.samples == 2000
-    assert watch.figures(slept, 0.0, 1)["samples_per_second"] == pytest.approx(2000 / sum(watch.step_seconds), rel=0.01)
+    assert watch.metrics(slept, 0.0, 1)["samples_per_second"] == pytest.approx(2000 / sum(watch.step_seconds), rel=0.01)
 
 
 @pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 4.0, 2.0, 3.0]])
@@ -137,7 +137,7 @@ def test_windows_cut_the_measured_steps_into_nearly_equal_parts():
     run_steps(watch, clock, [10] * 60)
     clock.now += 5  # a checkpoint
     run_steps(watch, clock, [10] * 24 + [3], seconds=0.02)
-    windows = watch.figures(watch.seconds, 0.0, 1)["windows"]
+    windows = watch.metrics(watch.seconds, 0.0, 1)["windows"]
     assert len(windows) == 40 and {steps for steps, _, _ in windows} == {2, 3}
     assert sum(samples for _, samples, _ in windows) == watch.samples == 843
     assert sum(seconds for _, _, seconds in windows) == pytest.approx(60 * 0.01 + 25 * 0.02)

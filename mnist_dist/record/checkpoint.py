@@ -105,7 +105,7 @@ class CheckpointWriter:
         if error:
             raise error
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The number of checkpoints and their times, as `RunSummary` names them."""
         return {
             "checkpoints": len(self.delays),

@@ -18,7 +18,7 @@ from mnist_dist.record.schema import check_types
 R = TypeVar("R")
 
 
-def figure(group: str, meaning: str, *, unit: str = "", default: Any = MISSING) -> Any:
+def metric(group: str, meaning: str, *, unit: str = "", default: Any = MISSING) -> Any:
     """A field of a record: the group under which W&B shows it, what it means, and its unit ("" is a plain number)."""
     return field(metadata={"group": group, "meaning": meaning, "unit": unit}, default=default)
 
@@ -27,38 +27,38 @@ def figure(group: str, meaning: str, *, unit: str = "", default: Any = MISSING) 
 class EpochRecord:
     """One epoch of training and its evaluation, over all processes. None stands for what was not measured."""
 
-    epoch: int = figure("train", "counted from 0")
-    step: int = figure("train", "optimizer steps since the start of the run", unit="steps")
-    train_loss: float = figure("train", "mean loss per sample over the epoch's steps", unit="nats")
-    noise_scale: float | None = figure("train", "gradient noise scale, over the epoch's measured steps; None: not "
+    epoch: int = metric("train", "counted from 0")
+    step: int = metric("train", "optimizer steps since the start of the run", unit="steps")
+    train_loss: float = metric("train", "mean loss per sample over the epoch's steps", unit="nats")
+    noise_scale: float | None = metric("train", "gradient noise scale, over the epoch's measured steps; None: not "
                                        "measured, or not known", unit="samples", default=None)
-    noise_scale_low: float | None = figure("train", "lower end of its 95 % interval", unit="samples", default=None)
-    noise_scale_high: float | None = figure("train", "upper end of its 95 % interval", unit="samples", default=None)
-    test_nll: float = figure("test", "mean negative log-likelihood per test image", unit="nats")
-    test_nll_sum: float = figure("test", "the same, summed over the test images", unit="nats")
-    test_accuracy: float = figure("test", "share of the test images whose best guess is right")
-    test_count: int = figure("test", "test images evaluated", unit="images")
-    train_seconds: float = figure("time", "all training steps, on the slowest process", unit="s")
-    warmup_seconds: float = figure("time", "the part of train_seconds that the rates leave out", unit="s")
-    measured_seconds: float = figure("time", "the part of train_seconds that the rates are made of", unit="s")
-    eval_seconds: float = figure("time", "the evaluation, on the slowest process", unit="s")
-    epoch_seconds: float = figure("time", "train_seconds + eval_seconds", unit="s")
-    step_ms_p50: float | None = figure("time", "median time of a measured step", unit="ms")
-    step_ms_p95: float | None = figure("time", "95th percentile of the time of a measured step", unit="ms")
-    measured_samples: int = figure("throughput", "samples of the measured steps, over all processes", unit="samples")
-    samples_per_second: float | None = figure("throughput", "measured_samples / measured_seconds", unit="samples/s")
-    samples_per_second_per_process: float | None = figure("throughput", "the same for one process", unit="samples/s")
-    data_wait_fraction: float | None = figure("throughput", "share of measured_seconds that the main process waits "
+    noise_scale_low: float | None = metric("train", "lower end of its 95 % interval", unit="samples", default=None)
+    noise_scale_high: float | None = metric("train", "upper end of its 95 % interval", unit="samples", default=None)
+    test_nll: float = metric("test", "mean negative log-likelihood per test image", unit="nats")
+    test_nll_sum: float = metric("test", "the same, summed over the test images", unit="nats")
+    test_accuracy: float = metric("test", "share of the test images whose best guess is right")
+    test_count: int = metric("test", "test images evaluated", unit="images")
+    train_seconds: float = metric("time", "all training steps, on the slowest process", unit="s")
+    warmup_seconds: float = metric("time", "the part of train_seconds that the rates leave out", unit="s")
+    measured_seconds: float = metric("time", "the part of train_seconds that the rates are made of", unit="s")
+    eval_seconds: float = metric("time", "the evaluation, on the slowest process", unit="s")
+    epoch_seconds: float = metric("time", "train_seconds + eval_seconds", unit="s")
+    step_ms_p50: float | None = metric("time", "median time of a measured step", unit="ms")
+    step_ms_p95: float | None = metric("time", "95th percentile of the time of a measured step", unit="ms")
+    measured_samples: int = metric("throughput", "samples of the measured steps, over all processes", unit="samples")
+    samples_per_second: float | None = metric("throughput", "measured_samples / measured_seconds", unit="samples/s")
+    samples_per_second_per_process: float | None = metric("throughput", "the same for one process", unit="samples/s")
+    data_wait_fraction: float | None = metric("throughput", "share of measured_seconds that the main process waits "
                                               "for data")
-    peak_memory_bytes: int = figure("memory", "largest use of memory by a process: of the GPU if there is one",
+    peak_memory_bytes: int = metric("memory", "largest use of memory by a process: of the GPU if there is one",
                                     unit="bytes")
-    evaluations: Sequence[Mapping[str, Any]] = figure("test", "evaluations within the epoch: step, samples and "
+    evaluations: Sequence[Mapping[str, Any]] = metric("test", "evaluations within the epoch: step, samples and "
                                                       "train_seconds since the start of the run, test_nll, "
                                                       "test_accuracy", default=())
-    ranks: Mapping[str, Any] = figure("ranks", "min, median and max over ranks of step_ms, own_ms (a step without the "
+    ranks: Mapping[str, Any] = metric("ranks", "min, median and max over ranks of step_ms, own_ms (a step without the "
                                       "exchange of gradients; on a GPU the same as step_ms), data_wait_ms (means over "
                                       "measured steps) and peak_memory_bytes; the rank with the most own_ms, its host")
-    windows: Sequence[Sequence[float]] = figure("time", "the measured steps in windows of consecutive ones, each "
+    windows: Sequence[Sequence[float]] = metric("time", "the measured steps in windows of consecutive ones, each "
                                                 "[steps, samples, seconds]; after --resume only those since then; in "
                                                 "windows.jsonl", default=())
 
@@ -101,23 +101,23 @@ def grouped(record: EpochRecord) -> dict[str, Any]:
 class RunSummary:
     """The figures of a run over all its epochs."""
 
-    global_batch_size: int = figure("summary", "samples that one optimizer step averages over", unit="samples")
-    per_device_batch_size: int = figure("summary", "the most of these on one process", unit="samples")
-    learning_rate: float = figure("summary", "the rate in force, after --lr-rule")
-    compile_seconds: float = figure("summary", "compiling the step, outside all other times", unit="s")
-    checkpoints: int = figure("summary", "checkpoints written since the process started", default=0)
-    checkpoint_pause_seconds: float | None = figure("summary", "how long one kept the training, median", unit="s",
+    global_batch_size: int = metric("summary", "samples that one optimizer step averages over", unit="samples")
+    per_device_batch_size: int = metric("summary", "the most of these on one process", unit="samples")
+    learning_rate: float = metric("summary", "the rate in force, after --lr-rule")
+    compile_seconds: float = metric("summary", "compiling the step, outside all other times", unit="s")
+    checkpoints: int = metric("summary", "checkpoints written since the process started", default=0)
+    checkpoint_pause_seconds: float | None = metric("summary", "how long one kept the training, median", unit="s",
                                                     default=None)
-    checkpoint_seconds: float | None = figure("summary", "from the request until it was whole, median", unit="s",
+    checkpoint_seconds: float | None = metric("summary", "from the request until it was whole, median", unit="s",
                                               default=None)
-    samples_per_second: float | None = figure("summary", "measured samples / measured seconds", unit="samples/s")
-    best_test_nll: float | None = figure("summary", "the lowest test_nll of an epoch", unit="nats")
-    best_test_accuracy: float | None = figure("summary", "the highest test_accuracy of an epoch", default=None)
-    final_test_nll: float | None = figure("summary", "test_nll of the last epoch", unit="nats")
-    seconds_to_target: float | None = figure("summary", "train_seconds until the (lowest) --target-nll is reached",
+    samples_per_second: float | None = metric("summary", "measured samples / measured seconds", unit="samples/s")
+    best_test_nll: float | None = metric("summary", "the lowest test_nll of an epoch", unit="nats")
+    best_test_accuracy: float | None = metric("summary", "the highest test_accuracy of an epoch", default=None)
+    final_test_nll: float | None = metric("summary", "test_nll of the last epoch", unit="nats")
+    seconds_to_target: float | None = metric("summary", "train_seconds until the (lowest) --target-nll is reached",
                                              unit="s")
-    steps_to_target: int | None = figure("summary", "optimizer steps until then", unit="steps")
-    targets: Sequence[Mapping[str, Any]] = figure("summary", "of each --target-nll the first evaluation at or below "
+    steps_to_target: int | None = metric("summary", "optimizer steps until then", unit="steps")
+    targets: Sequence[Mapping[str, Any]] = metric("summary", "of each --target-nll the first evaluation at or below "
                                                   "it, as in evaluations, with None if there is none", default=())
 
 

@@ -23,12 +23,12 @@ def over_ranks(of_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     the exchange of gradients (`own_ms`), whether it computes slowly or waits for data.
     """
     slowest = max(range(len(of_rank)), key=lambda rank: of_rank[rank]["own_ms"])
-    figures: dict[str, Any] = {"count": len(of_rank)}
+    metrics: dict[str, Any] = {"count": len(of_rank)}
     for name in of_rank[0]:
         if name != "host":
             values = sorted(values_of_rank[name] for values_of_rank in of_rank)
-            figures[name] = {"min": values[0], "median": statistics.median(values), "max": values[-1]}
-    return {**figures, "slowest_rank": slowest, "slowest_host": of_rank[slowest]["host"]}
+            metrics[name] = {"min": values[0], "median": statistics.median(values), "max": values[-1]}
+    return {**metrics, "slowest_rank": slowest, "slowest_host": of_rank[slowest]["host"]}
 
 
 class Meter:

@@ -41,8 +41,8 @@ class Rows(NamedTuple):
 
     def of_point(self, point: Mapping[str, Any]) -> Row:
         """A line of `steps.jsonl`."""
-        figures = {f"steps/{name}": point[name] for name in ("train_loss", "samples_per_second")}
-        return {**self._place(point["step"]), **{name: value for name, value in figures.items() if value is not None}}
+        metrics = {f"steps/{name}": point[name] for name in ("train_loss", "samples_per_second")}
+        return {**self._place(point["step"]), **{name: value for name, value in metrics.items() if value is not None}}
 
     def of_evaluation(self, evaluation: Mapping[str, Any]) -> Row:
         """An evaluation within an epoch."""

@@ -17,8 +17,8 @@ def batch_sums(log_probs_BC: Tensor, labels_B: Tensor) -> Tensor:
     return torch.stack([nll_B.sum(dtype=torch.float64), correct_B.sum(dtype=torch.float64), count])
 
 
-def test_figures(sums_3: Sequence[float]) -> dict[str, Any]:
-    """The test figures from the sums over every test image once: this is the only division."""
+def metrics_of_test(sums_3: Sequence[float]) -> dict[str, Any]:
+    """The metrics of the test from the sums over every test image once: this is the only division."""
     nll_sum, correct, count = sums_3
     return {
         "test_nll": nll_sum / count,

@@ -150,7 +150,7 @@ class Loop:
         everyone = team.share((totals, of_rank))
         seconds, warmup, evaluation = map(max, zip(*(totals for totals, _ in everyone), strict=True))
         ranks = over_ranks([of_rank for _, of_rank in everyone])
-        times = watch.figures(seconds, warmup, team.size)
+        times = watch.metrics(seconds, warmup, team.size)
         record = EpochRecord(
             epoch=progress.epoch, step=progress.global_step, train_loss=loss, **noise, **test, **times,
             eval_seconds=evaluation, epoch_seconds=times["train_seconds"] + evaluation, ranks=ranks,

@@ -146,7 +146,7 @@ class Recorder:
         summary = RunSummary(
             global_batch_size=trainer.global_batch_size, per_device_batch_size=trainer.per_device_batch_size,
             learning_rate=trainer.learning_rate, compile_seconds=trainer.step.compile_seconds,
-            **self.checkpoints.figures(),
+            **self.checkpoints.metrics(),
             **summarise(records, self.config.targets, trainer.batches.num_samples, trainer.global_batch_size),
         )
         self._write_points()

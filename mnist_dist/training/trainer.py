@@ -23,7 +23,7 @@ from mnist_dist.errors import Diverged
 from mnist_dist.processes.core_contention import CoreContention
 from mnist_dist.processes.team import Team
 from mnist_dist.stopwatch import Stopwatch, Window
-from mnist_dist.training.evaluation import add_in_order, batch_sums, test_figures
+from mnist_dist.training.evaluation import add_in_order, batch_sums, metrics_of_test
 from mnist_dist.training.model import MLP
 from mnist_dist.training.noise_scale import NOT_KNOWN, noise_scale
 from mnist_dist.training.pauses import PauseSchedule
@@ -197,10 +197,10 @@ class Trainer:
                 sums_3 += batch_sums(self.module(scale(images, self.dtype)), labels)
         total_3 = add_in_order(self.team.gather(sums_3))
         self.team.wait_for_device()
-        figures = test_figures(total_3.tolist())
-        if figures["test_count"] != len(self.sets.test):
-            raise AssertionError(f"evaluated {figures['test_count']} of {len(self.sets.test)} test images")
-        return figures
+        metrics = metrics_of_test(total_3.tolist())
+        if metrics["test_count"] != len(self.sets.test):
+            raise AssertionError(f"evaluated {metrics['test_count']} of {len(self.sets.test)} test images")
+        return metrics
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the training: weights, Adam's moments and step counts, sums of the epoch."""

@@ -35,15 +35,15 @@ def main(argv: Sequence[str]) -> None:
         trainer.make_step()
         schedule = PauseSchedule(Every(0, "epochs"), trainer.batches.num_batches, team)
         steps = range(trainer.batches.num_batches)
-        figures = []
+        metrics = []
         for epoch in range(EPOCHS):
             take_steps(trainer, epoch, steps, Stopwatch(team.synchronize), schedule)
-            figures.append({"train_loss": trainer.train_loss(epoch, len(steps)), **trainer.evaluate()})
+            metrics.append({"train_loss": trainer.train_loss(epoch, len(steps)), **trainer.evaluate()})
             trainer.sums.zero_()
         if team.is_main:
             save_file(trainer.module.state_dict(), Path(output_dir, f"{name}.safetensors"))
             Path(output_dir, f"{name}.json").write_text(json.dumps({
-                "steps": EPOCHS * len(steps), "processes": team.size, "epochs": figures,
+                "steps": EPOCHS * len(steps), "processes": team.size, "epochs": metrics,
             }))
         team.accelerator.free_memory()
     team.end()

@@ -105,7 +105,7 @@ def run_here(words: Sequence[str]) -> int:
     return cli._status(words)[0]
 
 
-def epoch_record(**figures: Any) -> EpochRecord:
+def epoch_record(**metrics: Any) -> EpochRecord:
     """A record with these figures, and something plausible for the others."""
     others = {"epoch": 0, "step": 300, "train_loss": 0.5, "test_nll": 0.25, "test_nll_sum": 2500.0,
               "test_accuracy": 0.9, "test_count": 10_000, "train_seconds": 1.0, "warmup_seconds": 0.0,
@@ -114,15 +114,15 @@ def epoch_record(**figures: Any) -> EpochRecord:
               "data_wait_fraction": 0.1, "eval_seconds": 0.1, "epoch_seconds": 1.1, "peak_memory_bytes": 10**9,
               "ranks": over_ranks([{"step_ms": 3.0, "own_ms": 3.0, "data_wait_ms": 0.3, "peak_memory_bytes": 10**9,
                                     "host": "attic"}]), "evaluations": []}
-    return EpochRecord(**{**others, **figures})
+    return EpochRecord(**{**others, **metrics})
 
 
-def run_summary(**figures: Any) -> RunSummary:
+def run_summary(**metrics: Any) -> RunSummary:
     """A summary with these figures, and something plausible for the others."""
     others = {"global_batch_size": 200, "per_device_batch_size": 200, "learning_rate": 1e-4, "compile_seconds": 0.0,
               "samples_per_second": 6e4, "best_test_nll": 0.25, "final_test_nll": 0.25, "seconds_to_target": None,
               "steps_to_target": None, "targets": []}
-    return RunSummary(**{**others, **figures})
+    return RunSummary(**{**others, **metrics})
 
 
 def run_result(epochs: Sequence[EpochRecord], dataset: str = "mnist", **summary: Any) -> RunResult:

@@ -44,8 +44,8 @@ def alone(sets):
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_the_same_bits_on_any_number_of_ranks(size, sets, alone):
-    for weights, loss, figures in run_ranks(Meeting(size, 20.0), lambda team: train(team, sets)):
-        assert torch.equal(weights, alone[0]) and (loss, figures) == alone[1:]
+    for weights, loss, metrics in run_ranks(Meeting(size, 20.0), lambda team: train(team, sets)):
+        assert torch.equal(weights, alone[0]) and (loss, metrics) == alone[1:]
 
 
 def test_a_slow_rank_changes_nothing(sets, alone):

@@ -243,7 +243,7 @@ def test_what_is_written_is_as_of_the_request(tmp_path):
             writer.write(step, tensors, {"step": step})
             for tensor in tensors.values():
                 tensor.add_(1)
-    assert len(writer.pauses) == len(writer.delays) == writer.figures()["checkpoints"] == 5
+    assert len(writer.pauses) == len(writer.delays) == writer.metrics()["checkpoints"] == 5
     for step in range(5):
         found = load_file(tmp_path / f"step-{step:09d}" / "tensors.safetensors")
         assert found.keys() == tensors.keys()

@@ -42,13 +42,13 @@ def fixed_repeats(noise, share, random, tables):
 def adaptive(noise, rule, tables):
     """Per spread: (mean number of repeats, how often the interval holds the truth)."""
     random = np.random.default_rng(7)
-    figures = []
+    metrics = []
     for spread in SPREADS:
         cells = [stopped(noise, spread, rule, random) for _ in range(tables)]
         intervals = [median_interval(rates) for rates in cells]
-        figures.append((np.mean([len(rates) for rates in cells]),
+        metrics.append((np.mean([len(rates) for rates in cells]),
                         np.mean([interval.low <= 1 <= interval.high for interval in intervals])))
-    return np.array(figures)
+    return np.array(metrics)
 
 
 @pytest.mark.long
@@ -57,16 +57,16 @@ def test_fewer_launches_and_intervals_that_hold_the_truth(noise):
     random = np.random.default_rng(5)
     most, half = (fixed_repeats(noise, share, random, 400) for share in (0.95, 0.5))
     for name, rule in (("as it is", is_known), ("without the correction", until_narrow_once)):
-        figures = adaptive(noise, rule, 1_000)
-        launches, coverage = figures.mean(0)
-        each = ", ".join(f"{100 * held:.1f}" for held in figures[:, 1])
+        metrics = adaptive(noise, rule, 1_000)
+        launches, coverage = metrics.mean(0)
+        each = ", ".join(f"{100 * held:.1f}" for held in metrics[:, 1])
         fewer = " and ".join(f"{100 * (1 - launches / fixed):.0f} % fewer than {fixed}" for fixed in (half, most))
         print(f"{noise}, {name}: {launches:.1f} repeats, {fewer}; the intervals hold the truth in "
               f"{100 * coverage:.1f} %, by spread {each} %")
         if rule is is_known:
             assert launches <= 0.7 * half
             assert 0.93 <= coverage <= 0.975, "6 repeats hold it in 96.9 %"
-            assert figures[:, 1].min() >= 0.93, "no kind of cell pays for the others"
+            assert metrics[:, 1].min() >= 0.93, "no kind of cell pays for the others"
 
 
 def row(run, rate):

@@ -68,7 +68,7 @@ def run_all(wanted, small_dir, tmp_path_factory):
                           target="exactness_worker:main", environment={"ACCELERATE_USE_CPU": "true"})
         assert done.returncode == 0, done.stderr
         found[size] = folder, {name: json.loads((folder / f"{name}.json").read_text()) for name in cases}
-        assert {figures["processes"] for figures in found[size][1].values()} == {size}
+        assert {metrics["processes"] for metrics in found[size][1].values()} == {size}
     return found
 
 
@@ -132,9 +132,9 @@ def test_processes_change_nothing(name, size, request):
 
 def test_learning_happened(outcomes):
     """Else agreement would prove little."""
-    for name, figures in outcomes[1][1].items():
-        if figures["steps"] > 10:
-            assert figures["epochs"][-1]["test_nll"] < 2.2, name
+    for name, metrics in outcomes[1][1].items():
+        if metrics["steps"] > 10:
+            assert metrics["epochs"][-1]["test_nll"] < 2.2, name
 
 
 def test_reproducible_has_the_same_bits(outcomes):

@@ -55,12 +55,12 @@ class Analysis:
     @cached_property
     def estimates(self) -> dict[Cell, Estimate]:
         """The throughput of each cell."""
-        return dict(zip(self.cells, estimates([figures.rates for figures in self.cells.values()]), strict=True))
+        return dict(zip(self.cells, estimates([metrics.rates for metrics in self.cells.values()]), strict=True))
 
     @cached_property
     def undisturbed(self) -> dict[Cell, Estimate]:
         """The undisturbed rate of each cell whose runs have enough windows."""
-        rates = {cell: figures.undisturbed for cell, figures in self.cells.items() if figures.undisturbed is not None}
+        rates = {cell: metrics.undisturbed for cell, metrics in self.cells.items() if metrics.undisturbed is not None}
         return dict(zip(rates, estimates(list(rates.values())), strict=True))
 
     @cached_property
@@ -89,8 +89,8 @@ class Analysis:
     @cached_property
     def drift(self) -> Drift | None:
         """Of the whole machine: the rates of all repeats against their order."""
-        pairs = [(run.row["order"], run.rate / figures.rate.value) for figures in self.cells.values()
-                 for run in figures.repeats if run.row.get("order") is not None]
+        pairs = [(run.row["order"], run.rate / metrics.rate.value) for metrics in self.cells.values()
+                 for run in metrics.repeats if run.row.get("order") is not None]
         return drift_over_study([order for order, _ in pairs], [rate for _, rate in pairs])
 
     @cached_property
@@ -120,7 +120,7 @@ class Analysis:
                                        f"tell which belong to the warm-up: let it print {LEAST_WINDOWS} or more"))
             if slow := straggler(run.row):
                 rows.append((run.row, slow))
-        return rows + [outlier for figures in self.cells.values() for outlier in _outliers(figures)]
+        return rows + [outlier for metrics in self.cells.values() for outlier in _outliers(metrics)]
 
     @property
     def failed(self) -> list[Row]:
@@ -142,13 +142,13 @@ class Analysis:
         return groups
 
 
-def _outliers(figures: CellMetrics) -> list[tuple[Row, str]]:
+def _outliers(metrics: CellMetrics) -> list[tuple[Row, str]]:
     """Runs whose rate is far from those of the other repeats, with the factor."""
-    if len(figures.repeats) < LEAST_CONCLUSIVE:
+    if len(metrics.repeats) < LEAST_CONCLUSIVE:
         return []
-    off = np.log(figures.rates) - np.log(figures.rate.value)
+    off = np.log(metrics.rates) - np.log(metrics.rate.value)
     outliers = []
-    for place, run in enumerate(figures.repeats):
+    for place, run in enumerate(metrics.repeats):
         usual = max(LEAST_SPREAD, float(np.median(np.abs(np.delete(off, place)))))
         if abs(off[place]) > max(math.log(OUTLIER), FAR_OFF * usual):
             times = f"{math.exp(abs(off[place])):.2g} times {'faster' if off[place] > 0 else 'slower'}"

@@ -89,11 +89,11 @@ def judge(cells: Mapping[Cell, CellMetrics], hold_out: HoldOut, fabric: AllReduc
     """
     ring = fabric.ring if fabric else None
     groups: dict[Options, list[CellMetrics]] = {}
-    for figures in _merged(cells):
-        groups.setdefault(figures.cell.options, []).append(figures)
+    for metrics in _merged(cells):
+        groups.setdefault(metrics.cell.options, []).append(metrics)
     judged = {}
     for options, members in groups.items():
-        cells_of_group = [figures.cell for figures in members]
+        cells_of_group = [metrics.cell for metrics in members]
         left_out = [hold_out.leaves_out(cell, cells_of_group) for cell in cells_of_group]
         timed = _cells(members)
         model = fit(timed, ring)
@@ -134,9 +134,9 @@ def as_timed(cell: Cell) -> Cell:
 def _merged(cells: Mapping[Cell, CellMetrics]) -> list[CellMetrics]:
     """The cells; those that differ only in options that take no time are merged."""
     figures_of: dict[Cell, CellMetrics] = {}
-    for cell, figures in cells.items():
+    for cell, metrics in cells.items():
         timed = as_timed(cell)
-        figures_of.setdefault(timed, CellMetrics(timed)).repeats.extend(figures.repeats)
+        figures_of.setdefault(timed, CellMetrics(timed)).repeats.extend(metrics.repeats)
     return list(figures_of.values())
 
 

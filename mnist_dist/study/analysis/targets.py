@@ -117,9 +117,9 @@ class Target:
 def targets_of(analysis: Analysis) -> list[Target]:
     """The targets of the study's runs, the easiest first."""
     by_goal: dict[Goal, dict[object, StepsToTarget]] = {}
-    for figures in analysis.cells.values():
-        cell = figures.cell
-        for run in figures.repeats:
+    for metrics in analysis.cells.values():
+        cell = metrics.cell
+        for run in metrics.repeats:
             for target in (run.row.get("summary") or {}).get("targets") or []:
                 cells = by_goal.setdefault(goal_of(target), {})
                 learnt = cells.setdefault((cell.options, cell.global_batch_size),
@@ -213,20 +213,20 @@ def _times(analysis: Analysis, goal: Goal, cells: Sequence[StepsToTarget]) -> li
     learnt = {(steps.options, steps.batch): (steps, steps.estimate) for steps in cells if steps.estimate is not None}
     doubts = {key: _exact(1.0, steps.doubt**2 / 3) for key, (steps, _) in learnt.items()}
     times = []
-    for cell, figures in analysis.cells.items():
+    for cell, metrics in analysis.cells.items():
         key = cell.options, cell.global_batch_size
         if key not in learnt:
             continue
         steps, estimate = learnt[key]
         each = []
-        for run in figures.repeats:
+        for run in metrics.repeats:
             targets = (run.row.get("summary") or {}).get("targets") or []
-            each += [reached_at(run.row, target).samples * figures.units_per_sample / run.rate for target in targets
+            each += [reached_at(run.row, target).samples * metrics.units_per_sample / run.rate for target in targets
                      if goal_of(target) == goal]
         if not each:  # its runs have other targets
             continue
-        above = estimate, doubts[key], _exact(figures.units_per_sample)
-        times.append(TimeToTarget(cell, median_interval(each).widened(steps.doubt), figures.devices, above,
+        above = estimate, doubts[key], _exact(metrics.units_per_sample)
+        times.append(TimeToTarget(cell, median_interval(each).widened(steps.doubt), metrics.devices, above,
                             (analysis.estimates[cell],)))
     return times
 

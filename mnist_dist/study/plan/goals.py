@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DIRECTIONS = ("lower", "higher")  # whether a figure falls to its target or rises to it
+DIRECTIONS = ("lower", "higher")  # whether a metric falls to its target or rises to it
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A `value` of a `figure`; `key` is the figure's name in the evaluations of a run."""
+    """A `value` of a `metric`; `key` is the metric's name in the evaluations of a run."""
 
-    figure: str
+    metric: str
     value: float
     is_higher: bool = False
     key: str = "test_nll"
@@ -23,25 +23,25 @@ class Goal:
     @property
     def place(self) -> tuple[str, float]:
         """The order of goals: the easiest of a metric first."""
-        return self.figure, self.value if self.is_higher else -self.value
+        return self.metric, self.value if self.is_higher else -self.value
 
     @property
     def file(self) -> str:
         """The goal as a part of a file's name."""
-        name = "" if self.figure == NLL else re.sub(r"[^A-Za-z0-9]", "_", self.figure) + "-"
+        name = "" if self.metric == NLL else re.sub(r"[^A-Za-z0-9]", "_", self.metric) + "-"
         return f"{name}{self.value:g}"
 
     @property
     def title(self) -> str:
         """The goal as the start of a sentence, or a heading."""
-        return f"Test {self}" if self.figure == NLL else f"{self.figure[0].upper()}{self.figure[1:]} {self.value:g}"
+        return f"Test {self}" if self.metric == NLL else f"{self.metric[0].upper()}{self.metric[1:]} {self.value:g}"
 
     def is_reached(self, value: float) -> bool:
         """Whether an evaluation with this value has reached it."""
         return value >= self.value if self.is_higher else value <= self.value
 
     def part(self, before: float, after: float) -> float:
-        """Where between two evaluations the figure passes the value, from 0 to 1: by the logarithm of a loss, and of
+        """Where between two evaluations the metric passes the value, from 0 to 1: by the logarithm of a loss, and of
         the error rate of an accuracy; else on a straight line.
         """
         values = before, self.value, after
@@ -53,7 +53,7 @@ class Goal:
         return (first - goal) / (first - last)
 
     def __str__(self) -> str:
-        return f"{self.figure} {self.value:g}"
+        return f"{self.metric} {self.value:g}"
 
 
 NLL = "NLL"

@@ -87,13 +87,13 @@ class Looks:
 
         return self._across(cell, of(1), of(self.devices))
 
-    def _between(self, cell: Cell, figure: Callable[[Row], float]) -> float:
+    def _between(self, cell: Cell, metric: Callable[[Row], float]) -> float:
         """A figure of the rows, on straight lines between them in the logarithm of the batch size, and constant below
         the small one.
         """
         along = max(0.0, math.log(cell.global_batch_size / SMALL) / math.log(LARGE / SMALL))
-        few, many = (figure(self._rows[Cell(SMALL, count)]) * (1 - along)
-                     + figure(self._rows[Cell(LARGE, count)]) * along for count in (1, self.devices))
+        few, many = (metric(self._rows[Cell(SMALL, count)]) * (1 - along)
+                     + metric(self._rows[Cell(LARGE, count)]) * along for count in (1, self.devices))
         return self._across(cell, few, many)
 
     def _across(self, cell: Cell, few: float, many: float) -> float:

@@ -110,9 +110,9 @@ def _wrong(values: Mapping[str, Any]) -> list[str]:
     if unit is not None and not (isinstance(unit, str) and re.fullmatch(UNIT, unit)):
         return [f"right summary.unit (at most 30 letters, as tokens; got {unit!r:.50})"]
     for name in ("units_per_sample", "flop_per_sample", "printed_rates"):
-        figure = values["summary"].get(name)
-        if figure is not None and not (_is_figure(figure) and figure > 0):
-            return [f"right summary.{name} (a number above 0, got {figure!r:.50})"]
+        metric = values["summary"].get(name)
+        if metric is not None and not (_is_figure(metric) and metric > 0):
+            return [f"right summary.{name} (a number above 0, got {metric!r:.50})"]
     for number, epoch in enumerate(values["epochs"]):
         if problem := _wrong_windows(epoch):
             return [f"right epochs[{number}].windows ({problem})"]
@@ -197,8 +197,8 @@ def flattened(row: Row) -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": _text(value_of_inner) for inner, value_of_inner in value.items()}
         elif name == "epochs":
-            figures = dict.fromkeys(figure for epoch in value for figure in epoch)
-            flat |= {f"epochs.{figure}": _text([epoch.get(figure) for epoch in value]) for figure in figures}
+            metrics = dict.fromkeys(metric for epoch in value for metric in epoch)
+            flat |= {f"epochs.{metric}": _text([epoch.get(metric) for epoch in value]) for metric in metrics}
         else:
             flat[name] = _text(value)
     return flat

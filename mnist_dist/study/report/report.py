@@ -80,7 +80,7 @@ def _head(page: Page, analysis: Analysis, answers: Mapping[Goal, Answer | None],
     page.add(time_picture(reached[-1], models, folder) if reached else rates_picture(analysis, folder))
     page.add(*(f"{goal.title} is not known: at no batch size all runs reached it."
                for goal, answered in answers.items() if answered is None))
-    repeats = sorted({len(figures.repeats) for figures in cells.values()})
+    repeats = sorted({len(metrics.repeats) for metrics in cells.values()})
     many = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
     places = "; ".join(dict.fromkeys(dict(key).get("device_name", "unknown hardware") for key in analysis.environments))
     processes = ", ".join(map(str, sorted({cell.processes for cell in cells})))

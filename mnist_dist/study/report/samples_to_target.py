@@ -130,7 +130,7 @@ def _sizes_picture(sizes: Sequence[tuple[Target, Line, Critical]], folder: Path)
         folder, "critical", "Beyond the critical batch size a larger batch saves few steps",
         f"The batch size at which runs take {TWICE:g} and {MORE:g} times the least samples, and the noise "
         "scale, against the target, with intervals. Both axes are logarithmic.", series,
-        x_label=f"{sizes[-1][0].goal.figure} of the target", y_label="batch size (samples)", apart=1.015)
+        x_label=f"{sizes[-1][0].goal.metric} of the target", y_label="batch size (samples)", apart=1.015)
 
 
 def _finite(interval: Interval) -> Interval:

@@ -118,11 +118,11 @@ def _span(interval: Interval) -> str:
 
 def _exchange(cell: Cell, analysis: Analysis) -> str:
     """The part of a step for the exchange of gradients, if the runs have it."""
-    figures = analysis.cells[cell]
-    if figures.exchange_ms is None:
+    metrics = analysis.cells[cell]
+    if metrics.exchange_ms is None:
         return ""
-    step = statistics.median(rank["step_ms"]["median"] for rank in figures.ranks if rank.get("step_ms"))
-    return f": the exchange takes {number(figures.exchange_ms)} of {number(step)} ms"
+    step = statistics.median(rank["step_ms"]["median"] for rank in metrics.ranks if rank.get("step_ms"))
+    return f": the exchange takes {number(metrics.exchange_ms)} of {number(step)} ms"
 
 
 def how_sure(analysis: Analysis, judged: Sequence[CheckedModel]) -> list[Inline]:
@@ -136,7 +136,7 @@ def how_sure(analysis: Analysis, judged: Sequence[CheckedModel]) -> list[Inline]
     if marked := {row["run"] for row, _ in analysis.marks}:
         notes.append(f"{len(marked)} of {counted(len(analysis.runs), 'run')} {'is' if len(marked) == 1 else 'are'} "
                      "marked")
-    if wide := sum(figures.more_repeats > 0 for figures in cells.values()):
+    if wide := sum(metrics.more_repeats > 0 for metrics in cells.values()):
         notes.append(f"{wide} of {counted(len(cells), 'cell')} {'needs' if wide == 1 else 'need'} more repeats to be "
                      f"known to {100 * analysis.precision:g} %")
     if len(analysis.environments) > 1:

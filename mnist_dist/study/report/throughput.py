@@ -34,13 +34,13 @@ def lines_of(analysis: Analysis) -> list[tuple[str, list[CellMetrics]]]:
     option.
     """
     groups: dict[Any, list[CellMetrics]] = {}
-    for cell, figures in analysis.cells.items():
-        groups.setdefault((cell.options, cell.processes), []).append(figures)
+    for cell, metrics in analysis.cells.items():
+        groups.setdefault((cell.options, cell.processes), []).append(metrics)
     return [(name_of_line(processes, options), members) for (options, processes), members in groups.items()]
 
 
 def rates_picture(analysis: Analysis, folder: Path) -> Picture:
-    best = max(analysis.cells.values(), key=lambda figures: figures.rate.value)
+    best = max(analysis.cells.values(), key=lambda metrics: metrics.rate.value)
     series = []
     for name, members in lines_of(analysis):
         series.append(Series(
@@ -60,7 +60,7 @@ def add_throughput(page: Page, analysis: Analysis, folder: Path, is_first: bool)
     if not is_first:
         page.add(rates_picture(analysis, folder))
     cells = analysis.cells
-    best = max(cells.values(), key=lambda figures: figures.rate.value)
+    best = max(cells.values(), key=lambda metrics: metrics.rate.value)
     highest = f", {say(best.rate)} {analysis.unit}/s{at_level(best.rate)}."
     page.add([Text(("Highest throughput: ", Code(str(best.cell)), highest)),
               *(line for count in sorted({cell.processes for cell in cells})
@@ -132,7 +132,7 @@ def _span(scalings: Mapping[Cell, Scaling]) -> str:
 
 def add_step_time(page: Page, analysis: Analysis, folder: Path) -> None:
     page.add(Heading(2, "Step time"))
-    steps = [figures.step_ms.value for figures in analysis.cells.values()]
+    steps = [metrics.step_ms.value for metrics in analysis.cells.values()]
     series = []
     for name, members in lines_of(analysis):
         series.append(Series(
@@ -149,19 +149,19 @@ def add_memory(page: Page, analysis: Analysis) -> None:
     """For each number of processes the largest batch size that fits, with its peak memory, and what does not fit."""
     too_large = [cell_of(row) for row in analysis.failed if row.get("out_of_memory")]
     # by batch size: the last cell of a kind is the largest that fits, and from behind the smallest that does not
-    largest = {(cell.options, cell.processes): figures for cell, figures in analysis.cells.items()}
+    largest = {(cell.options, cell.processes): metrics for cell, metrics in analysis.cells.items()}
     beyond = {(cell.options, cell.processes): cell
               for cell in sorted(too_large, key=lambda cell: cell.place, reverse=True)}
-    if not beyond and not any(figures.peak_memory_bytes for figures in largest.values()):
+    if not beyond and not any(metrics.peak_memory_bytes for metrics in largest.values()):
         return
     every = [*analysis.cells, *too_large]
     lines: list[list[Inline]] = []
     for kind in sorted({*largest, *beyond}):
         fits = [f"{beyond[kind].global_batch_size:,}" if kind in beyond else "-"]
-        if figures := largest.get(kind):
-            peak = figures.peak_memory_bytes
-            batch, *words = cell_words(figures.cell, every)
-            fits = [number(figures.per_device_batch_size), number(peak / 2**20) if peak else "-", *fits]
+        if metrics := largest.get(kind):
+            peak = metrics.peak_memory_bytes
+            batch, *words = cell_words(metrics.cell, every)
+            fits = [number(metrics.per_device_batch_size), number(peak / 2**20) if peak else "-", *fits]
         else:
             batch, words, fits = "none", cell_words(beyond[kind], every)[1:], ["-", "-", *fits]
         lines.append([batch, *words, *fits])
@@ -175,8 +175,8 @@ def add_memory(page: Page, analysis: Analysis) -> None:
 def add_ranks(page: Page, analysis: Analysis) -> None:
     """Step time, data wait and memory over ranks: the median over runs of what each run says."""
     lines: list[list[Inline]] = []
-    for cell, figures in analysis.cells.items():
-        ranks = figures.ranks
+    for cell, metrics in analysis.cells.items():
+        ranks = metrics.ranks
         if not ranks or cell.processes == 1:
             continue
 
@@ -186,7 +186,7 @@ def add_ranks(page: Page, analysis: Analysis) -> None:
             return " / ".join(number(statistics.median(rank[name][which] for rank in ranks) * scale)
                               for which in ("min", "median", "max"))
 
-        exchange = figures.exchange_ms
+        exchange = metrics.exchange_ms
         hosts = {str(rank["slowest_host"]) for rank in ranks}
         lines.append([*cell_words(cell, analysis.cells), over("own_ms"),
                       "-" if exchange is None else number(exchange), over("data_wait_ms"),

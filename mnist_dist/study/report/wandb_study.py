@@ -36,10 +36,10 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
 
     analysis = Analysis(rows)
     lines: dict[str, tuple[list[int], list[float]]] = {}
-    for cell, figures in analysis.cells.items():
+    for cell, metrics in analysis.cells.items():
         sizes, rates = lines.setdefault(name_of_line(cell.processes, cell.options), ([], []))
         sizes.append(cell.global_batch_size)
-        rates.append(figures.rate.value)
+        rates.append(metrics.rate.value)
     columns: list[str | int] = [analysis.unit + "/s" if name == "rate" else name for name in COLUMNS]
     values: dict[str, Any] = {"runs": wandb.Table(columns=columns, data=[_line(row) for row in rows])}
     if lines:
@@ -52,7 +52,7 @@ def _log(run: Any, folder: Path, rows: Sequence[Row]) -> None:
     run.summary.update({
         "cells": len(analysis.cells), "completed_runs": len(analysis.runs),
         "failed_runs": sum(row["status"] == "failed" for row in rows),
-        "highest_samples_per_second": max((figures.rate.value for figures in analysis.cells.values()), default=None),
+        "highest_samples_per_second": max((metrics.rate.value for metrics in analysis.cells.values()), default=None),
     })
     artifact = wandb.Artifact(f"study-{run.id}", type="study")
     for name in (f"{REPORT}.md", f"{REPORT}.html", JSONL, CSV, FORECASTS):

@@ -164,13 +164,13 @@ def _do_pending(study: Study, request: Request, machine: Machine, say: Callable[
     cells, open_cells = set(request.grid.cells()), 0
     while True:
         rows = study.rows()
-        runs, figures = [run for run in study.runs if run.cell in cells], Analysis(rows)
-        new = next_round(runs, figures, request.precision, request.seed)
+        runs, metrics = [run for run in study.runs if run.cell in cells], Analysis(rows)
+        new = next_round(runs, metrics, request.precision, request.seed)
         if not new:
             break
         if len(new) != open_cells:
             open_cells = len(new)
-            about = expected_runs(new, figures, request.precision)
+            about = expected_runs(new, metrics, request.precision)
             say(f"{counted(open_cells, 'cell is', 'cells are')} not known to {100 * request.precision:g} % yet: about "
                 f"{counted(len(about), 'further run')}, {say_duration(estimate(about, rows, study.fixed))}")
         study.runs = [*(run for run in study.runs if run not in last), *new, *last]
