@@ -58,13 +58,24 @@ def add_training(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 def reader(read: Callable[[str], T]) -> Callable[[str], T]:
     """A `type=` of argparse from a function of the text. Its `ValueError` has the rule: "--option must be RULE"."""
-    def checked(text: str) -> T:
+    def value(text: str) -> T:
         try:
             return read(text.strip())
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"must be {error}, got {cut(text)!r}") from None
 
-    return checked
+    return value
+
+
+def typed(read: Callable[[str], object]) -> Callable[[str], str]:
+    """A `type=` of argparse that checks the text and keeps it, so that a message can say what was typed."""
+    check = reader(read)
+
+    def keep(text: str) -> str:
+        check(text)
+        return text
+
+    return keep
 
 
 def several(read: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:

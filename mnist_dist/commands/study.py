@@ -26,6 +26,7 @@ from mnist_dist.options import (
     seconds,
     several,
     shell_words,
+    typed,
     whole_from,
 )
 from mnist_dist.processes.launch_environment import Launch
@@ -69,40 +70,40 @@ def add_options(parser: Parser) -> None:
                         "size is global; weak = per process; or both: strong,weak (default strong)")
     parser.add_argument("--repeats", metavar="N", type=reader(whole_from(1, 1_000)), help="runs of each cell (default "
                         "5)")
-    parser.add_argument("--precision", metavar="PERCENT", type=reader(percent), help="instead of --repeats: 6 runs of "
+    parser.add_argument("--precision", metavar="PERCENT", type=typed(percent), help="instead of --repeats: 6 runs of "
                         "each cell, then more of those whose throughput is not known to this yet, as in 3%%")
-    parser.add_argument("--budget", metavar="TIME", type=reader(duration), help="start no run that would end later, as "
+    parser.add_argument("--budget", metavar="TIME", type=typed(duration), help="start no run that would end later, as "
                         "30min; counts the seconds of all runs in the study's folder")
     parser.add_argument("--quick", action="store_true", help="choose the grid, from a first look at this machine, and "
-                       "end within ten minutes: throughput, samples to a target, and the batch size that serves best")
+                        "end within ten minutes: throughput, samples to a target, and the batch size that serves best")
     for axis, option in AXES.items():
         parser.add_argument(flag_of(axis), metavar="A,B", help=f"a further axis: values of {flag_of(option)}")
     parser.add_argument("--output-dir", metavar="DIR", default="studies/study", help="folder of the study (default "
-                       "studies/study)")
+                        "studies/study)")
     parser.add_argument("--script", metavar="FILE", help="study another training: it takes --batch-size and "
-                       "--output-dir, and leaves a result.json (docs/your-training.md); words after -- go to it")
+                        "--output-dir, and leaves a result.json (docs/your-training.md); words after -- go to it")
     parser.add_argument("--command", metavar="WORDS", dest="command_line", help="study any program: its command, with "
-                       "{batch_size}, {processes}, {output_dir}, {options}, {seed} and the names of axes; words after "
-                       "-- are in {options}")
-    parser.add_argument("--rate-from", metavar="REGEX", type=reader(rate_pattern), help=r"take the rate from what the "
+                        "{batch_size}, {processes}, {output_dir}, {options}, {seed} and the names of axes; words after "
+                        "-- are in {options}")
+    parser.add_argument("--rate-from", metavar="REGEX", type=typed(pattern_of), help=r"take the rate from what the "
                         r"program prints; the group is the number, as in 'tok/sec: ([\d,.]+)'")
     parser.add_argument("--rate-at", choices=RATE_AT, help="which matches: all, without those of the warm-up; or the "
-                       "one at the end (default all)")
+                        "one at the end (default all)")
     parser.add_argument("--rate-of", choices=RATE_OF, help="whether the rate is that of all processes, or of each "
-                       "process (default all)")
-    parser.add_argument("--unit", metavar="UNIT[=N]", type=reader(read_unit), help="what the rate counts, and how many "
+                        "process (default all)")
+    parser.add_argument("--unit", metavar="UNIT[=N]", type=typed(read_unit), help="what the rate counts, and how many "
                         "a sample has, as tokens=2048 (default samples)")
     parser.add_argument("--axis", metavar="NAME=A,B", action="append", help="a further axis: values of --NAME, of "
-                       "{NAME} in --command, or of the environment variable NAME as env:NAME=A,B; with commas in the "
-                       "values, as 'NAME=A;B'")
+                        "{NAME} in --command, or of the environment variable NAME as env:NAME=A,B; with commas in the "
+                        "values, as 'NAME=A;B'")
     parser.add_argument("--cell-timeout", metavar="SECONDS", type=reader(seconds), default=3600.0, help="end a run "
                         "that takes longer (default 3600)")
     parser.add_argument("--launcher", choices=(*LAUNCHERS,), default="torch", help="what starts a run: torch, on this "
-                       "machine; slurm, as tasks of job arrays, many at a time; ray, on its cluster (default torch)")
+                        "machine; slurm, as tasks of job arrays, many at a time; ray, on its cluster (default torch)")
     parser.add_argument("--sbatch", metavar="OPTIONS", type=reader(shell_words), default=(), help="with --launcher "
                         "slurm: options of sbatch, as --sbatch='--partition=gpu --gpus-per-task=1'")
     parser.add_argument("--print", action="store_true", help="with --launcher slurm: print the scripts, and submit "
-                       "nothing")
+                        "nothing")
     parser.add_argument("--oversubscribe", action="store_true", help="also more processes than cores")
     parser.add_argument("--order-seed", metavar="N", type=reader(whole_from(0)), default=0, help="seed of the runs' "
                         "random order (default 0)")
@@ -117,11 +118,6 @@ def scalings(text: str) -> tuple[str, ...]:
     if not set(kinds) <= set(SCALINGS):
         raise ValueError("strong, weak, or strong,weak")
     return kinds
-
-
-def rate_pattern(text: str) -> str:
-    """Reads the pattern of a printed rate."""
-    return pattern_of(text) and text
 
 
 def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
@@ -169,7 +165,8 @@ def request_from(args: argparse.Namespace, argv: Sequence[str]) -> Request:
         fixed={**fixed, **({"--": list(rest)} if rest else {})}, program=program, hold_out=args.hold_out,
         command=without_passwords(shlex.join(["mnist-dist", *argv])), seed=args.order_seed,
         cell_timeout=args.cell_timeout, oversubscribe=args.oversubscribe, quick=args.quick,
-        precision=args.precision, seconds=args.budget or math.inf, sbatch=args.sbatch,
+        precision=None if args.precision is None else percent(args.precision.strip()),
+        seconds=math.inf if args.budget is None else duration(args.budget.strip()), sbatch=args.sbatch,
         tracking=TrainConfig(**{**of_study, **from_environment("wandb_project", "tags"), **tracking}),
         check=_check(training) if program.is_ours else lambda cell: None,
     )
@@ -187,11 +184,11 @@ def _refuse_conflicts(args: argparse.Namespace, program: Program) -> None:
     if args.launcher != "slurm" and (args.sbatch or args.print):
         raise UserError(f"{'--sbatch' if args.sbatch else '--print'} is for --launcher slurm: add it, or drop this")
     if args.precision is not None and args.repeats is not None:
-        raise UserError(f"--precision {100 * args.precision:g}% chooses the repeats, got --repeats {args.repeats}: "
-                        "drop one of the two")
+        raise UserError(f"--precision {args.precision} chooses the repeats, got --repeats {args.repeats}: drop one of "
+                        "the two")
     if args.budget is not None and args.launcher == "slurm":
-        raise UserError("--budget is for runs one at a time, and --launcher slurm starts many: limit each with "
-                        "--sbatch='--time=00:20:00'")
+        raise UserError(f"--budget {args.budget} is for runs one at a time, and --launcher slurm starts many: limit "
+                        "each with --sbatch='--time=00:20:00'")
     if program.is_ours and args.rest:
         raise UserError(f"words after -- are for a --script or a --command, got {shlex.join(args.rest)}: drop them, "
                         "or name one of the two")
@@ -205,9 +202,8 @@ def _refuse_beside_quick(args: argparse.Namespace) -> None:
                  "command_line", *AXES):
         if (value := getattr(args, name)) is not None:
             flag = "--command" if name == "command_line" else flag_of(name)
-            typed = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-            said = flag if isinstance(value, float) else f"{flag} {typed}"
-            raise UserError(f"--quick chooses the grid by itself, got {said}: drop one of the two")
+            text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            raise UserError(f"--quick chooses the grid by itself, got {flag} {text}: drop one of the two")
 
 
 def _printed(args: argparse.Namespace) -> Printed | None:
@@ -215,12 +211,12 @@ def _printed(args: argparse.Namespace) -> Printed | None:
     if args.rate_from is None:
         for name in ("rate_at", "rate_of", "unit"):
             if getattr(args, name) is not None:
-                raise UserError(f"{flag_of(name)} is for --rate-from: add it, or drop this")
+                raise UserError(f"{flag_of(name)} {getattr(args, name)} is for --rate-from: add it, or drop this")
         return None
     if args.script is None and args.command_line is None:
         raise UserError(f"--rate-from {cut(args.rate_from)!r} is for a --command or a --script: name one of them")
     return Printed(args.rate_from, args.rate_at or RATE_AT[0], args.rate_of or RATE_OF[0],
-                   *(args.unit or (SAMPLES, 1.0)))
+                   *read_unit((args.unit or SAMPLES).strip()))
 
 
 def _axes(args: argparse.Namespace, program: Program, training: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -27,7 +27,7 @@ def add_options(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace, argv: Sequence[str], launch: Launch) -> int:
-    """Train, in this process or in those that it starts; returns the exit status. Raises `MnistDistError`."""
+    """Train, in this process or in new ones; returns the exit status. Raises `MnistDistError`."""
     # imported modules stay: searching them for garbage, again and again, takes a tenth of the start-up
     gc.set_threshold(100_000, 50, 100)
     config = training_config(args)

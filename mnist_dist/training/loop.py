@@ -40,7 +40,7 @@ class Loop:
 
     def run(self) -> None:
         """Train to the end. Raises `Diverged` or `Stopped`. Collective."""
-        while not self.is_finished:
+        while self.watch is not None or not self.is_finished:  # within an epoch no further look at all records
             self._advance()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -172,7 +172,7 @@ class Loop:
         return loss
 
     def _test(self) -> dict[str, Any]:
-        """The figures of the test. Raises `Diverged` if the last step has made the weights useless. Collective."""
+        """The metrics of the test. Raises `Diverged` if the last step has made the weights useless. Collective."""
         test = self.trainer.evaluate()
         if not math.isfinite(test["test_nll"]):
             raise Diverged(f"training diverged: the test NLL is {test['test_nll']} after step "

@@ -92,8 +92,8 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
     except torch.OutOfMemoryError as error:
         step = run.progress.global_step if run else 0
         raise LocalError(f"process {team.rank} of {team.size} has no GPU memory left after step {step}: give a "
-                            "smaller batch or more --gradient-accumulation-steps, or end what else runs on this GPU "
-                            f"({first_line(error)})") from error
+                         "smaller batch or more --gradient-accumulation-steps, or end what else runs on this GPU "
+                         f"({first_line(error)})") from error
     except RuntimeError as error:
         lost = team.lost_process(run.progress.global_step if run else 0, error, starts_again=launch.starts_again)
         if lost is None:
@@ -170,7 +170,7 @@ class Run:
         self.recorder = Recorder(self.config, team, console, self.trainer, self.progress, self.folder, self.lock, data)
         every = config.evaluation_samples
         schedule = PauseSchedule(config.checkpoint_interval, batches.num_batches, team,
-                      evaluates_after=lambda epoch: batches.steps_of_samples(every, epoch) if every else ())
+                                 evaluates_after=lambda epoch: batches.steps_of_samples(every, epoch) if every else ())
         fixed = self._fixed()
         self.loop = Loop(self.config, team, self.trainer, schedule, self.progress, self.recorder,
                          Display(console, config, batches, self.trainer.sums, team.size), fixed)

@@ -171,7 +171,7 @@ def test_a_study_of_a_program_that_is_not_changed(tmp_path, capsys):
     (["--rate-from", "(x"], "--rate-from must be a regular expression with one group"),
     (["--rate-from", "x"], "--rate-from must be a regular expression with one group"),
     (["--rate-from", "(x)", "--unit", "9"], "--unit must be a unit, as images"),
-    (["--rate-at", "end"], "--rate-at is for --rate-from"), (["--unit", "tokens"], "--unit is for"),
+    (["--rate-at", "end"], "--rate-at end is for --rate-from"), (["--unit", "tokens"], "--unit tokens is for"),
 ])
 def test_bad_input_is_one_line(words, message, assert_refused):
     assert_refused(["--command", "sh -c 'echo {batch_size}'", *words], message)

@@ -145,9 +145,9 @@ def test_a_study_repeats_what_it_does_not_know(tmp_path, capsys):
     (["--budget", "30"], "--budget must be a time above 0 with its unit, as in 90s, 30min or 2h, got '30'"),
     (["--budget", "0s"], "--budget must be a time"), (["--budget", "-1h"], "--budget must be a time"),
     (["--budget", "infh"], "--budget must be a time"), (["--budget", "1 day"], "--budget must be a time"),
-    (["--budget", "1h", "--launcher", "slurm"], "--budget is for runs one at a time"),
-    (["--quick", "--budget", "1h"], "--quick chooses the grid by itself, got --budget: drop"),
-    (["--quick", "--precision", "5%"], "--quick chooses the grid by itself, got --precision: drop"),
+    (["--budget", "1h", "--launcher", "slurm"], "--budget 1h is for runs one at a time"),
+    (["--quick", "--budget", "1h"], "--quick chooses the grid by itself, got --budget 1h"),
+    (["--quick", "--precision", "5%"], "--quick chooses the grid by itself, got --precision 5%"),
 ])
 def test_bad_input_is_one_line(words, message, assert_refused):
     assert_refused(words, message)

@@ -13,7 +13,7 @@ MOST_FILES, MOST_LOOPS = 6, 3
 
 
 def loops_around(path, line):
-    """The loops of a file in which a line is: those that a frame has begun and not left."""
+    """The loops of a file that contain this line."""
     tree = ast.parse(Path(path).read_text())
     kinds = (ast.For, ast.While)
     return [node for node in ast.walk(tree) if isinstance(node, kinds) and node.lineno <= line <= node.end_lineno]

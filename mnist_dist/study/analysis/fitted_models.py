@@ -93,13 +93,13 @@ def judge(cells: Mapping[Cell, CellMetrics], hold_out: HoldOut, fabric: AllReduc
         groups.setdefault(metrics.cell.options, []).append(metrics)
     judged = {}
     for options, members in groups.items():
-        cells_of_group = [metrics.cell for metrics in members]
-        left_out = [hold_out.leaves_out(cell, cells_of_group) for cell in cells_of_group]
+        own_cells = [metrics.cell for metrics in members]
+        left_out = [hold_out.leaves_out(cell, own_cells) for cell in own_cells]
         timed = _cells(members)
         model = fit(timed, ring)
-        judged[options] = CheckedModel(members, model, list(compress(cells_of_group, left_out)),
-                                "there is no model" if isinstance(model, str) else check(timed, left_out, ring),
-                                () if isinstance(model, str) else _leave_one_out(cells_of_group, timed, model, ring))
+        judged[options] = CheckedModel(members, model, list(compress(own_cells, left_out)),
+                                       "there is no model" if isinstance(model, str) else check(timed, left_out, ring),
+                                       () if isinstance(model, str) else _leave_one_out(own_cells, timed, model, ring))
     return judged
 
 
@@ -132,7 +132,7 @@ def as_timed(cell: Cell) -> Cell:
 
 
 def _merged(cells: Mapping[Cell, CellMetrics]) -> list[CellMetrics]:
-    """The cells; those that differ only in options that take no time are merged."""
+    """The cells, merged if they differ only in options that take no time."""
     figures_of: dict[Cell, CellMetrics] = {}
     for cell, metrics in cells.items():
         timed = as_timed(cell)

@@ -49,7 +49,7 @@ def all_reduce_times_of(values: Any) -> AllReduceTimes | None:
     try:
         points = sorted((int(size), float(seconds)) for size, seconds in values["all_reduce"])
         fabric = AllReduceTimes(int(values["processes"]), int(values["machines"]), str(values["name"]),
-                       int(values["gradient_bytes"]), points)
+                                int(values["gradient_bytes"]), points)
     except (TypeError, ValueError, KeyError, OverflowError):
         return None
     sizes, times = zip(*points, strict=True) if points else ((), ())

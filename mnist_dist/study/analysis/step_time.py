@@ -9,7 +9,7 @@ CPU it is the threads of a process, as a part of the most threads of a process. 
 machines. There are two: a ring all-reduce, 2 (n - 1) latency + 2 (n - 1) / n transfer, where `transfer` is the time to
 send the whole gradient once, and a tree, log2(n) latency (Thakur et al. 2005, IJHPCA 19(1)). `hidden` is the part of
 the computing during which an exchange costs nothing (0: none, as with one message; 1: all; compare gamma in Pollux,
-OSDI 2021). Each law with each of some `hidden` is a hypothesis. Those that the cells do not refute predict together.
+OSDI 2021). Each law with each `hidden` is a hypothesis. The hypotheses that the cells do not refute predict together.
 """
 
 from __future__ import annotations

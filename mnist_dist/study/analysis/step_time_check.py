@@ -47,9 +47,7 @@ class Check:
 
 
 def check(cells: Cells, left_out: Sequence[bool], ring: tuple[float, float] | None = None) -> Check | str:
-    """Fit the model to the other cells, as `fit` does, and predict those that are left out; or the reason why it cannot
-    be done.
-    """
+    """Fit the model without the cells that are left out, and predict them; or the reason why this is impossible."""
     held = cells.only(left_out)
     if not held.places:
         return "no cell is left out of the fit"

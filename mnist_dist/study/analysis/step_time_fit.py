@@ -1,4 +1,4 @@
-"""Fits the hypotheses of a step's time to the cells of a study: those that the cells do not refute are a model.
+"""Fits the hypotheses of a step's time to the cells of a study. A model has the hypotheses that are not refuted.
 
 Distances are those of the logarithms, in standard errors of the cells. No parameter is negative.
 """

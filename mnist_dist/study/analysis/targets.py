@@ -227,7 +227,7 @@ def _times(analysis: Analysis, goal: Goal, cells: Sequence[StepsToTarget]) -> li
             continue
         above = estimate, doubts[key], _exact(metrics.units_per_sample)
         times.append(TimeToTarget(cell, median_interval(each).widened(steps.doubt), metrics.devices, above,
-                            (analysis.estimates[cell],)))
+                                  (analysis.estimates[cell],)))
     return times
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_dist.disk.files import replace_synced
 from mnist_dist.errors import UserError
 from mnist_dist.study.analysis.analysis import Analysis
 from mnist_dist.study.analysis.comparison import Comparison, compare
 from mnist_dist.study.analysis.intervals import LEAST_CONCLUSIVE, LEVEL, Interval
-from mnist_dist.study.analysis.measured_network import AllReduceTimes, all_reduce_times_of
 from mnist_dist.study.plan.table import Row
 from mnist_dist.study.report.labels import cell_head, cell_words, level_of, say
-from mnist_dist.study.report.page import PICTURES, Code, Heading, Inline, Page, Table, Text
-from mnist_dist.tables import number
+from mnist_dist.study.report.origin import add_origin
+from mnist_dist.study.report.page import Code, Heading, Page, Table, Text
 from mnist_dist.text import counted
 
 COMPARED = (
@@ -55,16 +53,7 @@ def write_comparison(before: tuple[Path, Sequence[Row]], after: tuple[Path, Sequ
         page.add(Heading(2, title))
         add_origin(page, analysis)
     stem = "compared-with-" + re.sub(r"[^\w.+-]", "_", names[0], flags=re.ASCII)[:60]
-    return write_page(after[0], page, stem), comparison
-
-
-def write_page(folder: Path, page: Page, stem: str) -> list[Path]:
-    written = []
-    for suffix, text in ((".md", page.markdown(PICTURES)), (".html", page.html())):
-        path = folder / f"{stem}{suffix}"
-        replace_synced(path, text.encode())
-        written.append(path)
-    return written
+    return page.write(after[0], stem), comparison
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -90,30 +79,3 @@ def shown(factor: Interval) -> str:
     if not factor.excludes(1.0):
         return ""
     return f"{100 * abs(factor.value - 1):.1f} % {'faster' if factor.value > 1 else 'slower'}"
-
-
-def add_origin(page: Page, analysis: Analysis) -> None:
-    """Hardware, versions, commands, dates and seeds of a study."""
-    items: list[Inline] = []
-    for key, count in analysis.environments.items():
-        items.append(Text((f"{counted(count, 'run')}: ", Code(", ".join(f"{name} {value}" for name, value in key)))))
-    studies = {(row["study"]["date"], row["study"]["command"], row["study"]["seed"]): None
-               for row in analysis.rows if isinstance(row.get("study"), Mapping)}
-    for date, command, seed in studies:
-        items.append(Text((Code(str(date)), ": ", Code(str(command)), " (order: seed ", Code(str(seed)), ")")))
-    if fabric := measured_network_of(analysis.rows):
-        items.append(Text(("fabric: ", Code(fabric.name), f", {fabric.processes} processes on "
-                           f"{counted(fabric.machines, 'machine')}; an all-reduce of {fabric.points[0][0]} bytes takes "
-                           f"{number(1e6 * fabric.points[0][1])} µs, one of the gradient's {fabric.gradient_bytes:,} "
-                           f"bytes {number(1e6 * fabric.seconds(fabric.gradient_bytes))} µs (mnist-dist doctor)")))
-    datasets = {str((row.get("dataset") or {}).get("name")) for row in analysis.rows if row.get("dataset")}
-    if datasets:
-        items.append(Text(("data: ", Code(", ".join(sorted(datasets))))))
-    page.add(items or "Nothing is known of it.")
-
-
-def measured_network_of(rows: Sequence[Row]) -> AllReduceTimes | None:
-    """What the doctor measured before the runs, the last time."""
-    fabrics = (all_reduce_times_of(row["study"].get("fabric")) for row in reversed(rows)
-               if isinstance(row.get("study"), Mapping))
-    return next(filter(None, fabrics), None)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mnist_dist.disk.files import replace_synced
 from mnist_dist.tables import table
 
 ASSETS = Path(__file__).parent / "assets"
@@ -88,6 +89,14 @@ class Page:
             else:
                 parts.append(_markdown(block))
         return "\n\n".join(parts) + "\n"
+
+    def write(self, folder: Path, stem: str) -> list[Path]:
+        """Write STEM.md and STEM.html into the folder; returns the two files."""
+        written = []
+        for suffix, text in ((".md", self.markdown(PICTURES)), (".html", self.html())):
+            written.append(folder / f"{stem}{suffix}")
+            replace_synced(written[-1], text.encode())
+        return written
 
     def html(self) -> str:
         """The page as one file that needs no other."""

@@ -13,7 +13,7 @@ from mnist_dist.study.analysis.targets import targets_of
 from mnist_dist.study.plan.goals import Goal
 from mnist_dist.study.plan.grid import MOST_PROCESSES, HoldOut, Options
 from mnist_dist.study.plan.table import CSV, JSONL, Row, write_csv
-from mnist_dist.study.report.comparison import add_origin, measured_network_of, write_page
+from mnist_dist.study.report.origin import add_origin, measured_network_of
 from mnist_dist.study.report.page import PICTURES, REPORT, Code, Heading, Page, Strong, Table, Text
 from mnist_dist.study.report.samples_to_target import add_learning
 from mnist_dist.study.report.step_time_section import add_model
@@ -62,7 +62,7 @@ def write_report(folder: Path, rows: Sequence[Row], hold_out: HoldOut = MOST_PRO
     _method(page, analysis)
     write_csv(folder / FORECASTS, FORECAST_COLUMNS,
               [row for options, judged in models.items() for row in forecasts_of(judged, options)])
-    return write_page(folder, page, REPORT)
+    return page.write(folder, REPORT)
 
 
 def _head(page: Page, analysis: Analysis, answers: Mapping[Goal, Answer | None], models: Mapping[Options, CheckedModel],

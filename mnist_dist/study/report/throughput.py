@@ -40,6 +40,7 @@ def lines_of(analysis: Analysis) -> list[tuple[str, list[CellMetrics]]]:
 
 
 def rates_picture(analysis: Analysis, folder: Path) -> Picture:
+    """Throughput against the global batch size, a line for each of `lines_of`."""
     best = max(analysis.cells.values(), key=lambda metrics: metrics.rate.value)
     series = []
     for name, members in lines_of(analysis):
@@ -131,6 +132,7 @@ def _span(scalings: Mapping[Cell, Scaling]) -> str:
 
 
 def add_step_time(page: Page, analysis: Analysis, folder: Path) -> None:
+    """Milliseconds of a step on a whole global batch, with their picture."""
     page.add(Heading(2, "Step time"))
     steps = [metrics.step_ms.value for metrics in analysis.cells.values()]
     series = []
