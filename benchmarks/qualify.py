@@ -62,9 +62,9 @@ def parts(output: Path, data_dir: str, gpus: int) -> list[Part]:
                                         output / "benchmark"], 900),
         Part("reproduce", "The tutorial", ["-m", "mnist_dist", "reproduce", *options, "--output-dir",
                                            output / "reproduce"], 400),
-        Part("study", "Scaling study", ["-m", "mnist_dist", "study", *options, "--compiles", "on,off", "--epochs", 2,
-                                        "--batch-sizes", "200,4000", "--processes", ",".join(map(str, processes)),
-                                        "--repeats", 3, "--output-dir", output / "study"], 900),
+        Part("study", "Scaling study", ["-m", "mnist_dist", "study", *options, "--output-dir", output / "study",
+                                        "--axis", "compile=on,off", "--epochs", 2, "--batch-sizes", "200,4000",
+                                        "--processes", ",".join(map(str, processes)), "--repeats", 3], 900),
     ]
 
 
@@ -115,7 +115,7 @@ def machine(output: Path) -> dict[str, Any]:
 
 
 def gain_from(rows: Sequence[Row]) -> Gain | None:
-    """What compiling saves, from a study with `--compiles on,off`; None if no cell has both."""
+    """What compiling saves, from a study with `--axis compile=on,off`; None if no cell has both."""
     cells = Analysis(rows).cells
     pairs = [(plain, cells[on]) for off, plain in cells.items() if off.options == (("compile", "off"),)
              and (on := replace(off, options=(("compile", "on"),))) in cells]

@@ -56,7 +56,7 @@ COMMANDS = {
 
 
 class Version(argparse.Action):
-    """Prints the versions, without importing what they are of."""
+    """Prints the versions without importing the packages."""
 
     def __call__(self, *_: object) -> NoReturn:
         from importlib.metadata import PackageNotFoundError, version
@@ -94,7 +94,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line. Raises `UserError`; an unknown option is answered with the nearest known one."""
     parser = build_parser(argv[:1])
     words: list[str] = []
-    end = argv.index("--") if "--" in argv and argv[0] == "study" else len(argv)  # what follows is for its --script
+    end = argv.index("--") if "--" in argv and argv[0] == "study" else len(argv)  # the rest is for --script
     argv, rest = argv[:end], argv[end + 1 :]
     for word in argv:
         if not is_text(word):
@@ -164,7 +164,7 @@ def _status(argv: Sequence[str]) -> tuple[int, bool]:
     called without an active exception"). A failure is one line on standard error.
     """
     launch = None
-    with contextlib.suppress(UserError):  # for `run` to say, if the command needs a launch
+    with contextlib.suppress(UserError):  # `run` raises it again if the command needs a launch
         launch = read_launch()
     process = launch or Launch()
     at_once = process.size > 1

@@ -187,37 +187,20 @@ class TrainConfig:
         """`evaluate_every`, read: `10000samples` is 10000."""
         if self.evaluate_every is None:
             return None
-        match = re.fullmatch(r"(\d{1,18})\s*samples?", self.evaluate_every.strip())
-        if not match or int(match[1]) == 0:
-            raise UserError("--evaluate-every must be a number of samples of at least 1 with its unit, like "
-                            f"10000samples; got {_shown(self.evaluate_every)}")
-        return int(match[1])
+        return _every("--evaluate-every", self.evaluate_every, "samples?", "10000samples").number
 
     @property
     def checkpoint_interval(self) -> Every:
         """`checkpoint_every`, read: `100steps` is Every(100, "steps")."""
-        text = self.checkpoint_every.strip()
-        if text == "never":
-            return Every(0, "epochs")
-        match = re.fullmatch(r"(\d{1,18})\s*(epochs?|steps?|s)", text)
-        if not match or int(match[1]) == 0:
-            raise UserError(
-                f"--checkpoint-every must be a number of at least 1 with its unit, like 2epochs, 100steps or 30s, "
-                f"or never; got {_shown(text)}"
-            )
-        return Every(int(match[1]), {"e": "epochs", "s": "steps"}[match[2][0]] if match[2] != "s" else "seconds")
+        return _every("--checkpoint-every", self.checkpoint_every, "epochs?|steps?|s",
+                      "2epochs, 100steps or 30s, or never")
 
     @property
     def log_interval(self) -> Every | None:
         """`log_every`, read: `20steps` is Every(20, "steps"); None if it is not given."""
         if self.log_every is None:
             return None
-        text = self.log_every.strip()
-        match = re.fullmatch(r"(\d{1,18})\s*(step|sample)s?", text)
-        if text != "never" and (not match or int(match[1]) == 0):
-            raise UserError("--log-every must be a number of at least 1 with its unit, like 20steps or 1000samples, or "
-                            f"never; got {_shown(text)}")
-        return Every(int(match[1]), f"{match[2]}s") if match else Every(0, "steps")
+        return _every("--log-every", self.log_every, "steps?|samples?", "20steps or 1000samples, or never")
 
     def global_batch_size(self, num_processes: int) -> int:
         """Samples that one optimizer step averages over. Raises `UserError` if there are fewer than processes."""
@@ -250,6 +233,8 @@ def checked(option: Field, value: Any) -> Any:
     if isinstance(value, bool) and choices and {"on", "no"} & set(choices):
         # YAML 1.1 reads the words on, off and no as booleans
         value = "on" if value else "no" if "no" in choices else "off"
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):  # of an axis of a study
+        value = value.lower() == "true"
     try:
         if kind is bool:
             if not isinstance(value, bool):
@@ -279,6 +264,19 @@ def checked(option: Field, value: Any) -> Any:
     if rule.get("url"):
         _check_url(flag, value)
     return value
+
+
+def _every(flag: str, text: str, units: str, examples: str) -> Every:
+    """`20steps` as Every(20, "steps"), and `30s` as Every(30, "seconds"); `never`, if it is among the examples, has the
+    number 0. `units` is a regular expression. Raises `UserError`.
+    """
+    if text.strip() == "never" and "never" in examples:
+        return Every(0, "steps")
+    match = re.fullmatch(rf"(\d{{1,18}})\s*({units})", text.strip(), re.ASCII)
+    if not match or int(match[1]) == 0:
+        raise UserError(f"{flag} must be a number of at least 1 with its unit, like {examples}; got "
+                        f"{_shown(text.strip())}")
+    return Every(int(match[1]), "seconds" if match[2] == "s" else f"{match[2].removesuffix('s')}s")
 
 
 def _check_url(flag: str, text: str) -> None:

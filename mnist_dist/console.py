@@ -55,7 +55,7 @@ def fitting(width: int) -> list[Column]:
 
 
 def cell(column: Column, metrics: Mapping[str, Any]) -> str:
-    """A figure as wide as its column, blank if there is none: a number that is too long for it has an exponent."""
+    """A metric as wide as its column, blank if there is none. A number that is too long has an exponent."""
     value = metrics.get(column.metric)
     if value is None:
         return " " * column.width
@@ -141,7 +141,7 @@ class Console:
         self._table_row(vars(record))
 
     def evaluation_row(self, epoch: int, evaluation: Mapping[str, Any]) -> None:
-        """The line of an evaluation within an epoch: the other figures are the whole epoch's, and stay blank."""
+        """The line of an evaluation within an epoch: the other columns are of the whole epoch, and stay blank."""
         self._table_row({"epoch": epoch, **{name: evaluation[name] for name in ("step", "test_nll", "test_accuracy")}})
 
     def _table_row(self, metrics: Mapping[str, Any]) -> None:
@@ -173,9 +173,9 @@ class Console:
                              bar_format="{desc} |{bar}|{postfix}, {remaining} left")
         self._bar.ncols = columns()  # tqdm itself would not read COLUMNS
         self._bar.set_description_str(f"epoch {epoch} of {num_epochs}", refresh=False)
-        words = [f"{samples_per_second:,.0f} samples/s"] if samples_per_second else []
-        words += [f"{'rank 0: ' if is_share else ''}loss {loss:.4f}"] if loss is not None else []
-        self._bar.set_postfix_str(", ".join(words), refresh=False)
+        parts = [f"{samples_per_second:,.0f} samples/s"] if samples_per_second else []
+        parts += [f"{'rank 0: ' if is_share else ''}loss {loss:.4f}"] if loss is not None else []
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def _clear_bar(self) -> None:

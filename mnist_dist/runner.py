@@ -1,4 +1,4 @@
-"""Trains in other processes and reads the result: what `reproduce`, studies, benchmarks and tests stand on.
+"""Trains in other processes and reads the result, for `reproduce`, studies, benchmarks and tests.
 
 A command's processes carry a mark in their environment, which their children inherit. So the whole tree can be ended,
 also ranks whose launcher has died: these are in other sessions, without a parent. Needs no torch.
@@ -57,7 +57,7 @@ def train(options: Sequence[object], folder: Path, *, processes: int = 1, timeou
         return Outcome(-signal.SIGKILL, None, f"no result after {timeout:g} s: ended")
     note = last_error(done.stderr or "") or f"exit status {done.returncode}" if done.returncode else ""
     try:
-        # another exit status leaves no result: what is there is of an earlier run
+        # with another exit status, a result in the folder is from an earlier run
         result = read_result(folder) if done.returncode in (0, Diverged.exit_status) else None
     except UserError as error:
         return Outcome(done.returncode, None, note or str(error))

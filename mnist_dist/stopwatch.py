@@ -58,7 +58,7 @@ class Stopwatch:
     `synchronize` waits for the device and the other ranks; it is called at both ends of a window, never inside.
     Warm-up windows (the first steps) are counted separately: their time and samples are not in the rate.
     Step times are the times between `marks` within a window; steps between two marks share their time equally.
-    `exchange_clock` tells the seconds that this rank has spent exchanging tensors with the others.
+    `exchange_clock` returns the seconds that this rank has spent exchanging tensors with other ranks.
     """
 
     synchronize: Callable[[], None]
@@ -70,8 +70,8 @@ class Stopwatch:
     steps: int = 0
     warmup_seconds: float = 0.0
     warmup_samples: int = 0
-    waited: float = 0.0  # for data, in measured windows
-    exchanged: float = 0.0  # the same, with other ranks
+    waited: float = 0.0  # seconds for data, in measured windows
+    exchanged: float = 0.0  # seconds of exchanges with other ranks, in measured windows
     step_seconds: list[float] = field(default_factory=list)
     step_samples: list[int] = field(default_factory=list)
 

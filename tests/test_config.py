@@ -36,7 +36,7 @@ BAD = [
     ({"epochs": 10**4000}, "--epochs must be a whole number at least 1, got "),
     ({"epochs": "1e30"}, "--epochs must be a whole number"),
     ({"batch_size": "1e-1"}, "--batch-size must be a whole number"),
-    ({"evaluate_every": f"{'9' * 5000}samples"}, "--evaluate-every must be a number of samples"),
+    ({"evaluate_every": f"{'9' * 5000}samples"}, "--evaluate-every must be a number of at least 1 with its unit"),
     ({"checkpoint_every": f"{'9' * 5000}s"}, "--checkpoint-every must be a number"),
     ({"gradient_accumulation_steps": 10**9}, "--gradient-accumulation-steps must be from 1 to 1000000"),
     ({"timeout": 1e300}, "--timeout must be above 0 and at most 10,000,000"),
@@ -91,7 +91,7 @@ def test_every_knob_has_help_and_its_default_passes_its_own_check():
 
 @pytest.mark.parametrize(("text", "every"), [
     ("1epoch", Every(1, "epochs")), ("2epochs", Every(2, "epochs")), ("100steps", Every(100, "steps")),
-    ("1step", Every(1, "steps")), ("30s", Every(30, "seconds")), ("never", Every(0, "epochs")),
+    ("1step", Every(1, "steps")), ("30s", Every(30, "seconds")), ("never", Every(0, "steps")),
 ])
 def test_checkpoint_interval(text, every):
     assert TrainConfig(checkpoint_every=text).checkpoint_interval == every

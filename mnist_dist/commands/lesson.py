@@ -163,7 +163,7 @@ def moments_of(trainer: Trainer, samples: int, seconds: float) -> Iterator[Momen
 
 def report_lines(courses: Sequence[Course], samples: int, seconds: float, num_train: int) -> list[str]:
     """The table and five sentences, as Markdown."""
-    rows = [_figures(course, num_train) for course in courses]
+    rows = [_cells(course, num_train) for course in courses]
     head = ["batch size", "step, ms", "epoch, s", f"test NLL after {samples:,} samples",
             f"test NLL after {seconds:.1f} s"]
     return ["# What a mini-batch changes", "", *table(head, rows),
@@ -175,13 +175,13 @@ def screen_lines(courses: Sequence[Course], samples: int, seconds: float, num_tr
     widths = (10, 9, 9, 15, 10)
     rows = [("", "", "", "test NLL after", ""),
             ("batch size", "step, ms", "epoch, s", f"{samples:,} samples", f"{seconds:.1f} s"),
-            *(_figures(course, num_train) for course in courses)]
+            *(_cells(course, num_train) for course in courses)]
     table_lines = ["".join(f"{text:>{width + 1}}" for text, width in zip(row, widths, strict=True)).rstrip()
                    for row in rows]
     return [*table_lines, "", *sentences(courses, samples, seconds, num_train)]
 
 
-def _figures(course: Course, num_train: int) -> tuple[str, str, str, str, str]:
+def _cells(course: Course, num_train: int) -> tuple[str, str, str, str, str]:
     return (f"{course.batch_size:,}", f"{course.step_ms:.2f}", number(course.epoch_seconds(num_train)),
             f"{course.at_samples.nll:.3f}", f"{course.last.nll:.3f}")
 

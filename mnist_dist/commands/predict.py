@@ -62,8 +62,8 @@ def _data_of_run(folder: Path) -> dict[str, Any]:
 
 
 def predict_files(run_dir: Path, paths: Sequence[Path], output: str | None, as_json: bool) -> int:
-    """Print each picture's digit and probabilities; a file that is no picture is one line. The exit status: 0, or 2 if
-    any file is none. `output` also gets what the model sees. Raises `UserError`.
+    """Print each picture's digit and probabilities, and an error line for each file that is not a picture. Returns the
+    exit status: 2 if there is such a file, else 0. `output` also gets what the model sees. Raises `UserError`.
     """
     from mnist_dist.data.picture import BLANK, prepare, read_picture, reduced
     from mnist_dist.training.results import load_model, predict

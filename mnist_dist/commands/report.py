@@ -20,7 +20,7 @@ from mnist_dist.text import cause, whole
 if TYPE_CHECKING:  # the command line needs no numpy
     from mnist_dist.study.analysis.comparison import Comparison
 
-# what a report raises of a table that somebody has changed: it checks the fields that it computes with, and no others
+# exceptions from a table that was edited by hand: only the fields that a report uses are checked
 NOT_OF_A_STUDY = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 

@@ -33,7 +33,6 @@ from mnist_dist.processes.launch_environment import Launch
 from mnist_dist.processes.stop_signals import interrupting
 from mnist_dist.record.config_file import from_environment
 from mnist_dist.study.plan.grid import (
-    AXES,
     ENVIRONMENT,
     FIRST_REPEATS,
     LAUNCHERS,
@@ -76,8 +75,6 @@ def add_options(parser: Parser) -> None:
                         "30min; counts the seconds of all runs in the study's folder")
     parser.add_argument("--quick", action="store_true", help="choose the grid, from a first look at this machine, and "
                         "end within ten minutes: throughput, samples to a target, and the batch size that serves best")
-    for axis, option in AXES.items():
-        parser.add_argument(flag_of(axis), metavar="A,B", help=f"a further axis: values of {flag_of(option)}")
     parser.add_argument("--output-dir", metavar="DIR", default="studies/study", help="folder of the study (default "
                         "studies/study)")
     parser.add_argument("--script", metavar="FILE", help="study another training: it takes --batch-size and "
@@ -198,8 +195,8 @@ def _refuse_conflicts(args: argparse.Namespace, program: Program) -> None:
 
 def _refuse_beside_quick(args: argparse.Namespace) -> None:
     """Raises `UserError` if the command line says what `--quick` chooses."""
-    for name in ("batch_sizes", "processes", "scaling", "repeats", "precision", "budget", "script", "axis",
-                 "command_line", *AXES):
+    names = ("batch_sizes", "processes", "scaling", "repeats", "precision", "budget", "script", "axis", "command_line")
+    for name in names:
         if (value := getattr(args, name)) is not None:
             flag = "--command" if name == "command_line" else flag_of(name)
             text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
@@ -220,34 +217,26 @@ def _printed(args: argparse.Namespace) -> Printed | None:
 
 
 def _axes(args: argparse.Namespace, program: Program, training: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The values of each further axis. Raises `UserError`."""
-    axes = {option: _values(flag_of(axis), getattr(args, axis).split(","), option, program)
-            for axis, option in AXES.items() if getattr(args, axis) is not None}
+    """The values of each further axis, each once: those of our training checked and in one spelling; another program
+    checks its values itself. Raises `UserError`.
+    """
+    axes: dict[str, tuple[str, ...]] = {}
     for name, values in read_axes(args.axis or ()).items():
         option = _axis(name, program)
         if option in axes:
             raise UserError(f"--axis {name} is an axis already: give its values once")
         is_option = program.is_ours and not name.startswith(ENVIRONMENT)
-        axes[option] = _values(f"--axis {name}", values, option, program) if is_option else values
+        axes[option] = tuple(dict.fromkeys(_spelling(option, value) for value in values)) if is_option else values
     for option in axes:
         if option in training:
             raise UserError(f"{flag_of(option)} {training[option]} and an axis of it say two things: give one of them")
     return axes
 
 
-def _values(flag: str, values: Sequence[str], option: str, program: Program) -> tuple[str, ...]:
-    """The values of an axis, each once: for our training checked and in one spelling; another script checks its own.
-    Raises `UserError` naming the flag.
-    """
-    def read(text: str) -> str:
-        if not text:
-            raise UserError(f"{flag} must be values separated by commas, got {cut(','.join(values))!r}")
-        try:
-            return str(checked(OPTIONS[option], text)) if program.is_ours else text
-        except ValueError as error:
-            raise UserError(f"{flag} must be {error}, got {cut(text)!r}") from None
-
-    return tuple(dict.fromkeys(read(value.strip()) for value in values))
+def _spelling(option: str, text: str) -> str:
+    """A value of an option of training, in one spelling. Raises `UserError`."""
+    value = checked(OPTIONS[option], text)
+    return "none" if value is None else str(value)
 
 
 def _axis(name: str, program: Program) -> str:

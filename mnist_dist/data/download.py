@@ -35,10 +35,10 @@ POLL_SECONDS = 0.5
 def download(name: str, data_dir: Path, mirror: str | None) -> None:
     """Fetch the data set into torchvision's layout below `data_dir`: all of it, or nothing at all.
 
-    The mirrors and MD5 sums are torchvision's, and it unpacks. The transfer is ours: torchvision's requests each file
-    twice, waits for ever for a silent server, and takes what an interrupted run left for whole. Until all files are
-    there, they are in a temporary folder: in `data_dir`, or in its parent if it does not exist yet. A lock keeps other
-    runs from fetching the same. Raises `UserError`.
+    torchvision has the mirrors and MD5 sums, and unpacks the files. The transfer is ours: torchvision requests each
+    file twice, waits for ever for a silent server, and uses the partial file of an interrupted run as if it were whole.
+    Until all files are there, they are in a temporary folder: in `data_dir`, or in its parent if it does not exist yet.
+    A lock keeps other runs from fetching the same. Raises `UserError`.
     """
     from torchvision import datasets
 

@@ -3,7 +3,7 @@
 A digit is one of several pen paths for its class, shaken, bent, slanted, turned, scaled to MNIST's 20-pixel
 box and inked with a pen of varying width. Every step is IEEE-exact arithmetic on raw PCG64 bits, in a fixed
 order, so the images are the same, bit for bit, on every machine and for any number of threads. The module
-does not know how real writers differ: figures measured on its digits are not figures of MNIST.
+does not know how real writers differ. So what is measured on its digits does not hold for MNIST.
 
 In one file, because every constant and every step of the drawing decides the bits of its images.
 """

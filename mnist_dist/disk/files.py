@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written, synced to the disk, then renamed; and no link is followed to one.
+"""Files that are whole or absent: written, synced to the disk, then renamed. No symbolic link is followed.
 
 A folder of a run or a study may come from others. Every write, rename and removal goes through handles of folders,
 opened one below the other without following symbolic links. So the caller resolves the folder that a person names, and
@@ -224,7 +224,7 @@ def read_limited(path: Path, limit: int = LIMIT) -> bytes:
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         if status.st_size > limit:
             raise OSError(errno.EFBIG, f"has {status.st_size:,} bytes, and at most {limit:,} are read", str(path))
-        return file.read(status.st_size)  # of a number, as much memory is taken, whatever there is to read
+        return file.read(status.st_size)  # the limit on memory is this number, also if the file grows meanwhile
 
 
 def opened_regular(path: Path) -> BinaryIO:

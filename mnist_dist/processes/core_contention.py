@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 LOOK_SECONDS = 0.1
-TOO_LONG = 0.2  # of a look: threads waited for a core for more than this part of it, and others had one for as long
+TOO_LONG = 0.2  # part of the time between two looks: others have the cores if our threads wait for one for longer
 # Seconds for which spins are short. Meanwhile threads hardly wait for a core, so that contention cannot be seen. The
 # time doubles each time that contention is still there, from the first number up to the second.
 SHORT_SPINS_SECONDS = (2.0, 16.0)

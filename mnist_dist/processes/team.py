@@ -45,10 +45,10 @@ ASK_SECONDS = 2.0  # of waiting for the device; then this rank looks for the oth
 class Team:
     """This process among the `size` ranks of a run."""
 
-    def __init__(self, accelerator: Accelerator, timeout_s: float, starts: RestartState | None = None,
+    def __init__(self, accelerator: Accelerator, timeout_s: float, restart_state: RestartState | None = None,
                  facts: Sequence[Facts] = ()) -> None:
         self.accelerator = accelerator
-        self.starts = starts  # if the launcher may start the processes again
+        self.restart_state = restart_state  # if the launcher may start the processes again
         self.device: torch.device = accelerator.device
         self.size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
@@ -251,22 +251,22 @@ def ddp_options(compression: str) -> DistributedDataParallelKwargs:
 def join(launch: Launch, *, timeout_s: float, options: Mapping[str, Any] = {}, kwargs_handlers: Sequence[Any] = (),
          **accelerator_options: Any) -> Team:
     """Join the processes of this launch, which must have the same `options`. Raises `UserError` if they cannot be
-    joined, on the first process of each machine one that is always told: `NotJoined`. Collective.
+    joined; on the first process of each machine it is `NotJoined`, which is always printed. Collective.
     """
     from accelerate import Accelerator
 
     kind = NotJoined if launch.local_rank == 0 else UserError
     check_gpus(launch, launch.local_size)
-    on_cpu, starts, facts = runs_on_cpu(launch), None, []
+    on_cpu, restart_state, facts = runs_on_cpu(launch), None, []
     try:
         if launch.size > 1 or launch.max_restarts:
-            starts = RestartState(launch, timeout_s)
-        if starts and launch.size > 1:
+            restart_state = RestartState(launch, timeout_s)
+        if restart_state and launch.size > 1:
             if not on_cpu:
                 torch.cuda.set_device(launch.local_rank)
-            facts = starts.meet(Facts(options=options), "gloo" if on_cpu else "nccl")
+            facts = restart_state.meet(Facts(options=options), "gloo" if on_cpu else "nccl")
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[*kwargs_handlers], **accelerator_options)
-        team = Team(accelerator, timeout_s, starts if launch.max_restarts else None, facts)
+        team = Team(accelerator, timeout_s, restart_state if launch.max_restarts else None, facts)
     except UserError as error:
         raise kind(str(error)) from error
     except (RuntimeError, ValueError, OSError) as error:

@@ -36,7 +36,7 @@ class EpochRecord:
     noise_scale_high: float | None = metric("train", "upper end of its 95 % interval", unit="samples", default=None)
     test_nll: float = metric("test", "mean negative log-likelihood per test image", unit="nats")
     test_nll_sum: float = metric("test", "the same, summed over the test images", unit="nats")
-    test_accuracy: float = metric("test", "share of the test images whose best guess is right")
+    test_accuracy: float = metric("test", "share of the test images that are classified right")
     test_count: int = metric("test", "test images evaluated", unit="images")
     train_seconds: float = metric("time", "all training steps, on the slowest process", unit="s")
     warmup_seconds: float = metric("time", "the part of train_seconds that the rates leave out", unit="s")
@@ -65,13 +65,13 @@ class EpochRecord:
     @cached_property
     def line(self) -> str:
         """This record as a line of `metrics.jsonl`; every checkpoint has the lines of all epochs, so each is made once.
-        Raises `ValueError` if a figure is not finite.
+        Raises `ValueError` if a metric is not finite.
         """
         return json.dumps(self.values, allow_nan=False) + "\n"
 
     @property
     def values(self) -> dict[str, Any]:
-        """The figures by their names, without the windows, which are in `windows.jsonl`."""
+        """The metrics by their names, without the windows, which are in `windows.jsonl`."""
         values = asdict(self)
         del values["windows"]
         return values
@@ -82,7 +82,7 @@ GROUP_OF = {option.name: option.metadata["group"] for option in fields(EpochReco
 
 def grouped(record: EpochRecord) -> dict[str, Any]:
     """The record under W&B's names: `test_nll` is `test/test_nll`. Left out: values that are None, the windows, the
-    evaluations within it, and the figures over ranks if there is one rank.
+    evaluations within it, and the summary over ranks if there is one rank.
     """
     values = record.values
     ranks = values.pop("ranks")
@@ -99,7 +99,7 @@ def grouped(record: EpochRecord) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """The figures of a run over all its epochs."""
+    """The metrics of a run over all its epochs."""
 
     global_batch_size: int = metric("summary", "samples that one optimizer step averages over", unit="samples")
     per_device_batch_size: int = metric("summary", "the most of these on one process", unit="samples")

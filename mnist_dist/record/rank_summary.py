@@ -17,7 +17,7 @@ from mnist_dist.stopwatch import Stopwatch, in_windows
 
 
 def over_ranks(of_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Minimum, median and maximum over ranks of each figure, and the slowest rank with its host.
+    """Minimum, median and maximum over ranks of each metric, and the slowest rank with its host.
 
     A step takes the same time on all ranks, because they wait for the slowest: it is the one that takes longest without
     the exchange of gradients (`own_ms`), whether it computes slowly or waits for data.

@@ -58,7 +58,7 @@ def _strict(hint: Any) -> Any:
 
 @functools.cache
 def _nested(is_partial: bool) -> dict[str, Any]:
-    """The fields that hold other records, by their names. Another training may evaluate other figures."""
+    """The fields that hold other records, by their names. Another training may evaluate other metrics."""
     from typing import Annotated
 
     from pydantic import Field

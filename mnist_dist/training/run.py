@@ -47,7 +47,7 @@ def train(config: TrainConfig, launch: Launch) -> None:
 
 
 def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
-    """As `train`; `held` gives back the run's folder at the end."""
+    """As `train`; `held` releases the lock of the run's folder at the end."""
     if launch.has_store:  # torch's elastic launcher, which starts processes in its main thread
         stop_with_launcher()
     if config.compile == "auto" and launch.compiles:
@@ -79,8 +79,8 @@ def _train(config: TrainConfig, launch: Launch, held: ExitStack) -> None:
         except LocalError:
             raise  # a barrier would wait for others
         except MnistDistError as error:
-            if team.starts and team.is_main and not isinstance(error, Stopped):
-                team.starts.end = error.exit_status, str(error)
+            if team.restart_state and team.is_main and not isinstance(error, Stopped):
+                team.restart_state.end = error.exit_status, str(error)
             if run:
                 # before any rank ends: a launcher would then end the main rank, which has a line to print
                 team.run_on("main", partial(run.recorder.mirror.finish, error.exit_status), patient=True)
@@ -122,13 +122,13 @@ def config_after_restart(config: TrainConfig, team: Team) -> TrainConfig:
     """The config that continues the run of an earlier start of this launch, if one has opened its folder. Raises
     `MnistDistError` if that run has ended for good: the same options would end it again.
     """
-    if not team.starts:
+    if not team.restart_state:
         return config
-    if end := team.starts.end:
+    if end := team.restart_state.end:
         again = MnistDistError(end[1])
         again.exit_status = end[0]
         raise again
-    folder = team.starts.folder
+    folder = team.restart_state.folder
     return config if folder is None else replace(config, output_dir=folder, resume=True)
 
 
@@ -147,7 +147,7 @@ def mixed_precision(config: TrainConfig, launch: Launch) -> str:
 
 class Run:
     """A run in its folder, from its start or its newest checkpoint on. `data` is the data set as the record has it, and
-    `notes` are lines about it; `held` gives the folder's lock back.
+    `notes` are lines about it; `held` releases the folder's lock.
     """
 
     def __init__(self, config: TrainConfig, launch: Launch, team: Team, console: Console, sets: ImageSets,
@@ -156,8 +156,8 @@ class Run:
         wait_s = RESTART_SECONDS if launch.restart or launch.max_restarts else 0.0
         self.lock: FolderLock | None = None  # of the main process
         self.folder, run_id = team.run_on("main", partial(self._open_folder, config, wait_s, held))
-        if team.starts and team.is_main:
-            team.starts.folder = str(self.folder)
+        if team.restart_state and team.is_main:
+            team.restart_state.folder = str(self.folder)
         # as it is written down: without a password, and with the same data from any working directory
         self.config = replace(config, output_dir=str(self.folder), dataset=sets.name,
                               data_dir=str(Path(config.data_dir).absolute()),

@@ -184,7 +184,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """The figures of the test: float64 sums over every test image once, gathered, added in order, then divided.
+        """The metrics of the test: float64 sums over every test image once, gathered, added in order, then divided.
 
         Collective.
         """

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from support import ROOT, run_here
 
+from mnist_dist.cli import parse
+from mnist_dist.commands.shared import training_config
+from mnist_dist.commands.study import NOT_AN_AXIS, OPTIONS, request_from
+from mnist_dist.config import checked
 from mnist_dist.errors import UserError
 from mnist_dist.study.plan.grid import Cell, Grid, PlannedRun, run_of
 from mnist_dist.study.plan.table import read_table
@@ -150,7 +154,7 @@ def test_a_right_command_and_a_program_that_is_not_there():
     (["--axis", "output-dir=1"], "--axis output-dir is no further axis"),
     (["--axis", "resume=on"], "--axis resume is no option of training"),
     (["--axis", "lr=fast"], "--lr must be a number above 0, got 'fast'"),
-    (["--axis", "lr=0.1", "--lrs", "0.2"], "--axis lr is an axis already"),
+    (["--axis", "lr-rule=sqrt", "--axis", "lr_rule=none"], "--axis lr_rule is an axis already"),
     (["--axis", "lr=0.1,0.2", "--lr", "0.3"], "--lr 0.3 and an axis of it say two things"),
     (["--quick", "--axis", "lr=0.1,0.2"], "--quick chooses the grid by itself, got --axis"),
     (["--quick", "--command", "sh {output_dir}"], "--quick chooses the grid by itself, got --command"),
@@ -166,6 +170,25 @@ def test_an_axis_of_our_own_training(tmp_path, capsys):
     assert run_here(words) == 0
     plan = capsys.readouterr().out
     assert "4 cells, 6 runs" in plan and "b200-p1-gradient-accumulation-steps-2-env-MODE-b-repeat-1" in plan
+
+
+TEXTS = {"data_dir": "here;there", "mirror": "http://a/;http://b/", "target_nll": "0.4,0.3;0.2;none",
+         "evaluate_every": "100samples;none", "checkpoint_every": "never;2steps", "log_every": "3steps;never"}
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in NOT_AN_AXIS])
+def test_every_axis_reaches_the_training(name):
+    option, kind = OPTIONS[name], OPTIONS[name].metadata["kind"]
+    choices = option.metadata.get("choices")
+    text = TEXTS.get(name) or ";".join(choices or {bool: ("true", "False"), str: ("a", "b")}.get(kind, ("2", "3.0")))
+    words = ["study", "--axis", f"{name.replace('_', '-')}={text}"]
+    request = request_from(parse(words), words)
+    configs = []
+    for cell in request.grid.cells():
+        request.check(cell)
+        command = command_of(PlannedRun(cell, "repeat", 1), Path("run"), request.options, request.program)
+        configs.append(training_config(parse(command[3:])))
+    assert [getattr(config, name) for config in configs] == [checked(option, value) for value in text.split(";")]
 
 
 @pytest.mark.parametrize("launcher, processes", [

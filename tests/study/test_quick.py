@@ -182,7 +182,7 @@ def test_a_run_of_the_first_look_that_fails_ends_it(quick, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words", [["--batch-sizes", "5"], ["--processes", "2"], ["--repeats", "3"],
-                                   ["--scaling", "weak"], ["--lrs", "0.1"], ["--script", sys.executable]])
+                                   ["--scaling", "weak"], ["--axis", "lr=0.1"], ["--script", sys.executable]])
 def test_what_it_chooses_cannot_be_given(words, capsys):
     assert run_here(["study", "--quick", *words]) == 2
     assert last(capsys.readouterr().err) == (

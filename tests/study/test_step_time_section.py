@@ -68,7 +68,7 @@ def test_a_true_model_is_checked_and_forecasts(tmp_path):
 def test_a_wrong_model_is_not_trusted(tmp_path):
     text = section(tmp_path, rates_of((1, 2, 4, 8),
                                       change=lambda place, time: time * (2 if place.processes == 8 else 1)))
-    assert "**Not every measured figure is within its band: the forecast is not to be trusted.**" in text
+    assert "**Not every measured time is within its band: the forecast is not to be trusted.**" in text
 
 
 def test_two_process_counts_need_another_choice(tmp_path):
@@ -78,7 +78,7 @@ def test_two_process_counts_need_another_choice(tmp_path):
     assert "**Its forecast is not to be trusted.**" in text and "--hold-out batch-size=N" in text
     text = section(tmp_path, rates, "--hold-out", "processes=2, batch-size=1024")
     assert "fitted without 1 cell" in text and "not to be trusted" not in text
-    assert "| 1,024 | 2 | " in text and "are not told apart by one size of ring" in text
+    assert "| 1,024 | 2 | " in text and "one size of ring does not separate latency from sending" in text
 
 
 def test_processes_that_share_cores_have_fewer_threads(tmp_path):

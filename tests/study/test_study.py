@@ -109,7 +109,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
 def test_values_that_are_no_file_names_stay_in_the_folder(tmp_path):
     folder = tmp_path / "inside" / "study"
     values = ["../../x", "<script>alert(1)</script>", "\"'`|", "y" * 200, "a/b"]
-    assert study(folder, "--lrs", ",".join(values), sizes="10", repeats=1) == 0
+    assert study(folder, "--axis", f"lr={','.join(values)}", sizes="10", repeats=1) == 0
     rows = [row for row in read_table(folder) if row["role"] == "repeat"]
     assert sorted(row["options"]["lr"] for row in rows) == sorted(values)
     assert all((folder / "runs" / row["run"] / "result.json").exists() for row in rows)
@@ -170,8 +170,8 @@ def test_two_processes_of_a_script(tmp_path, capsys):
 
 @pytest.mark.long
 def test_our_own_training(small_dir, tmp_path):
-    words = ["study", "--batch-sizes", "100", "--repeats", "1", "--lrs", "1e-3", "--output-dir", str(tmp_path / "s"),
-             "--data-dir", str(small_dir), "--epochs", "1", "--wandb", "disabled"]
+    words = ["study", "--batch-sizes", "100", "--repeats", "1", "--axis", "lr=1e-3",
+             "--output-dir", str(tmp_path / "s"), "--data-dir", str(small_dir), "--epochs", "1", "--wandb", "disabled"]
     assert run_here(words) == 0
     row = read_table(tmp_path / "s")[1]
     assert row["run"] == "b100-p1-lr-0.001-repeat-1" and row["config"]["lr"] == 1e-3
@@ -225,8 +225,8 @@ BAD = {
     "--cell-timeout": (["--cell-timeout", "never"], "--cell-timeout must be a number of seconds above 0"),
     "--script": (["--script", "none.py"], "--script none.py is not a file"),
     "words": (["--", "--x"], "words after -- are for a --script or a --command"),
-    "twice": (["--lr", "1", "--lrs", "1,2"], "--lr 1 and an axis of it say two things"),
-    "axis": (["--mixed-precisions", "no,fp8"], "--mixed-precision must be one of no, fp16, bf16; got 'fp8'"),
+    "twice": (["--lr", "1", "--axis", "lr=1,2"], "--lr 1 and an axis of it say two things"),
+    "axis": (["--axis", "mixed-precision=no,fp8"], "--mixed-precision must be one of no, fp16, bf16; got 'fp8'"),
     "training": (["--epochs", "0"], "--epochs must be at least 1, got 0"),
     "nothing can run": (["--batch-sizes", "1", "--processes", "2"], "no cell of the grid can run"),
     "unknown": (["--batchsizes", "1"], "did you mean --batch-sizes?"),

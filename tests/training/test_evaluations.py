@@ -96,8 +96,8 @@ def test_a_small_batch_and_few_samples_evaluate_after_each_step():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--evaluate-every", "10epochs"], "--evaluate-every must be a number of samples"),
-    (["--evaluate-every", "0samples"], "--evaluate-every must be a number of samples"),
+    (["--evaluate-every", "10epochs"], "--evaluate-every must be a number of at least 1 with its unit"),
+    (["--evaluate-every", "0samples"], "--evaluate-every must be a number of at least 1 with its unit"),
     (["--target-nll", "0.3,x"], "--target-nll must be a number above 0, or some separated by commas; got '0.3,x'"),
     (["--target-nll", "0"], "--target-nll must be a number above 0"),
 ])

@@ -1,6 +1,6 @@
 """What `mnist-dist doctor` finds out about one machine: versions, cores, GPUs, data, disk, W&B.
 
-Each check returns findings: a figure for programs, words for people, and if something is wrong, the problem with its
+Each check returns findings: a value for programs, a text for people, and if something is wrong, the problem with its
 remedy. A check never fails: if it cannot find something out, it says so.
 
 In one file, because the checks are a list in which each is short and none needs another.
@@ -61,7 +61,7 @@ class Finding:
 
 
 def versions() -> Iterator[Finding]:
-    """Versions of what the figures depend on."""
+    """Versions of the software that the measurements depend on."""
     installed: dict[str, str | None] = {"Python": platform.python_version()}
     for name in ("torch", "accelerate", "numpy", "wandb"):
         try:

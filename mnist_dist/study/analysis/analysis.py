@@ -26,7 +26,7 @@ SHOWN_OF_ENVIRONMENT = ("device_name", "device", "driver", "torch", "accelerate"
 
 
 class Analysis:
-    """All figures of a study, each computed when it is first used."""
+    """All metrics of a study, each computed when it is first used."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows

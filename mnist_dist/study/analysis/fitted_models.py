@@ -65,7 +65,7 @@ class CheckedModel:
     def beyond(self, batches: Sequence[int]) -> dict[int, list[Place]]:
         """Where there is a forecast for these global batches: more processes than were run, machines filled as before.
         None if one process alone was run, which says nothing of communication. Only twice as many, if the cells do not
-        tell the laws of an exchange apart.
+        refute all laws of an exchange but one.
 
         If processes share a machine's cores, more processes have fewer threads each, and at least one.
         """
@@ -133,11 +133,11 @@ def as_timed(cell: Cell) -> Cell:
 
 def _merged(cells: Mapping[Cell, CellMetrics]) -> list[CellMetrics]:
     """The cells, merged if they differ only in options that take no time."""
-    figures_of: dict[Cell, CellMetrics] = {}
+    merged: dict[Cell, CellMetrics] = {}
     for cell, metrics in cells.items():
         timed = as_timed(cell)
-        figures_of.setdefault(timed, CellMetrics(timed)).repeats.extend(metrics.repeats)
-    return list(figures_of.values())
+        merged.setdefault(timed, CellMetrics(timed)).repeats.extend(metrics.repeats)
+    return list(merged.values())
 
 
 def _cells(members: Sequence[CellMetrics]) -> Cells:

@@ -1,6 +1,6 @@
 """What the runs of a study say, with intervals. Pure functions of numbers; nothing here reads a file.
 
-The run is the unit that is repeated: steps within a run depend on each other (Kalibera & Jones 2013). A single figure
+The run is the unit that is repeated: steps within a run depend on each other (Kalibera & Jones 2013). A single metric
 is a median with an interval that assumes no distribution. A ratio is one of geometric means (Fleming & Wallace 1986).
 Its interval is from the common spread of the cells, so that few repeats are enough.
 """
@@ -18,10 +18,10 @@ from scipy import special, stats
 LEVEL = 0.95
 CAUTIOUS = 0.96  # the level that is computed, to have LEVEL: the choice of a common spread costs a point
 PRECISION = 0.05  # half an interval wider than this part of the median is too wide to conclude from
-LEAST_CONCLUSIVE = 3  # the least repeats of a figure that is called larger or smaller than another
+LEAST_CONCLUSIVE = 3  # the least repeats of a metric that is called larger or smaller than another
 FAR = 0.01  # a spread is far above the others', if chance makes it so far less often
 UNEQUAL = 0.05  # the same for all spreads together
-ROUNDING = 1e-9  # the least half width of a ratio: equal figures differ by rounding
+ROUNDING = 1e-9  # the least half width of a ratio: equal quantities differ by rounding
 FREEDOMS = (*range(1, 11), 12, 15, 20, 30, 60, math.inf)  # of the studentized range; others round down
 MANY = 1e6  # degrees of freedom from which Student's distribution is the normal one
 TINY = 1e-300  # in place of a spread of 0, of which there is no logarithm

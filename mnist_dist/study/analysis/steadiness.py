@@ -80,7 +80,7 @@ def _p(z: float, places: int = 1) -> float:
 
 
 def _worth(residuals: np.ndarray) -> float:
-    """The factor by which a statistic shrinks if windows depend on each other: the root of the part that counts."""
+    """The factor by which a statistic shrinks because neighbouring windows depend on each other (see `steadiness`)."""
     ranks = stats.rankdata(residuals)
     if np.ptp(ranks) == 0:
         return 1.0

@@ -36,7 +36,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether every measured figure is in its band. Never, if the bands have no width: one run of each cell."""
+        """Whether every measured time is in its band. Never if the bands have no width, with one run of each cell."""
         return all(ours.n > 1 and ours.low <= theirs <= ours.high
                    for ours, theirs in zip(self.predicted, self.measured, strict=True))
 

@@ -159,7 +159,7 @@ def reached_at(row: Mapping[str, Any], target: Mapping[str, Any]) -> Reached:
     """Where the run reached the target, between two evaluations if the row has them."""
     if target["step"] is None:
         return Reached(math.inf, math.inf)
-    before: tuple[float, float, float] | None = None  # steps, samples, the figure
+    before: tuple[float, float, float] | None = None  # steps, samples, the metric
     goal = goal_of(target)
     for steps, samples, value in _evaluations(row, goal.key):
         if goal.is_reached(value):
@@ -171,7 +171,7 @@ def reached_at(row: Mapping[str, Any], target: Mapping[str, Any]) -> Reached:
 
 
 def _between(before: tuple[float, float, float] | None, after: tuple[float, float, float], goal: Goal) -> Reached:
-    """Where the figure passes the goal between two evaluations."""
+    """Where the metric passes the goal between two evaluations."""
     steps, samples, value = after
     if before is None or not 0 < before[1] < samples:
         return Reached(steps, samples, FIRST, samples)
@@ -184,7 +184,7 @@ def _between(before: tuple[float, float, float] | None, after: tuple[float, floa
 
 
 def _evaluations(row: Mapping[str, Any], key: str) -> list[tuple[float, float, float]]:
-    """(steps, samples, the figure `key`) of the run's evaluations in their order, within epochs and at their ends."""
+    """(steps, samples, the metric `key`) of the run's evaluations in their order, within epochs and at their ends."""
     evaluations = []
     batch, train = row["global_batch_size"], (row.get("dataset") or {}).get("train")
     for epoch in row["epochs"]:

@@ -19,9 +19,6 @@ from mnist_dist.text import counted
 
 SCALINGS = ("strong", "weak")
 ROLES = ("repeat", "first", "last")  # of a planned run
-# option of a study: of training
-AXES = {"lrs": "lr", "lr_rules": "lr_rule", "mixed_precisions": "mixed_precision", "compiles": "compile"}
-
 LAUNCHERS = {"torch": "this machine", "slurm": "SLURM's queue", "ray": "Ray's cluster"}  # what starts runs, and where
 
 FIRST_REPEATS = 6  # of a cell under --precision: the fewest that give an interval of 95 %

@@ -88,7 +88,7 @@ class Looks:
         return self._across(cell, of(1), of(self.devices))
 
     def _between(self, cell: Cell, metric: Callable[[Row], float]) -> float:
-        """A figure of the rows, on straight lines between them in the logarithm of the batch size, and constant below
+        """A metric of the rows, on straight lines between them in the logarithm of the batch size, and constant below
         the small one.
         """
         along = max(0.0, math.log(cell.global_batch_size / SMALL) / math.log(LARGE / SMALL))

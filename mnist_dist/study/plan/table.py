@@ -1,4 +1,4 @@
-"""The table of a study: one row per run, with its config, environment and every figure, as JSONL and as CSV.
+"""The table of a study: one row per run, with its config, environment and every metric, as JSONL and as CSV.
 
 `result.json` is the contract with a training (docs/your-training.md): the fields of `NEEDED` must be there, all others
 are copied as they are. The report is made from `runs.jsonl` alone.
@@ -29,11 +29,11 @@ from mnist_dist.text import cause, cut
 
 JSONL, CSV = "runs.jsonl", "runs.csv"
 Row = dict[str, Any]
-# Of an epoch: a training must say at least this. An epoch without measured steps has 0 samples.
 # By which part the sums of windows may differ from their epoch's: seconds are those of the slowest process.
 PARTS_OF_WINDOWS = {"measured_samples": (1, "samples", 0.001), "measured_seconds": (2, "seconds", 0.2)}
 SAMPLES = "samples"  # the default unit of a rate
 UNIT = r"[A-Za-z][A-Za-z ]{0,29}"  # what a unit may be
+# What each epoch of a result must have. An epoch without measured steps has 0 samples.
 NEEDED_OF_EPOCH = ("measured_samples", "measured_seconds")
 
 
@@ -78,7 +78,7 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
         problems.append("epochs (a list of mappings)")
     else:
         for name in (*NEEDED_OF_EPOCH, *(["step"] if _part(values, "summary").get("targets") else [])):
-            if any(not _is_figure(epoch.get(name)) for epoch in epochs):
+            if any(not _is_quantity(epoch.get(name)) for epoch in epochs):
                 problems.append(f"epochs[].{name}")
     targets = _part(values, "summary").get("targets") or []
     if not isinstance(targets, list) or not all(map(_is_target, targets)):
@@ -111,7 +111,7 @@ def _wrong(values: Mapping[str, Any]) -> list[str]:
         return [f"right summary.unit (at most 30 letters, as tokens; got {unit!r:.50})"]
     for name in ("units_per_sample", "flop_per_sample", "printed_rates"):
         metric = values["summary"].get(name)
-        if metric is not None and not (_is_figure(metric) and metric > 0):
+        if metric is not None and not (_is_quantity(metric) and metric > 0):
             return [f"right summary.{name} (a number above 0, got {metric!r:.50})"]
     for number, epoch in enumerate(values["epochs"]):
         if problem := _wrong_windows(epoch):
@@ -123,7 +123,7 @@ def _wrong_windows(epoch: Mapping[str, Any]) -> str:
     """What is wrong with an epoch's windows: they are all measured steps, so that their sums are those of the epoch."""
     windows = epoch.get("windows") or []
     if any(min(window) <= 0 for window in windows):
-        return "a figure is not above 0"
+        return "a number is not above 0"
     for name, (place, unit, part) in PARTS_OF_WINDOWS.items():
         total = sum(window[place] for window in windows)
         if windows and abs(total - epoch[name]) > part * epoch[name]:
@@ -138,12 +138,12 @@ def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _is_target(target: Any) -> bool:
     """A target that was reached says where; for a target that was not, there is null."""
-    return isinstance(target, dict) and is_goal(target) and _is_figure(target.get("target_nll") or 0) and (
-        all(name in target and (target[name] is None or _is_figure(target[name])) for name in ("step", "samples"))
+    return isinstance(target, dict) and is_goal(target) and _is_quantity(target.get("target_nll") or 0) and (
+        all(name in target and (target[name] is None or _is_quantity(target[name])) for name in ("step", "samples"))
         and (target["step"] is None) == (target["samples"] is None))
 
 
-def _is_figure(value: Any) -> bool:
+def _is_quantity(value: Any) -> bool:
     """A number from 0 to MOST. Less than 1e-9 is neither a time nor a number of samples."""
     return is_number(value) and (value == 0 or 1e-9 <= value <= MOST)
 

@@ -1,8 +1,8 @@
 """The pictures of a report: each once with matplotlib, as PNG, as SVG, and as an SVG element for the HTML page.
 
 The element takes its ink from the page, so that it is readable on dark and on light. Each point has its value as its
-title, which a browser shows. Colours are Okabe and Ito's, safe for the colour-blind; markers tell the lines apart as
-well.
+title, which a browser shows. Colours are Okabe and Ito's, safe for the colour-blind; lines also differ by
+their markers.
 """
 
 from __future__ import annotations

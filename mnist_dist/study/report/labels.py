@@ -27,7 +27,7 @@ def level_of(interval: Interval) -> str:
 
 
 def at_level(interval: Interval) -> str:
-    """` (94 % interval)`, after a figure in a sentence; of one run, that it has none."""
+    """` (94 % interval)`, after a number in a sentence; of one run, that it has none."""
     return f" ({level_of(interval)} interval)" if interval.n > 1 else " (one run, so no interval)"
 
 

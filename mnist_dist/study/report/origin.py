@@ -1,4 +1,4 @@
-"""Where the figures of a study come from: hardware, versions, commands, and the network that the doctor measured."""
+"""The origin of a study: hardware, versions, commands, and the network that the doctor measured."""
 
 from __future__ import annotations
 

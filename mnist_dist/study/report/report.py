@@ -116,6 +116,6 @@ def _method(page: Page, analysis: Analysis) -> None:
     page.add(Heading(2, "How it was measured"))
     add_origin(page, analysis)
     page.add(Text((
-        "Every run is a launch of its own, one at a time. Each repeat does every cell once, in random order. The order "
-        "is the column ", Code("order"), " of ", Code(CSV), "; ", Code(JSONL), " has every figure, and this report is "
-        "made from it alone.")))
+        "Every run is a new launch, and one runs at a time. Each repeat runs every cell once, in random order. The "
+        "order is the column ", Code("order"), " of ", Code(CSV), "; ", Code(JSONL), " has every metric, and this "
+        "report is made from it alone.")))

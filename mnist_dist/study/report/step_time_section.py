@@ -65,7 +65,7 @@ def add_model(page: Page, models: Mapping[Options, CheckedModel], folder: Path, 
     page.add(charts.draw(
         folder, "model", _title(fitted),
         "Milliseconds of a step against the number of processes, for each global batch: measured "
-        f"figures, the model's line, and dashed, with a band, its forecast; the smallest {MOST_LINES} batches at most. "
+        f"times, the model's line, and dashed, with a band, its forecast; the smallest {MOST_LINES} batches at most. "
         "Both axes are logarithmic.", series,
         x_label="processes", y_label="ms per step", say="{:.3g} ms".format))
     _add_forecast(page, fitted, unit)
@@ -84,8 +84,8 @@ def _add_laws(page: Page, options: Options, model: Model) -> None:
     if not model.describes:
         parts.append(Strong("It is further from the cells than chance makes it: the forecast is not to be trusted."))
     elif len(model.laws) > 1:
-        parts.append("The cells do not tell these laws apart, so the forecast goes to twice the most processes that "
-                     "were run.")
+        parts.append("The cells do not refute any of these laws, so the forecast goes to twice the most processes "
+                     "that were run.")
     page.add(Text(parts))
 
 
@@ -122,11 +122,11 @@ def _add_check(page: Page, left_out: Sequence[Cell], options: Options, checked: 
 
 def _verdict(checked: Check) -> str:
     if not checked.holds:
-        return Strong("Not every measured figure is within its band: the forecast is not to be trusted.")
+        return Strong("Not every measured time is within its band: the forecast is not to be trusted.")
     if not checked.passes:
         return Strong(f"The bands are {100 * checked.width:.0f} % wide to each side, which is no check: the forecast "
                       "is not to be trusted.")
-    return f"Every measured figure is within its band ({level_of(checked.predicted[0])} together, if a law is true)."
+    return f"Every measured time is within its band ({level_of(checked.predicted[0])} together, if a law is true)."
 
 
 def _ms(interval: Interval) -> str:
@@ -221,4 +221,4 @@ def _add_exchange(page: Page, fitted: dict[Options, Model], fabric: AllReduceTim
 
 def _undecided(index: int) -> str:
     return ("no cell is below it: anything up to the smallest batch" if index == FLOOR
-            else "latency and sending are not told apart by one size of ring: any share of each")
+            else "one size of ring does not separate latency from sending: any share of each is possible")

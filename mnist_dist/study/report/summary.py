@@ -21,7 +21,7 @@ MOST_NAMED = 4  # groups of cells that are as good
 
 @dataclass(frozen=True)
 class Contest:
-    """The cells from the best to the worst by one figure; `words` has that of the best. `worse` says how many times as
+    """The cells from the best to the worst by one metric; `words` has that of the best. `worse` says how many times as
     long, or as slow, another cell is; the intervals of all pairs hold together.
     """
 

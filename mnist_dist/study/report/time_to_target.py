@@ -172,8 +172,8 @@ def add_answers(page: Page, answers: Iterable[Answer | None], analysis: Analysis
         if choice is not known[-1]:
             page.add(_picture(goal, rows, folder))
         page.add(_table(choice, rows))
-    page.add("Seconds: the steps to the target times the time of a step on so many processes; by the model: times the "
-             "time that the model has for it. Device-seconds: times the GPUs, or on a CPU the cores, that the cell "
+    page.add("Seconds: the steps to the target times the time of a step on this number of processes; by the model: "
+             "times the step time of the model. Device-seconds: times the GPUs, or on a CPU the cores, that the cell "
              "occupies. Front: no other cell is both sooner and cheaper. Knee: the cell with the least seconds x "
              "device-seconds; from there to the soonest, the cost grows by more than the time falls. Forecast: for "
              "more processes than were run, the batch size that is soonest. Evaluation, start-up and compiling are "

@@ -216,7 +216,7 @@ def _look_at_fabric(study: Study, processes: int, machine: Machine, say: Callabl
     try:
         findings = examine(processes, study.folder, machine, study.mark)
     except UserError as error:
-        say(f"doctor: {error}: the study goes on without its figures")
+        say(f"doctor: {error}: the study continues without its measurements")
         return
     for finding in findings:
         if finding.get("problem"):
