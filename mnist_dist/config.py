@@ -86,8 +86,8 @@ class TrainConfig:
     mixed_precision: str | None = knob(None, str, "default: the launcher's choice, else no; fp16 needs a GPU",
                                        choices=("no", "fp16", "bf16"), fixed=True)
     compile: str = knob("auto", str, "compile the whole step; auto = if the run has steps enough to save more time "
-                        "than compiling takes: 12,000 on the CPU, on a GPU what launch/qualify.sh has measured",
-                        choices=("auto", "on", "off"))
+                        "than compiling takes: 12,000 on the CPU, on a GPU what launch/qualify.sh has measured; fused "
+                        "= many steps with one launch, on one GPU", choices=("auto", "on", "off", "fused"))
     reproducible: bool = knob(False, bool, "the same bits on any number of processes and any processor: every sum is "
                               "exact, and so has no order; slower", fixed=True)
     gradient_compression: str = knob("none", str, "send gradients between processes as fp16 or bf16, or as PowerSGD's "
@@ -139,8 +139,8 @@ class TrainConfig:
             raise UserError("--resume needs --output-dir: name the folder of the run to continue")
         if self.reproducible:
             self._check_reproducible()
-        if self.compile == "on" and self.clashes_with_compile:
-            raise UserError(f"--compile on and {self.clashes_with_compile} exclude each other: drop one")
+        if self.compile in ("on", "fused") and self.clashes_with_compile:
+            raise UserError(f"--compile {self.compile} and {self.clashes_with_compile} exclude each other: drop one")
         _ = self.checkpoint_interval, self.targets, self.evaluation_samples, self.log_interval
 
     def _check_reproducible(self) -> None:

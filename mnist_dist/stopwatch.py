@@ -146,11 +146,11 @@ class Window:
         self.every = self.marks.every
         self.laps.append(self.marks.mark())
 
-    def lap(self, samples: int, waited: float) -> None:
-        """One optimizer step ended, over this many samples of all processes; `waited` seconds of it for data."""
-        self.samples.append(samples)
+    def lap(self, samples: Sequence[int], waited: float) -> None:
+        """Optimizer steps ended, each over its samples of all processes; `waited` seconds of them for data."""
+        self.samples += samples
         self.waited += waited
-        if len(self.samples) % self.every == 0:
+        if len(self.samples) - self.marked[-1] >= self.every:
             self.mark()
 
     def mark(self) -> None:

@@ -25,7 +25,7 @@ BELOW = {  # part: the parts that it may import (docs/architecture.md)
     "processes": {"disk", "output", "worker"},
     "console": {"config", "output", "record"},
     "runner": {"processes", "record"},
-    "training": {"config", "data", "disk", "processes", "record", "console", "stopwatch"},
+    "training": {"config", "data", "disk", "processes", "record", "console", "stopwatch", "worker"},
     "commands": {"config", "options", "data", "disk", "output", "tables", "processes", "record", "console", "runner",
                  "training", "study"},
     "study": {"config", "disk", "output", "tables", "processes", "record", "runner"},
@@ -162,7 +162,9 @@ TESTED_IN = {
     "study.run.launches": "study/test_study", "study.run.request": "study/test_study",
     "training.device_events": "training/test_fake_cuda", "training.evaluation": "test_stopwatch",
     "training.recorder": "training/test_resume", "training.run": "training/test_trainer",
+    "training.steps.ahead": "training/test_fused",
     "training.steps.cuda_graph": "training/test_fake_cuda", "training.steps.exact_sums": "training/test_reproducible",
+    "training.steps.fused_kernels": "training/test_fused",
     "training.steps.graph_pass": "training/test_compiled", "training.steps.inductor": "training/test_compiled",
     "training.steps.plain": "training/test_exactness", "training.steps.step": "training/test_exactness",
 }

@@ -28,7 +28,7 @@ def run_steps(watch, clock, counts, seconds=0.01, waited=0.0, **options):
     with watch.window(**options) as window:
         for count in counts:
             clock.now += seconds
-            window.lap(count, waited)
+            window.lap([count], waited)
 
 
 def test_sums_are_those_of_single_samples():
@@ -117,7 +117,7 @@ def test_a_step_that_sleeps():
     with watch.window() as window:
         for _ in range(20):
             time.sleep(0.02)
-            window.lap(100, 0.0)
+            window.lap([100], 0.0)
     slept = watch.seconds  # by the same clock: what sleeping really took on a busy machine
     assert slept >= 0.4 and watch.samples == 2000
     assert watch.metrics(slept, 0.0, 1)["samples_per_second"] == pytest.approx(2000 / sum(watch.step_seconds), rel=0.01)
@@ -155,7 +155,7 @@ def test_the_slowest_rank_is_the_one_that_the_others_wait_for():
                 for _ in range(10):
                     clock.now += 0.01
                     exchanged[0] += exchange
-                    window.lap(6, waited)
+                    window.lap([6], waited)
         own.append({**watch.of_this_rank(), "peak_memory_bytes": 100 * len(own), "host": f"host{len(own)}"})
     assert own[0]["own_ms"] == pytest.approx(4.0) and own[0]["step_ms"] == pytest.approx(10.0)
     ranks = over_ranks(own)

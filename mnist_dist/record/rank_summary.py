@@ -55,7 +55,7 @@ class Meter:
 
     def step(self, samples: int) -> None:
         """An optimizer step is done, over `samples` samples of all processes."""
-        self._window.lap(samples, 0.0)
+        self._window.lap([samples], 0.0)
         if self._warmup_left:
             self._warmup_left -= 1
             if not self._warmup_left:

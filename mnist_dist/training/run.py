@@ -35,6 +35,7 @@ from mnist_dist.training.progress import Progress
 from mnist_dist.training.recorder import Recorder
 from mnist_dist.training.results import describe_environment
 from mnist_dist.training.resume import BATCH, DATA, PRECISION, Earlier, fixed_options, has_ended, look_at
+from mnist_dist.training.steps.fused import why_not
 from mnist_dist.training.trainer import Trainer
 
 RESTART_SECONDS = 30.0  # that a start waits for the previous start, which may still write its last checkpoint
@@ -184,8 +185,7 @@ class Run:
                             "--output-dir")
         if checkpoint:
             self.loop.restore(checkpoint)
-        self.environment = describe_environment(launch, team, "compiled" if self.trainer.compiles else "plain",
-                                                self.trainer.onednn_from)
+        self.environment = describe_environment(launch, team, self.trainer.kind, self.trainer.onednn_from)
         console.introduce(self.environment, self.config, sets.summary, notes, self.trainer.global_batch_size,
                           self.trainer.per_device_batch_size, self.progress.num_batches, self.trainer.learning_rate)
         if config.resume:
@@ -212,8 +212,10 @@ class Run:
 
     def _make_step(self, *, was_compiled: bool) -> None:
         trainer, say = self.trainer, self.console.say
-        if trainer.compiles:
+        if trainer.kind in ("compiled", "fused"):
             say("compiling the step: some 3 s, and some 10 s the first time on a machine")
+        elif self.team.is_cuda and self.config.compile == "auto" and why_not(trainer.parts) is None:
+            say("the step is plain; --compile fused takes some thousand steps with one launch")
         trainer.make_step(self.console.warn, was_compiled=was_compiled)
         if trainer.step.compile_seconds:
             say(f"compiled in {trainer.step.compile_seconds:.1f} s")

@@ -60,9 +60,19 @@ class GlobalBatchSampler:
         marks = range(before // every + 1, (before + self.num_samples) // every + 1)
         return sorted({step for mark in marks if (step := -(-(mark * every - before) // batch)) < self.num_batches})
 
-    def _order(self) -> np.ndarray:
-        """This rank's share of the epoch's order: position p of the epoch is element p // size."""
-        return np.fromiter(self.sampler, dtype=np.int64, count=len(self.sampler))
+    def order(self, epoch: int | None = None) -> np.ndarray:
+        """This rank's share of an epoch's order (default: where `go_to` went), int64: position p of the epoch is
+        element p // size.
+
+        It is what `DistributedSampler` yields. As an array it takes a fifth of the time: the sampler makes lists.
+        """
+        sampler = self.sampler
+        places = np.arange(self.num_samples)
+        if sampler.shuffle:
+            generator = torch.Generator().manual_seed(sampler.seed + (sampler.epoch if epoch is None else epoch))
+            places = torch.randperm(self.num_samples, generator=generator).numpy()
+        padded = np.resize(places, sampler.total_size)  # the end repeats the begin
+        return np.ascontiguousarray(padded[sampler.rank :: sampler.num_replicas])
 
     def _cuts(self) -> tuple[np.ndarray, np.ndarray]:
         """Of each pass of each step [steps, passes], where it begins and ends in this rank's share of the order."""
@@ -78,17 +88,17 @@ class GlobalBatchSampler:
         begin, end = (cuts[self.first_step : self.end_step].ravel() for cuts in self._cuts())
         if not len(begin):
             return iter(())
-        order = torch.from_numpy(self._order()[begin[0] : end[-1]]).to(self.device)
+        order = torch.from_numpy(self.order()[begin[0] : end[-1]]).to(self.device)
         return iter(order.split((end - begin).tolist()))  # a pass begins where the one before ends
 
-    def rows(self, parts: int = 1) -> Tensor:
-        """All of the epoch's as rows of int64 [steps * passes * parts, longest], padded with `NO_INDEX`, on the host.
+    def rows(self, parts: int = 1, epoch: int | None = None) -> Tensor:
+        """All of an epoch's as rows of int64 [steps * passes * parts, longest], padded with `NO_INDEX`, on the host.
         Each pass is cut into `parts`; those at its end may be empty.
 
         By numpy, which has no threads: torch would use 16 threads for little work, which takes longer than an epoch on
         a fast GPU.
         """
-        order = self._order()
+        order = self.order(epoch)
         begin, end = (cuts.reshape(-1, 1) for cuts in self._cuts())
         longest = -(-(end - begin).max() // parts)
         places = begin + np.arange(parts * longest)

@@ -28,7 +28,8 @@ from mnist_dist.training.model import MLP
 from mnist_dist.training.noise_scale import NOT_KNOWN, noise_scale
 from mnist_dist.training.pauses import PauseSchedule
 from mnist_dist.training.sampling import make_loader, share_out
-from mnist_dist.training.steps import cpu_products, make_step, reproducible, wants_compiling
+from mnist_dist.training.steps import cpu_products, kind_of_step, make_step, reproducible
+from mnist_dist.training.steps.fused import why_not
 from mnist_dist.training.steps.step import StepParts
 
 WARMUP_STEPS = 5  # the first steps of a process allocate and tune, so they are timed separately
@@ -83,7 +84,8 @@ class Trainer:
         self.contention = CoreContention(on_cpu=team.device.type == "cpu")
         self.parts = StepParts(team, self.module, self.optimizer, train, self.batches, self.sums, self.dtype,
                                self.contention, self._measures_noise())
-        self.compiles = wants_compiling(config, self.parts, before.get("kind") if before else None)
+        self.kind_before = before.get("kind") if before else None
+        self.kind = kind_of_step(config, self.parts, self.kind_before)
         self.onednn_from = self._products(before)
         if self.onednn_from is not None:
             self.parts = replace(self.parts, onednn_from=self.onednn_from)
@@ -102,8 +104,7 @@ class Trainer:
         if (team.device.type != "cpu" or self.dtype != torch.float32 or team.accelerator.mixed_precision != "no"
                 or self.config.reproducible):
             return None
-        kind = "compiled" if self.compiles else "plain"
-        least = (team.run_on("main", lambda: cpu_products.onednn_from(kind)) if before is None
+        least = (team.run_on("main", lambda: cpu_products.onednn_from(self.kind)) if before is None
                  else before.get("onednn_from"))
         return least if isinstance(least, int) and all(team.share(cpu_products.has_onednn())) else None
 
@@ -127,7 +128,11 @@ class Trainer:
 
     def make_step(self, warn: Callable[[str], None] = lambda message: None, *, was_compiled: bool = False) -> None:
         """Make this run's kind of step; compiling it may take many seconds. Collective."""
-        self.step = make_step(self.config, self.parts, warn, compiles=self.compiles, was_compiled=was_compiled)
+        if self.kind_before == "fused" != self.kind:
+            reason = why_not(self.parts)
+            warn(f"the run had the fused step{f', which {reason}' if reason else ''}: it goes on with the {self.kind} "
+                 "step, and the bits differ from here on")
+        self.step = make_step(self.config, self.parts, warn, kind=self.kind, was_compiled=was_compiled)
 
     def begin(self, epoch: int, steps: range, watch: Stopwatch) -> None:
         """Go to these steps of the epoch, on the clock of `watch`. Collective."""

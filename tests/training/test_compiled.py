@@ -24,7 +24,7 @@ from mnist_dist.processes.core_contention import one_thread
 from mnist_dist.processes.team import Team
 from mnist_dist.record.environment import processor_family
 from mnist_dist.record.gains import Gain, keep_gain
-from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, cpu_products, wants_compiling
+from mnist_dist.training.steps import WORTH_COMPILING_STEPS, compiled, cpu_products, kind_of_step
 from mnist_dist.training.steps.compiled import CompiledStep
 from mnist_dist.training.steps.graph_pass import GraphPass
 from mnist_dist.training.steps.inductor import compiler_failure
@@ -37,7 +37,7 @@ def wanted(num_batches, *, device="cpu", precision="no", before=None, **options)
     team = SimpleNamespace(device=torch.device(device), accelerator=SimpleNamespace(mixed_precision=precision),
                            run_on=lambda where, task: task())
     parts = SimpleNamespace(team=team, batches=SimpleNamespace(num_batches=num_batches))
-    return wants_compiling(TrainConfig(**options), parts, before)
+    return kind_of_step(TrainConfig(**options), parts, before) == "compiled"
 
 
 def test_auto_compiles_where_the_run_has_steps_enough():

@@ -23,6 +23,7 @@ KINDS = {
     "compiled in passes": ["--compile", "on", "--gradient-accumulation-steps", 3],
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+FUSED = ["--compile", "fused"]  # in float32 alone
 
 
 def trained(folder, data_dir, name, *words, size=1, cpu=False, target="mnist_dist.cli:main", status=0, **environment):
@@ -58,12 +59,28 @@ def test_float64_has_the_cpus_figures(kind, small_dir, tmp_path):
 
 
 @pytest.mark.cuda
-@every_kind
-def test_the_same_bits_twice_and_cut_in_the_middle(kind, small_dir, tmp_path):
-    trained(tmp_path, small_dir, "once", "--epochs", 3, *KINDS[kind])
-    trained(tmp_path, small_dir, "cut", "--max-steps", 17, "--checkpoint-every", "5steps", *KINDS[kind])
-    trained(tmp_path, small_dir, "cut", "--epochs", 3, "--resume", *KINDS[kind])
+@pytest.mark.parametrize("words", [*KINDS.values(), FUSED], ids=[*KINDS, "fused"])
+def test_the_same_bits_twice_and_cut_in_the_middle(words, small_dir, tmp_path):
+    trained(tmp_path, small_dir, "once", "--epochs", 3, *words)
+    trained(tmp_path, small_dir, "cut", "--max-steps", 17, "--checkpoint-every", "5steps", *words)
+    trained(tmp_path, small_dir, "cut", "--epochs", 3, "--resume", *words)
     assert largest_difference(weights(tmp_path / "once"), weights(tmp_path / "cut")) == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch_size", [1, 7, 97, 200, 512, 2000])
+def test_the_fused_step_agrees_with_the_plain_one(batch_size, small_dir, tmp_path):
+    """Both round in float32, which Adam amplifies: the bound of the weights is a tenth of the steps times the rate."""
+    for name, compile in (("fused", "fused"), ("plain", "off")):
+        trained(tmp_path, small_dir, name, "--epochs", 3, "--batch-size", batch_size, "--lr", "1e-4", "--compile",
+                compile)
+    ours, theirs = (result_of(tmp_path / name) for name in ("fused", "plain"))
+    assert ours["environment"]["step"] == "fused"
+    for epoch, other in zip(ours["epochs"], theirs["epochs"], strict=True):
+        assert epoch["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+        assert epoch["test_nll_sum"] == pytest.approx(other["test_nll_sum"], rel=1e-3)
+    bound = 0.1 * 1e-4 * ours["epochs"][-1]["step"]
+    assert largest_difference(weights(tmp_path / "fused"), weights(tmp_path / "plain")) < bound
 
 
 @pytest.mark.cuda
@@ -85,9 +102,9 @@ def test_half_precision(precision, compile, small_dir, tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", ["plain", "compiled"])
-def test_the_times_are_those_of_the_device(kind, small_dir, tmp_path):
-    trained(tmp_path, small_dir, "run", "--epochs", 8, *KINDS[kind])
+@pytest.mark.parametrize("words", [KINDS["plain"], KINDS["compiled"], FUSED], ids=["plain", "compiled", "fused"])
+def test_the_times_are_those_of_the_device(words, small_dir, tmp_path):
+    trained(tmp_path, small_dir, "run", "--epochs", 8, *words)
     both = zip(result_of(tmp_path / "run")["epochs"], windows_of(tmp_path / "run"), strict=True)
     for epoch, windows in list(both)[1:]:
         assert sum(samples for _, samples, _ in windows) == epoch["measured_samples"] == 1009
@@ -114,6 +131,7 @@ def trainer_with(team, data_dir, **options):
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [
     {"compile": "off"}, {"compile": "on"}, {"compile": "off", "gradient_accumulation_steps": 3}, {"reproducible": True},
+    {"compile": "fused"},
 ])
 def test_nothing_in_the_step_loop_waits_for_the_device(options, team, small_dir):
     trainer = trainer_with(team, small_dir, **options)

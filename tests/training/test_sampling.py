@@ -66,6 +66,18 @@ def test_rows_are_the_lists_filled_up(num_samples, batch, size, passes, parts):
         assert [[index for index in row if index != NO_INDEX] for row in together] == lists_of(sampler)
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("num_samples, size", [(1, 1), (1, 5), (2, 5), (10, 3), (97, 2), (97, 1)])
+def test_the_order_is_that_of_the_sampler(num_samples, size, shuffle):
+    for rank in range(size):
+        for epoch in (0, 1, 7):
+            batches = batch_sampler(num_samples, 4, rank, size, epoch=epoch, shuffle=shuffle)
+            order = list(batches.sampler)
+            assert batches.order().tolist() == order
+            batches.sampler.set_epoch(epoch + 1)
+            assert batches.order(epoch).tolist() == order, "also of another epoch than the current one"
+
+
 def test_order_depends_on_seed_and_epoch_and_nothing_else():
     first, again, later = (batches_of(100, 10, 0, 1, epoch=epoch) for epoch in (0, 0, 1))
     assert first == again != later

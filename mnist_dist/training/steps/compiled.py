@@ -179,19 +179,15 @@ class CompiledStep:
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch."""
         begin = time.perf_counter()
-        self.rows = self._order_of(epoch).unbind()
+        self.rows = self.batches.rows(self.in_pass, epoch).unbind()
         self.waited = time.perf_counter() - begin
-
-    def _order_of(self, epoch: int) -> Tensor:
-        self.batches.go_to(epoch, range(self.batches.num_batches))
-        return self.batches.rows(self.in_pass)
 
     @torch.no_grad()
     def take(self, steps: range, lap: Lap = no_lap) -> None:
         """Optimizer steps. The first one of an epoch has waited for the order of the samples. Collective."""
         for step in steps:
             self.take_one(step)
-            lap(self.batches.count(step), self.waited)
+            lap((self.batches.count(step),), self.waited)
             self.waited = 0.0
 
     def take_one(self, step: int) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Tensor
 
 from mnist_dist.training.sampling import NO_INDEX
+from mnist_dist.training.steps.ahead import Ahead
 from mnist_dist.training.steps.compiled import CompiledStep
-from mnist_dist.training.steps.step import Lap, StepParts, no_lap
+from mnist_dist.training.steps.step import StepParts
 
 
 class GraphStep(CompiledStep):
@@ -17,7 +17,7 @@ class GraphStep(CompiledStep):
 
     def __init__(self, parts: StepParts) -> None:
         super().__init__(parts)
-        self.epoch, self.ahead = 0, dict[int, Tensor]()  # the order of the next epoch, made while this one runs
+        self.ahead = Ahead(lambda epoch: self.batches.rows(epoch=epoch))
 
     @torch.no_grad()
     def record(self) -> None:
@@ -57,19 +57,9 @@ class GraphStep(CompiledStep):
     def begin(self, epoch: int, steps: range) -> None:
         """Go to these steps of the epoch: its order is copied to the device."""
         begin = time.perf_counter()
-        rows = self.ahead.pop(epoch, None)
-        if rows is None:
-            rows = self._order_of(epoch)
-        self.epoch = epoch
-        self.order.copy_(rows.view_as(self.order), non_blocking=True)
+        self.order.copy_(self.ahead.of(epoch).view_as(self.order), non_blocking=True)
         self.cursor.fill_(steps.start)
         self.waited = time.perf_counter() - begin
-
-    def take(self, steps: range, lap: Lap = no_lap) -> None:
-        """Optimizer steps. Collective."""
-        super().take(steps, lap)
-        if steps.stop == self.batches.num_batches:  # the host has time while the GPU takes the steps
-            self.ahead = {self.epoch + 1: self._order_of(self.epoch + 1)}
 
     def take_one(self, step: int) -> None:
         """One optimizer step. Collective."""

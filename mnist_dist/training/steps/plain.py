@@ -61,7 +61,8 @@ class PlainStep:
     def take(self, steps: range, lap: Lap = no_lap) -> None:
         """Optimizer steps, each with a batch from the loader. Collective."""
         for step in steps:
-            lap(self.batches.count(step), self.take_one(step))
+            waited = self.take_one(step)
+            lap((self.batches.count(step),), waited)
 
     def take_one(self, step: int) -> float:
         """One optimizer step; returns the seconds waited for data. Collective.

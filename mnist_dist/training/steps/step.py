@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,10 +37,11 @@ class StepParts:
     onednn_from: int | None = None  # least multiplications of a product that oneDNN computes; None: MKL computes all
 
 
-Lap = Callable[[int, float], None]  # samples of a step over all ranks, seconds of it that this rank waited for data
+# samples of each step over all ranks, and seconds of these steps that this rank waited for data
+Lap = Callable[[Sequence[int], float], None]
 
 
-def no_lap(samples: int, waited: float) -> None:
+def no_lap(samples: Sequence[int], waited: float) -> None:
     """For steps that are not timed."""
 
 
@@ -56,7 +57,8 @@ class Step(Protocol):
         """Go to these steps of the epoch."""
 
     def take(self, steps: range, lap: Lap = no_lap) -> None:
-        """Optimizer steps, without returning in between; `lap` is called after each. Collective."""
+        """Optimizer steps, without returning in between; `lap` is called after each, or after several.
+        Collective."""
 
     def flush(self, step: int) -> None:
         """Called before step `step`: sums that are kept elsewhere go to `sums`."""
