@@ -57,6 +57,7 @@ class Team:
         self._releases: list[Callable[[], None]] = []
         # spent exchanging tensors, which is mostly waiting for slower ranks; 0 if the host does not wait
         self.exchange_seconds = 0.0
+        self.signs = 0  # of this rank's main thread: it counts while it waits, and at each agreement
         self.hosts = [fact.host for fact in facts] or [platform.node()]  # of each rank
         self.clocks_apart = clocks_apart(facts) if facts else None  # which are, in a line
         if self.size > 1:
@@ -115,6 +116,7 @@ class Team:
 
     def max(self, *values: float) -> list[float]:
         """The largest of each value over ranks, on the host. Collective."""
+        self.signs += 1
         if self.size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -182,11 +184,12 @@ class Team:
         begin = time.monotonic()
         while not event.query():
             time.sleep(POLL_SECONDS)
+            self.signs += 1
             waited = time.monotonic() - begin
             if self.size == 1 or waited < ASK_SECONDS:
                 continue
             self.heartbeats.ask()
-            if self._others(self.heartbeats.silent()):
+            if self.others(self.heartbeats.silent()):
                 raise RuntimeError("the GPU waits for it")
             if waited > self.timeout_s:
                 raise RuntimeError(f"timed out after {self.timeout_s:g} s, in which the GPU waits")
@@ -222,19 +225,21 @@ class Team:
             return LostProcess(f"process {self.rank} lost another one after step {step} ({reason}): the launcher "
                                "starts all processes again")
         self.heartbeats.is_stuck = True
-        if missing := self._others(self.heartbeats.look()):
-            return LostProcess(f"process {self.rank} lost {self._named(missing)} after step {step}: {reason}")
+        if missing := self.others(self.heartbeats.look()):
+            return LostProcess(f"process {self.rank} lost {self.named(missing)} after step {step}: {reason}")
         if not re.search("timed? ?out", reason, re.IGNORECASE):
             return None
-        busy = self._others(self.heartbeats.busy())
-        for_whom = self._named(busy) if busy else "another process"
+        busy = self.others(self.heartbeats.busy())
+        for_whom = self.named(busy) if busy else "another process"
         return LostProcess(f"process {self.rank} timed out waiting for {for_whom}, which is still running, after step "
                            f"{step}: {reason}")
 
-    def _others(self, ranks: Iterable[int]) -> list[int]:
+    def others(self, ranks: Iterable[int]) -> list[int]:
+        """These ranks without this one, in their order."""
         return sorted(rank for rank in ranks if rank != self.rank)
 
-    def _named(self, ranks: Sequence[int]) -> str:
+    def named(self, ranks: Sequence[int]) -> str:
+        """These ranks and their hosts, in words."""
         hosts = ", ".join(dict.fromkeys(self.hosts[rank] for rank in ranks))
         return f"process {', '.join(map(str, ranks))} of {self.size} on {hosts}"
 

@@ -26,6 +26,7 @@ from mnist_dist.processes.network_interface import choose_interface
 from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.stop_signals import stop_with_launcher
 from mnist_dist.processes.team import Team, ddp_options, join
+from mnist_dist.processes.watchdog import Watchdog
 from mnist_dist.record.run_folder import open_folder
 from mnist_dist.text import first_line, without_passwords
 from mnist_dist.training.loop import Loop
@@ -229,7 +230,9 @@ class Run:
             self.recorder.send_again(self.earlier_result)
             return
         self.recorder.open(self.environment)
-        with self.loop.schedule.signals, self.recorder.checkpoints, self.trainer.contention as contention:
+        signals = self.loop.schedule.signals
+        watchdog = Watchdog(self.team, signals, lambda: self.trainer.sign, lambda: self.progress.global_step)
+        with signals, watchdog, self.recorder.checkpoints, self.trainer.contention as contention:
             try:
                 self.loop.run()
             except Diverged:

@@ -95,6 +95,13 @@ class Trainer:
         self._warm_left = min(WARMUP_STEPS, self.batches.num_batches // 4)
         self._clock = ExitStack()  # holds the open window
         self._window: Window | None = None
+        self._is_taking = False
+
+    @property
+    def sign(self) -> object:
+        """For the watchdog: while steps are taken, what changes with each step and while this rank waits; else None."""
+        window = self._window
+        return (len(window.samples), self.team.signs) if self._is_taking and window else None
 
     def _products(self, before: Mapping[str, Any] | None) -> int | None:
         """The least multiplications of a matrix product that is oneDNN's; None if none is. A run that is continued
@@ -152,9 +159,11 @@ class Trainer:
         if was_warming := self._warm_left > 0:
             stop = min(stop, start + self._warm_left)
         window = self._window or self._open_window()
+        self._is_taking = True
         self.step.take(range(start, stop), window.lap)
         self.step.flush(stop)
         schedule.poll(stop - start)
+        self._is_taking = False
         self.left, self._warm_left = range(stop, self.left.stop), max(0, self._warm_left - (stop - start))
         pauses = schedule.is_pause_due(self.epoch, stop)
         if pauses or not self.left or was_warming != (self._warm_left > 0):

@@ -97,7 +97,7 @@ def waiting(ranks, timeout_s):
     """A team of rank 0, without the collectives."""
     made = Team.__new__(Team)
     made.rank, made.size, made.timeout_s, made.heartbeats = 0, len(ranks), timeout_s, ranks[0]
-    made.hosts = len(ranks) * ["attic"]
+    made.hosts, made.signs = len(ranks) * ["attic"], 0
     return made
 
 

@@ -75,16 +75,16 @@ def test_the_rule_is_a_table_of_processors(monkeypatch):
     assert cpu_products.onednn_from("plain", ("AuthenticAMD", 26)) is None
 
 
-def chosen(before=None, *, device="cpu", precision="no", others_can=True, compiles=False, **options):
+def chosen(before=None, *, device="cpu", precision="no", others_can=True, kind="plain", **options):
     config = TrainConfig(**options)
     team = SimpleNamespace(device=torch.device(device), accelerator=SimpleNamespace(mixed_precision=precision),
                            run_on=lambda where, task: task(), share=lambda mine: [mine, others_can])
-    trainer = SimpleNamespace(team=team, config=config, dtype=getattr(torch, config.dtype), compiles=compiles)
+    trainer = SimpleNamespace(team=team, config=config, dtype=getattr(torch, config.dtype), kind=kind)
     return Trainer._products(trainer, before)
 
 
 def test_who_takes_it(always):
-    assert chosen() == 1 and chosen(compiles=True) == 2
+    assert chosen() == 1 and chosen(kind="compiled") == 2
     assert chosen(dtype="float64") is chosen(reproducible=True) is chosen(precision="bf16") is None
     assert chosen(device="cuda") is None
     assert chosen(others_can=False) is None, "all ranks, or none"
