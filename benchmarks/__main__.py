@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-sizes", type=_sizes, metavar="A,B,…", help="for one process and, from 2 on, for two "
                       "(default: 1,32,200,1000,8192 and 32,200,1000,2000,8192)")
     made.add_argument("--rows", type=_names, metavar="A,B,…", help=f"some of {', '.join(rows.BY_NAME)} (default: all)")
-    made.add_argument("--compile", choices=("auto", "on", "off"), default="on", help="of ours (default: on)")
+    made.add_argument("--compile", choices=("auto", "on", "off", "fused"), default="on", help="of ours (default: on)")
     made.add_argument("--output", metavar="STEM", help="write STEM.json, STEM.md and STEM.png (default: "
                       "benchmarks/results/ and the name of the processor or GPU)")
     made.add_argument("--report", metavar="FILE.json", help="measure nothing: report again on this file")

@@ -49,23 +49,28 @@ class Part(NamedTuple):
     limit: float
 
 
-def parts(output: Path, data_dir: str, gpus: int) -> list[Part]:
-    """What is done on a machine with so many GPUs; 0 is its CPU."""
+# With --short: what decides about the fused step.
+SHORT = ["--rows", "mnist_dist,mnist_dist_fused,jax_scan,pytorch_graph", "--batch-sizes", "1,200,8192", "--repeats", 3]
+
+
+def parts(output: Path, data_dir: str, gpus: int, is_short: bool = False) -> list[Part]:
+    """The parts on a machine with this number of GPUs; 0 is its CPU."""
     processes = [count for count in (1, 2, 4, 8, 16) if count <= (gpus or min(2, num_cores()))]
     chosen = ["-m", "cuda and not long", "-n", min(4, num_cores()), "--dist", "load"] if gpus else ["-n", 2]
     tests = ROOT / "tests" / "training"
     options = ["--data-dir", data_dir, "--wandb", "disabled"]
-    return [
+    every = [
         Part("tests", "Tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, tests,
                                 f"--junitxml={output / 'tests.xml'}"], 400),
-        Part("benchmark", "Benchmark", ["-m", "benchmarks", "--quick", "--data-dir", data_dir, "--output",
-                                        output / "benchmark"], 900),
+        Part("benchmark", "Benchmark", ["-m", "benchmarks", *(SHORT if is_short else ["--quick"]), "--data-dir",
+                                        data_dir, "--output", output / "benchmark"], 300 if is_short else 900),
         Part("reproduce", "The tutorial", ["-m", "mnist_dist", "reproduce", *options, "--output-dir",
                                            output / "reproduce"], 400),
         Part("study", "Scaling study", ["-m", "mnist_dist", "study", *options, "--output-dir", output / "study",
                                         "--axis", "compile=on,off", "--epochs", 2, "--batch-sizes", "200,4000",
                                         "--processes", ",".join(map(str, processes)), "--repeats", 3], 900),
     ]
+    return every[:2] if is_short else every
 
 
 def carry_out(part: Part, output: Path) -> dict[str, Any]:
@@ -202,6 +207,7 @@ def main(words: Sequence[str] | None = None) -> int:
                   formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("output", nargs="?", default="qualify", metavar="OUTPUT", help="folder (default: qualify)")
     made.add_argument("--data-dir", default="data", metavar="DIR", help="folder with MNIST (default: data)")
+    made.add_argument("--short", action="store_true", help="tests, and the fused step beside its peers: some minutes")
     try:
         given = made.parse_args(words)
         output, data_dir = Path(given.output).resolve(), str(Path(given.data_dir).resolve())
@@ -222,7 +228,7 @@ def main(words: Sequence[str] | None = None) -> int:
     found = machine(output)
     outcomes = {}
     try:
-        for part in parts(output, data_dir, len(found["gpus"])):
+        for part in parts(output, data_dir, len(found["gpus"]), given.short):
             outcomes[part.name] = part.title, carry_out(part, output)
             if part.name == "study" and (gain := compiling(output / "study", found)):
                 found["compiling"] = gain

@@ -37,6 +37,7 @@ class Row:
 ROWS = (
     Row("mnist_dist", "**mnist-dist train**", None),
     Row("mnist_dist_plain", "mnist-dist train --compile off", None, ("--compile", "off")),
+    Row("mnist_dist_fused", "mnist-dist train --compile fused", None, ("--compile", "fused"), needs_gpu=True),
     Row("mnist_dist_bf16", "mnist-dist train --mixed-precision bf16", None, ("--mixed-precision", "bf16")),
     Row("tutorial", "the 2019 tutorial's loop", "peers.tutorial"),
     Row("lightning", "Lightning", "peers.lightning"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
 from benchmarks import qualify
 from benchmarks.qualify import Part
+from benchmarks.rows import BY_NAME
 from mnist_dist import runner
 from mnist_dist.record.gains import Gain
 
@@ -23,7 +25,7 @@ def some_parts(tmp_path, monkeypatch):
     """A part that passes and notes that it ran, one that fails until a file is there, and one that takes too long."""
     output, ran, mended = tmp_path / "out", tmp_path / "ran", tmp_path / "mended"
 
-    def chosen(folder, data_dir, gpus):
+    def chosen(folder, data_dir, gpus, is_short):
         assert folder == output and data_dir == str(tmp_path / "data")
         return [
             Part("tests", "Tests", ["-c", f"open({str(ran)!r}, 'a').write('x'); print('so it is')"], 60),
@@ -90,6 +92,10 @@ def test_the_parts_are_for_the_machine(tmp_path):
     assert "cuda and not long" in on_two["tests"] and "cuda and not long" not in on_cpu["tests"]
     assert on_two["study"][on_two["study"].index("--processes") + 1] == "1,2"
     assert on_cpu.keys() == on_two.keys() == {"tests", "benchmark", "reproduce", "study"}
+    short = {part.name: part for part in qualify.parts(tmp_path, "data", 1, is_short=True)}
+    assert short.keys() == {"tests", "benchmark"} and "--quick" not in short["benchmark"].words
+    benchmarked = dict(pairwise(map(str, short["benchmark"].words)))
+    assert set(benchmarked["--rows"].split(",")) <= set(BY_NAME) and benchmarked["--repeats"] == "3"
 
 
 def row(compile, batch, seconds_per_step, compile_seconds=0.0, status="completed"):

@@ -66,16 +66,17 @@ class Watchdog:
         os.close(self._writes)
 
     def _run(self) -> None:
-        last_sign, since = self.sign(), time.monotonic()
+        last_sign, since, has_asked = self.sign(), time.monotonic(), False
         armed_at = since
         while not self._ends.is_set():
             self._read_signals()
             now, sign = time.monotonic(), self.sign()
             if sign is None or sign != last_sign:
-                if now - since > ASK_SECONDS and self.team.size > 1:
+                if has_asked and self.team.size > 1:
                     self.team.heartbeats.rest()
-                last_sign, since = sign, now
-            elif now - since > ASK_SECONDS:
+                last_sign, since, has_asked = sign, now, False
+            elif self._signal or now - since > ASK_SECONDS:
+                has_asked = True
                 self._look(now, since)
             if now - armed_at > ARM_SECONDS:
                 armed_at = now

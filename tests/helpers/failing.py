@@ -24,8 +24,8 @@ def fail() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
     if how == "assert":
         raise RuntimeError("CUDA error: device-side assert triggered")
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if how in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
     time.sleep(1000)
 
 

@@ -1,6 +1,7 @@
 """What a run on GPUs must show: the CPU's figures, the same bits twice, no wait in the step loop, and an end.
 
-Each test says how many GPUs it needs, and is skipped on a machine with fewer.
+Each test says how many GPUs it needs, and is skipped on a machine without a GPU. On one GPU the ranks of a test for
+two share it (one_card.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ FUSED = ["--compile", "fused"]  # in float32 alone
 
 
 def trained(folder, data_dir, name, *words, size=1, cpu=False, target="mnist_dist.cli:main", status=0, **environment):
+    if size > torch.cuda.device_count() and not cpu:
+        environment["ON_ONE_CARD"], target = target, "one_card:main"
     done = run_forked(
         ["train", "--data-dir", data_dir, "--batch-size", 97, "--lr", "1e-3", "--wandb", "disabled", "--output-dir",
          name, *words], cwd=folder, size=size, timeout=200, patience=30, target=target,
@@ -157,12 +160,13 @@ def test_two_gpus_are_one(kind, small_dir, tmp_path):
         trained(tmp_path, small_dir, f"{size}", *words, size=size)
     one, two = (result_of(tmp_path / f"{size}") for size in (1, 2))
     assert (two["environment"]["device"], two["environment"]["num_processes"]) == ("cuda", 2)
+    assert two["environment"]["num_machines"] == (2 if torch.cuda.device_count() == 1 else 1), "on one card, or on two"
     assert two["epochs"][-1]["test_nll_sum"] == pytest.approx(one["epochs"][-1]["test_nll_sum"], rel=1e-9)
     assert largest_difference(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-9
 
 
 @pytest.mark.cuda(2)
-@pytest.mark.parametrize("how", ["kill", "memory"])
+@pytest.mark.parametrize("how", ["kill", "memory", "stop"])
 @pytest.mark.parametrize("kind", ["plain", "compiled"])
 def test_a_lost_gpu_is_named(kind, how, small_dir, tmp_path):
     done = trained(tmp_path, small_dir, "run", "--epochs", 100, *KINDS[kind], size=2, target="failing:main",
