@@ -47,7 +47,8 @@ class Watchdog:
         self._is_open = threading.current_thread() is threading.main_thread()
         if not self._is_open:
             return self
-        self._reads, self._writes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._reads, self._writes = os.pipe()
+        os.set_blocking(self._writes, False)
         # the numbers of signals come here at once, and to their handlers when the main thread is back from its call
         self._before = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
         self._arm()
@@ -107,9 +108,9 @@ class Watchdog:
             self._end(1, f"process {team.rank} lost {team.named(lost)} after step {self.step()}: {stuck}")
         if team.size > 1 and self.is_cuda and now - since > team.timeout_s:
             self._end(1, f"process {team.rank} timed out after step {self.step()}: {stuck} for {team.timeout_s:g} s")
-        is_unseen = self._signal and not self.signals.number  # by its handler: the main thread is in one call
-        if self._signal and now - max(since, self._signal_at) > SIGNAL_SECONDS and (
-                lost or self.is_cuda or (is_unseen and team.size == 1)):
+        # its handler has not seen the signal: the main thread is in one call. On the CPU that may be a slow rank's
+        is_stuck = not self.signals.number and (self.is_cuda or team.size == 1)
+        if self._signal and now - max(since, self._signal_at) > SIGNAL_SECONDS and (lost or is_stuck):
             name = signal.Signals(self._signal).name
             self._end(128 + self._signal, f"stopped by {name} after step {self.step()}, without a checkpoint: {stuck}")
 

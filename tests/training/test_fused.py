@@ -51,16 +51,19 @@ def test_it_agrees_with_the_plain_step_and_a_launch_may_end_anywhere(tmp_path):
     assert first == second, "the same bits"
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("options", [
-    {"images_of": 12, "batch_size": 1, "epochs": 3},
+OPTIONS = [
     {"images_of": 97, "batch_size": 40, "hidden": 48, "programs": 5, "rows": 16},
     {"images_of": 230, "batch_size": 97, "epochs": 3},
+    {"images_of": 12, "batch_size": 1, "epochs": 3},
     {"images_of": 430, "batch_size": 200, "epochs": 3},
     {"images_of": 600, "batch_size": 512, "epochs": 3},
     {"images_of": 97, "batch_size": 200, "shuffle": False},
     {"images_of": 70, "batch_size": 64, "hidden": 512, "epochs": 1},
-], ids=str)
+]
+
+
+@pytest.mark.parametrize("options", [pytest.param(options, marks=pytest.mark.long if number < 2 else pytest.mark.faults)
+                                     for number, options in enumerate(OPTIONS)], ids=str)
 def test_agreement(options, tmp_path):
     """Fewer programs than tiles, several blocks of rows, a short last batch, and a batch with all images."""
     outcome = compared(tmp_path, **options)
@@ -131,13 +134,15 @@ print(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 """
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("capability", "batch", "units", "multiprocessors", "stack"), [
-    (90, 1, 256, 132, 64), (90, 32, 256, 132, 64), (90, 200, 256, 132, 128), (90, 8192, 256, 132, 128),
-    (80, 200, 256, 108, 128), (86, 200, 256, 24, 128), (90, 200, 512, 132, 1024),
-])
-def test_it_compiles_for_gpus(capability, batch, units, multiprocessors, stack, tmp_path):
+GPUS = [(90, 200, 256, 132, 128), (86, 200, 256, 24, 128), (90, 1, 256, 132, 64), (90, 32, 256, 132, 64),
+        (90, 8192, 256, 132, 128), (80, 200, 256, 108, 128), (90, 200, 512, 132, 1024)]
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=pytest.mark.long if number < 2 else pytest.mark.faults)
+                                 for number, gpu in enumerate(GPUS)])
+def test_it_compiles_for_gpus(gpu, tmp_path):
     """Registers that do not fit are in the stack: its bytes per thread."""
+    capability, batch, units, multiprocessors, stack = gpu
     step = step_of(batch, units=units, multiprocessors=multiprocessors)
     given = json.dumps([step.constants, capability, step.warps, str(tmp_path / "code")])
     done = run([sys.executable, "-W", "ignore", "-c", COMPILE, given], cwd=tmp_path, PYTHONPATH=str(ROOT),

@@ -231,7 +231,7 @@ def update_rest(slice, units, gradient_U, count, step, sums, hidden, slopes2, lo
         tl.store(sums + step + tl.arange(0, 1), total)
 
 
-@triton.jit(do_not_specialize=["first_step", "steps"])
+@triton.jit(do_not_specialize=["N", "B", "first_step", "steps"])
 def take_steps(images, labels, N, B, first_step, steps, corrections, sums, counter,
                weight1, weight1_mean, weight1_square, bias1, bias1_mean, bias1_square,
                weight2, weight2_mean, weight2_square, bias2, bias2_mean, bias2_square,
