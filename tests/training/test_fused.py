@@ -55,6 +55,7 @@ OPTIONS = [
     {"images_of": 97, "batch_size": 40, "hidden": 48, "programs": 5, "rows": 16},
     {"images_of": 230, "batch_size": 97, "epochs": 3},
     {"images_of": 12, "batch_size": 1, "epochs": 3},
+    {"images_of": 50, "batch_size": 20, "gradient_accumulation_steps": 3},
     {"images_of": 430, "batch_size": 200, "epochs": 3},
     {"images_of": 600, "batch_size": 512, "epochs": 3},
     {"images_of": 97, "batch_size": 200, "shuffle": False},
@@ -227,6 +228,8 @@ def test_why_it_cannot_be_taken(reason, monkeypatch):
     assert fused.why_not(parts) == reason
     with pytest.raises(UserError, match=f"^--compile fused {reason}: give --compile on, off or auto$"):
         kind_of_step(TrainConfig(compile="fused"), parts)
+    with pytest.raises(UserError):
+        kind_of_step(TrainConfig(compile="fused"), parts, "plain")
     assert kind_of_step(TrainConfig(compile="fused"), parts, "fused") == "plain", "a run that is continued"
     assert kind_of_step(TrainConfig(), parts, "fused") == "plain"
 

@@ -31,7 +31,7 @@ def kind_of_step(config: TrainConfig, parts: StepParts, before: str | None = Non
     if config.reproducible:
         return "exact"
     if config.compile == "fused":
-        if (reason := fused.why_not(parts)) and before is None:
+        if (reason := fused.why_not(parts)) and before != "fused":
             raise UserError(f"--compile fused {reason}: give --compile on, off or auto")
         return "plain" if reason else "fused"
     precision = parts.team.accelerator.mixed_precision
