@@ -80,29 +80,29 @@ def write_report(record: dict[str, Any], stem: Path) -> None:
     draw(record, stem.with_name(stem.name + ".png"))
 
 
-def run(given: argparse.Namespace, words: Sequence[str], scratch: Path) -> tuple[dict[str, Any], Path]:
+def run(args: argparse.Namespace, words: Sequence[str], scratch: Path) -> tuple[dict[str, Any], Path]:
     """Measure everything that was asked for; the record, and the stem of its files."""
     from benchmarks.machine import describe, slug
     from benchmarks.measure import measure, run_all, torchvision_root
 
-    sizes = rows.QUICK_BATCH_SIZES if given.quick else rows.BATCH_SIZES
-    if given.batch_sizes:
-        sizes = {count: [size for size in given.batch_sizes if size >= count] for count in sizes}
+    sizes = rows.QUICK_BATCH_SIZES if args.quick else rows.BATCH_SIZES
+    if args.batch_sizes:
+        sizes = {count: [size for size in args.batch_sizes if size >= count] for count in sizes}
     machine = describe()
-    chosen = [row for row in rows.ROWS if (given.rows is None or row.name in given.rows)
+    chosen = [row for row in rows.ROWS if (args.rows is None or row.name in args.rows)
               and (machine["gpus"] or not row.needs_gpu)]
-    repeats = given.repeats or (2 if given.quick else 5)
-    stem = Path(given.output or RESULTS / (slug(machine) + ("-quick" if given.quick else "")))
+    repeats = args.repeats or (2 if args.quick else 5)
+    stem = Path(args.output or RESULTS / (slug(machine) + ("-quick" if args.quick else "")))
     stem.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": shlex.join(["python", "-m", "benchmarks", *words]), "date": time.strftime("%Y-%m-%d"),
-        "settings": {"quick": given.quick, "repeats": repeats, "batch_sizes": sizes, "compile": given.compile},
+        "settings": {"quick": args.quick, "repeats": repeats, "batch_sizes": sizes, "compile": args.compile},
         "machine": machine, "measurements": [],
     }
-    root = torchvision_root(given.data_dir, scratch / "data")
+    root = torchvision_root(args.data_dir, scratch / "data")
 
-    def one(row: rows.Row, batch_size: int) -> dict[str, Any]:
-        return measure(row, root, batch_size, rows.num_samples(batch_size, given.quick), given.compile, scratch)
+    def measure_row(row: rows.Row, batch_size: int) -> dict[str, Any]:
+        return measure(row, root, batch_size, rows.num_samples(batch_size, args.quick), args.compile, scratch)
 
     def keep(measurement: dict[str, Any]) -> None:
         record["measurements"].append(measurement)
@@ -110,7 +110,8 @@ def run(given: argparse.Namespace, words: Sequence[str], scratch: Path) -> tuple
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the measured processes are ended too
     try:
-        run_all(rows.schedule(chosen, sizes, repeats), one, keep, lambda text: print(text, file=sys.stderr, flush=True))
+        run_all(rows.schedule(chosen, sizes, repeats), measure_row, keep,
+                lambda text: print(text, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
         print("interrupted: a report on what was measured", file=sys.stderr)
     return record, stem
@@ -119,14 +120,14 @@ def run(given: argparse.Namespace, words: Sequence[str], scratch: Path) -> tuple
 def main(words: Sequence[str] | None = None) -> int:
     """Measure and report, or report again."""
     words = sys.argv[1:] if words is None else words
-    given = parser().parse_args(words)
-    if given.report:
-        path = Path(given.report)
-        record, stem = json.loads(path.read_bytes()), Path(given.output or path.with_suffix(""))
+    args = parser().parse_args(words)
+    if args.report:
+        path = Path(args.report)
+        record, stem = json.loads(path.read_bytes()), Path(args.output or path.with_suffix(""))
     else:
         try:
             with tempfile.TemporaryDirectory(prefix="mnist-dist-benchmark-") as scratch:
-                record, stem = run(given, words, Path(scratch))
+                record, stem = run(args, words, Path(scratch))
         except UserError as error:
             print(f"benchmarks: error: {error}", file=sys.stderr)
             return 2

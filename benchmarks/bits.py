@@ -79,7 +79,7 @@ def step_ms(data_dir: str, batch_size: int) -> dict[str, list[float]]:
         config = TrainConfig(batch_size=batch_size, compile="off", reproducible=kind == "exact")
         trainers[kind] = Trainer(config, team, sets)
         trainers[kind].make_step()
-    found: dict[str, list[float]] = {kind: [] for kind in trainers}
+    times_of: dict[str, list[float]] = {kind: [] for kind in trainers}
     for turn in range(TURNS):
         for kind, trainer in trainers.items():
             trainer.step.begin(turn, range(STEPS))
@@ -89,8 +89,8 @@ def step_ms(data_dir: str, batch_size: int) -> dict[str, list[float]]:
                 trainer.step.take(range(step, step + 1))
                 team.wait_for_device()
                 seconds.append(time.perf_counter() - begin)
-            found[kind].append(1000 * statistics.median(seconds))
-    return found
+            times_of[kind].append(1000 * statistics.median(seconds))
+    return times_of
 
 
 def main() -> None:
@@ -100,15 +100,15 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--ways", help="only these, by name, with commas (default: all)")
-    given = parser.parse_args()
+    args = parser.parse_args()
     names = {way.name: way for way in WAYS}
-    if unknown := [name for name in (given.ways or "").split(",") if name and name not in names]:
+    if unknown := [name for name in (args.ways or "").split(",") if name and name not in names]:
         parser.error(f"--ways: unknown on this machine: {', '.join(unknown)}; there are {', '.join(names)}")
-    ways = [names[name] for name in given.ways.split(",")] if given.ways else WAYS
+    ways = [names[name] for name in args.ways.split(",")] if args.ways else WAYS
     rows, wrong = [], []
     for way in ways:
-        with tempfile.TemporaryDirectory(dir=given.output.parent) as scratch:
-            row = weights_of(way, given.data_dir, given.steps, Path(scratch) / "run")
+        with tempfile.TemporaryDirectory(dir=args.output.parent) as scratch:
+            row = weights_of(way, args.data_dir, args.steps, Path(scratch) / "run")
         weights = row.pop("weights")
         if not rows:
             reference = weights
@@ -117,8 +117,8 @@ def main() -> None:
         if row["sha256"] != rows[0]["sha256"]:
             wrong.append(way.name)
         print(row, file=sys.stderr, flush=True)
-    times = {batch_size: step_ms(given.data_dir, batch_size) for batch_size in BATCH_SIZES}
-    replace_json(given.output, {"machine": describe(), "steps": given.steps, "rows": rows, "step_ms": times})
+    times = {batch_size: step_ms(args.data_dir, batch_size) for batch_size in BATCH_SIZES}
+    replace_json(args.output, {"machine": describe(), "steps": args.steps, "rows": rows, "step_ms": times})
     print("\n".join(table(["what", "SHA-256 of the weights", "largest difference of a weight"],
                           [[row["way"], f"`{row['sha256'][:16]}`", f"{row['largest_difference']:.1e}"]
                            for row in rows])))

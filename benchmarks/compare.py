@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("new", type=Path)
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
-    checkouts = {"old": given.old.resolve(), "new": given.new.resolve()}
+    args = parser.parse_args()
+    checkouts = {"old": args.old.resolve(), "new": args.new.resolve()}
     rates: dict[str, dict[str, list[float]]] = {title: {"old": [], "new": []} for title in SPEED}
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/compiled"
@@ -59,16 +59,17 @@ def main() -> None:
         def run(which: str, title: str, options: list[Any], repeat: int) -> tuple[float, str]:
             print(f"{title}: {which}", file=sys.stderr, flush=True)
             folder = Path(scratch, f"{which}-{repeat}-{title.replace(' ', '')}")
-            return trained(checkouts[which], given.data_dir.resolve(), options, folder)
+            return trained(checkouts[which], args.data_dir.resolve(), options, folder)
 
-        for repeat in range(given.repeats):
+        for repeat in range(args.repeats):
             for title, options in SPEED.items():
                 for which in (["old", "new"] if repeat % 2 else ["new", "old"]):
                     rates[title][which].append(run(which, title, options, repeat)[0])
         bits = {title: {run(which, title, options, 0)[1] for which in checkouts} for title, options in BITS.items()}
-    lines = [[title, *(cell(spread(found[which])) for which in checkouts),
-              cell(spread([old / new for old, new in zip(found["old"], found["new"], strict=True)])),
-              f"{spread(found['old']).median / spread(found['new']).median:.3f}"] for title, found in rates.items()]
+    lines = [[title, *(cell(spread(measured[which])) for which in checkouts),
+              cell(spread([old / new for old, new in zip(measured["old"], measured["new"], strict=True)])),
+              f"{spread(measured['old']).median / spread(measured['new']).median:.3f}"]
+             for title, measured in rates.items()]
     print("\n".join(table(["", "old (samples/s)", "new (samples/s)", "old / new", "ratio of medians"], lines)))
     print("\n".join(table(["trained weights", ""], [[title, "the same bits" if len(hashes) == 1 else "DIFFERENT"]
                                                     for title, hashes in bits.items()])))

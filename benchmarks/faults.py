@@ -104,12 +104,12 @@ def history(folder: Path) -> list[dict[str, Any]]:
             for item in items if "train/train_loss" in item]
 
 
-def start(folder: Path, given: argparse.Namespace, processes: int, tracked: bool, victim: str, delay: float,
+def start(folder: Path, args: argparse.Namespace, processes: int, tracked: bool, victim: str, delay: float,
           limit: float) -> Start:
     """Start the run in `folder`, and kill the victim after `delay` seconds if it is still there."""
     mark, begin = uuid.uuid4().hex, time.monotonic()
-    words = [sys.executable, "-m", "mnist_dist", "train", *OPTIONS, "--data-dir", given.data_dir, "--batch-size",
-             str(given.batch_size), "--processes", str(processes), "--wandb", "offline" if tracked else "disabled",
+    words = [sys.executable, "-m", "mnist_dist", "train", *OPTIONS, "--data-dir", args.data_dir, "--batch-size",
+             str(args.batch_size), "--processes", str(processes), "--wandb", "offline" if tracked else "disabled",
              "--output-dir", str(folder)]
     with open(folder.parent / "printed.txt", "w") as printed:
         launcher = subprocess.Popen(words, env={**child_environment(), runner.MARK: mark}, stdin=subprocess.DEVNULL,
@@ -174,29 +174,29 @@ def plan(seed: int, run: int) -> Iterator[tuple[int, str, float]]:
         yield processes, chance.choice(victims), chance.uniform(0.0, LATEST)
 
 
-def one_run(campaign: Campaign, number: int, given: argparse.Namespace, reference: dict[str, Any]) -> None:
+def one_run(campaign: Campaign, number: int, args: argparse.Namespace, reference: dict[str, Any]) -> None:
     """Kill and resume a run until it is done, and compare it."""
-    folder = given.output / f"run-{number:04d}" / "run"
+    folder = args.output / f"run-{number:04d}" / "run"
     shutil.rmtree(folder.parent, ignore_errors=True)  # of a campaign that was ended in it
     folder.parent.mkdir(parents=True)
     tracked = number % TRACKED_EVERY == 0
-    for processes, victim, when in plan(given.seed, number):
-        campaign.starts.append(start(folder, given, processes, tracked, victim, campaign.expected(processes, when),
+    for processes, victim, when in plan(args.seed, number):
+        campaign.starts.append(start(folder, args, processes, tracked, victim, campaign.expected(processes, when),
                                      campaign.expected(processes, 2.0) + END_SECONDS))
         if not campaign.starts[-1].victim:  # it has ended by itself: with its result alone, W&B may lack the end
             break
     campaign.runs += 1
-    found = {**result_of(folder, tracked), **({} if tracked else {"history": reference["history"]})}
-    if found == reference:
+    outcome = {**result_of(folder, tracked), **({} if tracked else {"history": reference["history"]})}
+    if outcome == reference:
         shutil.rmtree(folder.parent)
     campaign.wrong += [f"{folder.parent.name}: another {name}"
-                       for name, value in reference.items() if found[name] != value]
+                       for name, value in reference.items() if outcome[name] != value]
 
 
-def save(campaign: Campaign, given: argparse.Namespace, reference: dict[str, Any], begin: float) -> None:
+def save(campaign: Campaign, args: argparse.Namespace, reference: dict[str, Any], begin: float) -> None:
     """Write what there is."""
-    replace_json(given.output / "faults.json", {
-        "machine": describe(), "seed": given.seed, "command": OPTIONS, "batch_size": given.batch_size,
+    replace_json(args.output / "faults.json", {
+        "machine": describe(), "seed": args.seed, "command": OPTIONS, "batch_size": args.batch_size,
         "seconds": time.monotonic() - begin,
         "runs": campaign.runs, "kills": campaign.kills, "wrong": campaign.wrong, "reference": reference,
         "starts": [vars(start) for start in campaign.starts],
@@ -207,9 +207,9 @@ def lines_of(campaign: Campaign) -> list[list[str]]:
     """A line for each number of processes."""
     lines = []
     for processes in PROCESSES:
-        own = [start for start in campaign.starts if start.processes == processes]
-        killed = [start for start in own if start.victim]
-        ready = [start.to_first_step for start in own if start.to_first_step is not None]
+        starts = [start for start in campaign.starts if start.processes == processes]
+        killed = [start for start in starts if start.victim]
+        ready = [start.to_first_step for start in starts if start.to_first_step is not None]
         lost = [start.lost_seconds for start in killed if start.lost_seconds is not None]
         lines.append([f"{processes}", f"{len(killed)}", f"{sum(start.victim == 'launcher' for start in killed)}",
                       f"{len(lost)}",
@@ -227,20 +227,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--batch-size", type=int, default=500)
-    given = parser.parse_args()
+    args = parser.parse_args()
     begin, campaign, reference = time.monotonic(), Campaign(), {}
-    if (saved := given.output / "faults.json").exists():
+    if (saved := args.output / "faults.json").exists():
         values = json.loads(saved.read_bytes())
-        campaign = Campaign([Start(**one) for one in values["starts"]], values["runs"], values["wrong"])
+        campaign = Campaign([Start(**saved_start) for saved_start in values["starts"]], values["runs"], values["wrong"])
         reference, begin = values["reference"], begin - values["seconds"]
     else:
-        alone = given.output / "alone" / "run"
+        alone = args.output / "alone" / "run"
         alone.parent.mkdir(parents=True, exist_ok=True)
-        campaign.starts.append(start(alone, given, 1, True, "launcher", math.inf, END_SECONDS))
+        campaign.starts.append(start(alone, args, 1, True, "launcher", math.inf, END_SECONDS))
         reference = result_of(alone, tracked=True)
-    while campaign.kills < given.kills and time.monotonic() - begin < 60 * given.minutes:
-        one_run(campaign, campaign.runs + 1, given, reference)
-        save(campaign, given, reference, begin)
+    while campaign.kills < args.kills and time.monotonic() - begin < 60 * args.minutes:
+        one_run(campaign, campaign.runs + 1, args, reference)
+        save(campaign, args, reference, begin)
         print(f"run {campaign.runs}: {campaign.kills} kills, {len(campaign.wrong)} wrong", file=sys.stderr, flush=True)
     print(f"{campaign.kills} kills over {campaign.runs} runs, each resumed until it was done: {len(campaign.wrong)} "
           "differ from the run that was left alone.\n")

@@ -112,7 +112,7 @@ def last_json(output: str) -> dict[str, Any]:
         raise RowError("printed no line of JSON") from None
 
 
-def run_all(order: Sequence[tuple[int, Row, int]], one: Callable[[Row, int], dict[str, Any]],
+def run_all(order: Sequence[tuple[int, Row, int]], measure_row: Callable[[Row, int], dict[str, Any]],
             keep: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
     """Measure in this order; each outcome goes to `keep` at once. What is not installed, or failed, is not retried."""
     given_up: set[tuple[str, int | None]] = set()
@@ -124,7 +124,7 @@ def run_all(order: Sequence[tuple[int, Row, int]], one: Callable[[Row, int], dic
             continue
         left = _seconds_left(cells, took)
         say(f"{index + 1}/{len(order)} repeat {repeat + 1}, batch {batch_size}: {row.name}{left}")
-        outcome = one(row, batch_size)
+        outcome = measure_row(row, batch_size)
         keep({"row": row.name, "processes": row.processes, "batch_size": batch_size, "repeat": repeat, **outcome})
         took[row.name, batch_size] = outcome["wall_seconds"]
         if outcome["status"] != "ok":

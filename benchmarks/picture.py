@@ -48,8 +48,8 @@ def _draw_panel(axes: Any, record: Mapping[str, Any], processes: int) -> None:
         if not points:
             continue
         spreads = [spread(rates) for rates in points.values()]
-        medians = [one.median for one in spreads]
-        bars = [[one.median - one.low for one in spreads], [one.high - one.median for one in spreads]]
+        medians = [each.median for each in spreads]
+        bars = [[each.median - each.low for each in spreads], [each.high - each.median for each in spreads]]
         if name == LIMIT:
             look = {"color": "black", "linewidth": 1.3, "linestyle": "--", "markersize": 0}
         elif name in OURS.values():

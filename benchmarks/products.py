@@ -122,8 +122,8 @@ def fastest(batch_size: int) -> tuple[list[str], Callable[[], None]]:
     """
     all_five = step_products(batch_size, torch.device("cpu"))
     mixed = []
-    for one in all_five:
-        seconds = seconds_per_call({library: one.by(library) for library in libraries()[:-1]})
+    for product in all_five:
+        seconds = seconds_per_call({library: product.by(library) for library in libraries()[:-1]})
         mixed.append(min(seconds, key=lambda library: seconds[library].median))
     ways = {tuple(mixed): in_turn(all_five, mixed)}
     ways[(OPENBLAS,) * len(all_five)] = in_turn(all_five, [OPENBLAS] * len(all_five))
@@ -134,7 +134,7 @@ def fastest(batch_size: int) -> tuple[list[str], Callable[[], None]]:
 
 def in_turn(five: Sequence[Product], libraries: Sequence[str]) -> Callable[[], None]:
     """The call of all products, each by its library."""
-    calls = [one.by(library) for one, library in zip(five, libraries, strict=True)]
+    calls = [product.by(library) for product, library in zip(five, libraries, strict=True)]
 
     def run() -> None:
         for call in calls:
@@ -145,18 +145,19 @@ def in_turn(five: Sequence[Product], libraries: Sequence[str]) -> Callable[[], N
 
 def gflops(batch_size: int = 1000) -> dict[str, float]:
     """Of each library, at the first layer's product."""
-    one = step_products(batch_size, torch.device("cpu"))[0]
-    seconds = seconds_per_call({library: one.by(library) for library in libraries()})
-    return {library: 2e-9 * one.multiplications / each.median for library, each in seconds.items()}
+    product = step_products(batch_size, torch.device("cpu"))[0]
+    seconds = seconds_per_call({library: product.by(library) for library in libraries()})
+    return {library: 2e-9 * product.multiplications / each.median for library, each in seconds.items()}
 
 
 def measure_products(batch_sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Of each product of a step the seconds of each library: median, minimum and maximum."""
     measured = []
     for batch_size in batch_sizes:
-        for one in step_products(batch_size, torch.device("cpu")):
-            seconds = seconds_per_call({library: one.by(library) for library in libraries()})
-            measured.append({"batch_size": batch_size, "product": one.name, "multiplications": one.multiplications,
+        for product in step_products(batch_size, torch.device("cpu")):
+            seconds = seconds_per_call({library: product.by(library) for library in libraries()})
+            measured.append({"batch_size": batch_size, "product": product.name,
+                             "multiplications": product.multiplications,
                              "seconds": seconds})
     return measured
 

@@ -108,15 +108,15 @@ def machine(output: Path) -> dict[str, Any]:
     """Hardware and versions, also in OUTPUT."""
     import torch
 
-    found = describe()
-    if found["gpus"]:
-        found["cuda"] = torch.version.cuda
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    facts = describe()
+    if facts["gpus"]:
+        facts["cuda"] = torch.version.cuda
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         if shutil.which("nvidia-smi"):
-            found["nvidia-smi"] = subprocess.run(GPU_MEMORY.split(), capture_output=True, text=True, timeout=60
+            facts["nvidia-smi"] = subprocess.run(GPU_MEMORY.split(), capture_output=True, text=True, timeout=60
                                                  ).stdout.strip().splitlines()
-    replace_json(output / "machine.json", found)
-    return found
+    replace_json(output / "machine.json", facts)
+    return facts
 
 
 def gain_from(rows: Sequence[Row]) -> Gain | None:
@@ -132,7 +132,7 @@ def gain_from(rows: Sequence[Row]) -> Gain | None:
                 compiled[0]["environment"]["torch"])
 
 
-def compiling(folder: Path, found: dict[str, Any]) -> str:
+def compiling(folder: Path, facts: dict[str, Any]) -> str:
     """Keep what compiling saves, for `--compile auto`, and say it; "" if it was not measured."""
     try:
         gain = gain_from(read_table(folder))
@@ -144,24 +144,24 @@ def compiling(folder: Path, found: dict[str, Any]) -> str:
     words = f"Compiling takes {gain.compile_seconds:.1f} s"
     words += (f" and saves {saved:.0f} µs per step or more (medians)" if saved > 0 else
               " and does not save time at every batch size (medians)")
-    if not found["gpus"]:
+    if not facts["gpus"]:
         return f"{words}. On the CPU `--compile auto` has a rule of its own."
-    return f"{words}: `--compile auto` reads it from {keep_gain(found['gpus'][0], gain)}."
+    return f"{words}: `--compile auto` reads it from {keep_gain(facts['gpus'][0], gain)}."
 
 
-def page(output: Path, found: dict[str, Any], outcomes: dict[str, tuple[str, dict[str, Any]]]) -> str:
+def page(output: Path, facts: dict[str, Any], outcomes: dict[str, tuple[str, dict[str, Any]]]) -> str:
     """What passed, what failed and the figures, as Markdown."""
-    where = ", ".join(found["gpus"]) or f"{found['processor']}, {found['cores']} cores, no GPU"
+    where = ", ".join(facts["gpus"]) or f"{facts['processor']}, {facts['cores']} cores, no GPU"
     failed = [title for title, outcome in outcomes.values() if outcome["status"] != "passed"]
     lines = [f"# {where}", "", "All parts passed." if not failed else f"**Failed: {', '.join(failed)}.**", ""]
     lines += table(["part", "status", "seconds", "date", "command"], [
         [title, outcome["status"], f"{outcome['seconds']:.0f}", outcome["date"], f"`{outcome['command']}`"]
         for title, outcome in outcomes.values()])
-    versions = {**found["versions"], "CUDA": found.get("cuda"), "NCCL": found.get("nccl")}
-    lines += [f"{found['processor']}, {found['cores']} cores; {found['system']}; commit {found['commit']}; "
+    versions = {**facts["versions"], "CUDA": facts.get("cuda"), "NCCL": facts.get("nccl")}
+    lines += [f"{facts['processor']}, {facts['cores']} cores; {facts['system']}; commit {facts['commit']}; "
               + ", ".join(f"{name} {version}" for name, version in versions.items() if version), ""]
-    lines += [f"- {line}" for line in found.get("nvidia-smi", [])]
-    lines += ["", found.get("compiling", "")]
+    lines += [f"- {line}" for line in facts.get("nvidia-smi", [])]
+    lines += ["", facts.get("compiling", "")]
     lines += ["", "## Tests", "", *_tests(output / "tests.xml"), ""]
     for title, path in (("Benchmark", "benchmark.md"), ("The tutorial", "reproduce/report.md"),
                         ("Scaling study", "study/report.md")):
@@ -180,10 +180,10 @@ def _tests(path: Path) -> Iterator[str]:
         if (skipped := case.find("skipped")) is not None:
             reasons[skipped.get("message", "")] = reasons.get(skipped.get("message", ""), 0) + 1
             continue
-        bad = [found for kind in ("failure", "error") for found in case.iter(kind)]
+        bad = [facts for kind in ("failure", "error") for facts in case.iter(kind)]
         passed += not bad
-        for found in bad:
-            yield f"- **failed**: `{case.get('classname')}::{case.get('name')}`: `{_line(found.get('message', ''))}`"
+        for facts in bad:
+            yield f"- **failed**: `{case.get('classname')}::{case.get('name')}`: `{_line(facts.get('message', ''))}`"
     yield f"- passed: {passed}"
     for reason, count in reasons.items():
         yield f"- skipped: {count} ({_line(reason)})"
@@ -209,14 +209,14 @@ def main(words: Sequence[str] | None = None) -> int:
     made.add_argument("--data-dir", default="data", metavar="DIR", help="folder with MNIST (default: data)")
     made.add_argument("--short", action="store_true", help="tests, and the fused step beside its peers: some minutes")
     try:
-        given = made.parse_args(words)
-        output, data_dir = Path(given.output).resolve(), str(Path(given.data_dir).resolve())
+        args = made.parse_args(words)
+        output, data_dir = Path(args.output).resolve(), str(Path(args.data_dir).resolve())
         (output / OUTCOMES).mkdir(parents=True, exist_ok=True)
     except UserError as error:
         print(f"qualify: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"qualify: error: OUTPUT {given.output} cannot be written ({error.strerror}): name another folder",
+        print(f"qualify: error: OUTPUT {args.output} cannot be written ({error.strerror}): name another folder",
               file=sys.stderr)
         return 2
     # what an earlier command left behind, if it was killed, would disturb the measurements
@@ -225,14 +225,14 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ[runner.MARK] = ":".join(filter(None, [os.environ.get(runner.MARK), mark]))
     os.environ.setdefault("MNIST_DIST_TEST_DATA", data_dir)  # some tests need the original files
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    found = machine(output)
+    facts = machine(output)
     outcomes = {}
     try:
-        for part in parts(output, data_dir, len(found["gpus"]), given.short):
+        for part in parts(output, data_dir, len(facts["gpus"]), args.short):
             outcomes[part.name] = part.title, carry_out(part, output)
-            if part.name == "study" and (gain := compiling(output / "study", found)):
-                found["compiling"] = gain
-            replace_synced(output / PAGE, page(output, found, outcomes).encode())
+            if part.name == "study" and (gain := compiling(output / "study", facts)):
+                facts["compiling"] = gain
+            replace_synced(output / PAGE, page(output, facts, outcomes).encode())
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", flush=True)
         return 130

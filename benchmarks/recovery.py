@@ -109,41 +109,41 @@ class Launched:
 def launched(words: list[str], data_dir: str) -> Iterator[Launched]:
     """A launch in a folder of its own."""
     with tempfile.TemporaryDirectory() as scratch:
-        one = Launched(words, data_dir, Path(scratch))
+        launch = Launched(words, data_dir, Path(scratch))
         try:
-            yield one
+            yield launch
         finally:
-            one.close()
+            launch.close()
 
 
 def recoveries(words: list[str], data_dir: str, tries: int, chance: random.Random) -> dict[str, Any]:
     """So many kills in one launch."""
-    with launched(words, data_dir) as one:
-        began, ready = one.next_start()
-        first, found = ready - began, []
-        while len(found) < tries:
+    with launched(words, data_dir) as launch:
+        began, ready = launch.next_start()
+        first, attempts = ready - began, []
+        while len(attempts) < tries:
             after, rank = chance.uniform(1.0, 5.0), chance.randrange(PROCESSES)
             time.sleep(max(0.0, ready + after - time.time()))
-            killed = one.kill(rank)
-            began, ready = one.next_start()
-            found.append(Try(rank, after, ready - killed, began - killed))
-            print(found[-1], file=sys.stderr, flush=True)
-        one.stop()
-    return {"first_start_seconds": first, "tries": [vars(a_try) for a_try in found]}
+            killed = launch.kill(rank)
+            began, ready = launch.next_start()
+            attempts.append(Try(rank, after, ready - killed, began - killed))
+            print(attempts[-1], file=sys.stderr, flush=True)
+        launch.stop()
+    return {"first_start_seconds": first, "tries": [vars(a_try) for a_try in attempts]}
 
 
 def goodput(words: list[str], data_dir: str, minutes: float, chance: random.Random) -> dict[str, Any]:
     """A run of so many minutes, killed once in each."""
-    with launched(words, data_dir) as one:
-        _, begin = one.next_start()
+    with launched(words, data_dir) as launch:
+        _, begin = launch.next_start()
         for minute in range(int(minutes)):
             # in the first half minute, so that the last kill has its price
             time.sleep(max(0.0, begin + minute * KILL_EVERY_SECONDS + chance.uniform(10, 30) - time.time()))
-            one.kill(chance.randrange(PROCESSES))
-            one.next_start()
+            launch.kill(chance.randrange(PROCESSES))
+            launch.next_start()
         time.sleep(max(0.0, begin + KILL_EVERY_SECONDS * minutes - time.time()))
         wall = time.time() - begin
-        return {"wall_seconds": wall, "kept_seconds": one.stop(), "kills": int(minutes)}
+        return {"wall_seconds": wall, "kept_seconds": launch.stop(), "kills": int(minutes)}
 
 
 def say(seconds: Sequence[float]) -> str:
@@ -171,14 +171,14 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    args = parser.parse_args()
     rows: dict[str, Any] = {}
     for name, words in LAUNCHERS.items():
-        chance = random.Random(f"{given.seed}-{name}")
-        rows[name] = {"wanted": given.tries,
-                      "recoveries": recoveries(words, given.data_dir, given.tries, chance),
-                      "goodput": goodput(words, given.data_dir, given.minutes, chance) if given.minutes else None}
-        replace_json(given.output, {"machine": describe(), "seed": given.seed, "options": OPTIONS, "launchers": rows})
+        chance = random.Random(f"{args.seed}-{name}")
+        rows[name] = {"wanted": args.tries,
+                      "recoveries": recoveries(words, args.data_dir, args.tries, chance),
+                      "goodput": goodput(words, args.data_dir, args.minutes, chance) if args.minutes else None}
+        replace_json(args.output, {"machine": describe(), "seed": args.seed, "options": OPTIONS, "launchers": rows})
     head = ["launcher", "came back", "recovery, s", "of it until the processes are there, s", "first start, s",
             "beyond that, s", "goodput at a kill a minute, %"]
     print("\n".join(table(head, [line(name, row) for name, row in rows.items()])))

@@ -43,10 +43,10 @@ def batch_sizes_of(record: Mapping[str, Any], processes: int) -> list[int]:
 
 def trouble(record: Mapping[str, Any], name: str, batch_size: int) -> str:
     """Why a cell is empty: not installed, failed, or not measured."""
-    own = [m for m in record["measurements"] if m["row"] == name]
-    if any(m["status"] == "missing" for m in own):
+    of_row = [m for m in record["measurements"] if m["row"] == name]
+    if any(m["status"] == "missing" for m in of_row):
         return "not installed"
-    return "failed" if any(m["status"] == "failed" and m["batch_size"] == batch_size for m in own) else "-"
+    return "failed" if any(m["status"] == "failed" and m["batch_size"] == batch_size for m in of_row) else "-"
 
 
 def grid(record: Mapping[str, Any], names: Sequence[str], processes: int, spread_of: Callable[[str, int], Spread | None]
@@ -128,12 +128,12 @@ def _warmup(record: Mapping[str, Any]) -> Iterator[str]:
     """The first measurement of a cell found an empty compiler cache, the later ones did not."""
     lines = []
     for row in ROWS:
-        own = {m["repeat"]: m["warmup_seconds"] for m in record["measurements"]
+        of_row = {m["repeat"]: m["warmup_seconds"] for m in record["measurements"]
                if m["row"] == row.name and m["batch_size"] == WARMUP_BATCH and m["status"] == "ok"}
-        if own and row.name != LIMIT:
-            first = min(own)
-            later = [seconds for repeat, seconds in own.items() if repeat != first]
-            lines.append([title(record, row.name), number(own[first]), cell(spread(later) if later else None)])
+        if of_row and row.name != LIMIT:
+            first = min(of_row)
+            later = [seconds for repeat, seconds in of_row.items() if repeat != first]
+            lines.append([title(record, row.name), number(of_row[first]), cell(spread(later) if later else None)])
     if lines:
         yield from (f"## Warm-up at batch {WARMUP_BATCH}, in no figure above: seconds", "")
         yield ("Of a peer, its first epoch, with compilation; of ours, compilation and the first steps. The first "

@@ -48,21 +48,21 @@ def timed(command: Sequence[object], folder: Path, cache: Path) -> dict[str, flo
     return {"first_line_seconds": first, "seconds": time.perf_counter() - begin}
 
 
-def command_of(row: str, given: argparse.Namespace, output_dir: Path) -> list[object]:
+def command_of(row: str, args: argparse.Namespace, output_dir: Path) -> list[object]:
     """The words of a row, after `python`."""
     if row in SCRIPTS:
         script = Path(__file__).parent / "peers" / SCRIPTS[row]
-        return [script, given.data_dir.resolve(), given.epochs, given.batch_size]
+        return [script, args.data_dir.resolve(), args.epochs, args.batch_size]
     root = Path(__file__).resolve().parents[1]
-    return [root / "train.py", *OPTIONS[row], "--data-dir", given.data_dir.resolve(), "--epochs", given.epochs,
-            "--batch-size", given.batch_size, "--wandb", "disabled", "--output-dir", output_dir]
+    return [root / "train.py", *OPTIONS[row], "--data-dir", args.data_dir.resolve(), "--epochs", args.epochs,
+            "--batch-size", args.batch_size, "--wandb", "disabled", "--output-dir", output_dir]
 
 
-def markdown(found: dict[str, list[dict[str, float]]]) -> list[str]:
+def markdown(turns_of: dict[str, list[dict[str, float]]]) -> list[str]:
     """A line for each row: medians with their spread, and how many times the hand-written script's time."""
-    base = [turn["seconds"] for turn in found[HAND_WRITTEN]]
+    base = [turn["seconds"] for turn in turns_of[HAND_WRITTEN]]
     lines = []
-    for row, turns in found.items():
+    for row, turns in turns_of.items():
         ratios = [turn["seconds"] / other for turn, other in zip(turns, base, strict=True)]
         lines.append([row, *(cell(spread(values)) for values in (
             [turn["first_line_seconds"] for turn in turns], [turn["seconds"] for turn in turns], ratios))])
@@ -76,23 +76,23 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     for name, default in (("repeats", 5), ("epochs", 20), ("batch-size", 200)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
+    args = parser.parse_args()
     rows = [HAND_WRITTEN, *([JAX] if find_spec("jax") else []), *OPTIONS]
-    found: dict[str, list[dict[str, float]]] = {row: [] for row in rows}
+    turns_of: dict[str, list[dict[str, float]]] = {row: [] for row in rows}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        timed(command_of(WARM, given, folder / "run"), folder, folder / "warm")
-        for turn in range(given.repeats):
+        timed(command_of(WARM, args, folder / "run"), folder, folder / "warm")
+        for turn in range(args.repeats):
             for row in random.Random(turn).sample(rows, len(rows)):
                 cache = folder / ("cold" if "cold" in row else "warm")
                 shutil.rmtree(folder / "cold", ignore_errors=True)
                 shutil.rmtree(folder / "run", ignore_errors=True)
-                found[row].append(timed(command_of(row, given, folder / "run"), folder, cache))
-                print(turn, row, found[row][-1], file=sys.stderr, flush=True)
-    values: dict[str, Any] = {"machine": describe(), "epochs": given.epochs, "batch_size": given.batch_size,
-                              "rows": found}
-    replace_json(given.output, values)
-    print("\n".join(markdown(found)))
+                turns_of[row].append(timed(command_of(row, args, folder / "run"), folder, cache))
+                print(turn, row, turns_of[row][-1], file=sys.stderr, flush=True)
+    values: dict[str, Any] = {"machine": describe(), "epochs": args.epochs, "batch_size": args.batch_size,
+                              "rows": turns_of}
+    replace_json(args.output, values)
+    print("\n".join(markdown(turns_of)))
     return 0
 
 

@@ -35,8 +35,8 @@ def main(data_dir: str, batch_size: int, num_samples: int) -> dict[str, Any]:
 
     def epoch() -> None:
         for rows in torch.randperm(num_samples).to(device).split(batch_size):
-            own = rows[rank::size]
-            loss = cross_entropy(model(images[own]), labels[own])
+            share = rows[rank::size]
+            loss = cross_entropy(model(images[share]), labels[share])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

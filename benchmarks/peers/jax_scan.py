@@ -22,8 +22,8 @@ def main(data_dir: str, batch_size: int, num_samples: int) -> dict[str, Any]:
 
     def epoch() -> None:
         nonlocal state, key
-        key, own = jax.random.split(key)
-        state, loss = train_epoch(state, own, images, labels, batch_size)
+        key, epoch_key = jax.random.split(key)
+        state, loss = train_epoch(state, epoch_key, images, labels, batch_size)
         loss.block_until_ready()
 
     outcome = timed(epoch, num_samples, f"jax {jax.__version__}", "cpu")

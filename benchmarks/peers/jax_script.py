@@ -86,8 +86,8 @@ def main(data_dir: str, epochs: int, batch_size: int) -> None:
         arrays.append((jnp.asarray(images), jnp.asarray(labels)))
     state, key = init(jax.random.key(0)), jax.random.key(1)
     for epoch in range(epochs):
-        key, own = jax.random.split(key)
-        state, _ = train_epoch(state, own, *arrays[0], batch_size)
+        key, epoch_key = jax.random.split(key)
+        state, _ = train_epoch(state, epoch_key, *arrays[0], batch_size)
         nll, accuracy = test(state, *arrays[1])
         print(f"epoch {epoch} test NLL {nll:.5f} accuracy {accuracy:.4f}", flush=True)
     np.savez("model.npz", *state[0])

@@ -18,7 +18,7 @@ data_dir, epochs, batch_size = sys.argv[1], *map(int, [*sys.argv[2:], "20", "200
 device = "cuda" if torch.cuda.is_available() else "cpu"
 sets = [MNIST(data_dir, train=train) for train in (True, False)]
 (images, labels), (test_images, test_labels) = (
-    (one.data.flatten(1).float().div(127.5).sub(1.0).to(device), one.targets.to(device)) for one in sets)
+    (split.data.flatten(1).float().div(127.5).sub(1.0).to(device), split.targets.to(device)) for split in sets)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(784, 256), nn.LeakyReLU(0.1), nn.Linear(256, 10)).to(device)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
