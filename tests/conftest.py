@@ -36,10 +36,10 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 # The files that take longest, in this order; the others follow as they are collected.
 LONGEST = ("test_exactness.py", "test_compiled.py", "test_study.py", "test_intervals.py", "test_restarts.py",
-           "test_gpu_in_turns.py", "test_slurm.py", "test_ray_launcher.py", "test_output.py", "test_hostile_folders.py",
-           "test_ways_to_launch.py", "test_signals.py", "test_disk_faults.py", "test_launch.py", "test_wandb_run.py",
-           "test_places.py", "test_machines.py", "test_time_to_target.py", "test_noise_scale.py", "test_data.py",
-           "test_rounds.py")
+           "test_gpu_in_turns.py", "test_fused.py", "test_slurm.py", "test_ray_launcher.py", "test_output.py",
+           "test_hostile_folders.py", "test_ways_to_launch.py", "test_signals.py", "test_disk_faults.py",
+           "test_launch.py", "test_wandb_run.py", "test_places.py", "test_machines.py", "test_time_to_target.py",
+           "test_noise_scale.py", "test_data.py", "test_rounds.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
