@@ -63,7 +63,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", [pytest.param(options, marks=pytest.mark.long if number < 2 else pytest.mark.faults)
+@pytest.mark.parametrize("options", [pytest.param(options, marks=pytest.mark.long if number < 1 else pytest.mark.faults)
                                      for number, options in enumerate(OPTIONS)], ids=str)
 def test_agreement(options, tmp_path):
     """Fewer programs than tiles, several blocks of rows, a short last batch, and a batch with all images."""
@@ -139,7 +139,7 @@ GPUS = [(90, 200, 256, 132, 128), (86, 200, 256, 24, 128), (90, 1, 256, 132, 64)
         (90, 8192, 256, 132, 128), (80, 200, 256, 108, 128), (90, 200, 512, 132, 1024)]
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=pytest.mark.long if number < 2 else pytest.mark.faults)
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=pytest.mark.long if number < 1 else pytest.mark.faults)
                                  for number, gpu in enumerate(GPUS)])
 def test_it_compiles_for_gpus(gpu, tmp_path):
     """Registers that do not fit are in the stack: its bytes per thread."""
