@@ -6,8 +6,10 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one from Python 3.11 on
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 THREAD_NAME = "mnist-dist-worker"
 
 
@@ -35,6 +37,22 @@ class Worker:
     def close(self) -> None:
         """End the thread after the tasks submitted so far."""
         self._tasks.put(None)
+
+
+def begun(task: Callable[[], T]) -> Future[T]:
+    """Run the task in a thread of its own, which ends with it. The future's `result(timeout)` waits for it."""
+    worker = Worker()
+    future = worker.submit(task)
+    worker.close()
+    return future
+
+
+def within(seconds: float, task: Callable[[], T]) -> T:
+    """What `task` returns. Raises `TimeoutError` if it takes longer; its thread then goes on."""
+    try:
+        return begun(task).result(seconds)
+    except FutureTimeout:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 def any_left() -> bool:

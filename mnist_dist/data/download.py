@@ -22,7 +22,7 @@ from mnist_dist.disk.files import make_folder, rename
 from mnist_dist.disk.lock import FolderLock, Held
 from mnist_dist.errors import UserError
 from mnist_dist.text import cause, cut, without_passwords
-from mnist_dist.worker import Worker
+from mnist_dist.worker import begun, within
 
 TORCHVISION_CLASS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 LOCK_SECONDS = 3600.0  # for another process that fetches the same
@@ -96,13 +96,7 @@ def _begins(url: str) -> bytes:
         with urllib.request.urlopen(_request(url), timeout=STALL_SECONDS) as response:
             return response.read(2)
 
-    worker = Worker()
-    future = worker.submit(read)
-    worker.close()
-    try:
-        return future.result(STALL_SECONDS)
-    except FutureTimeout:
-        raise TimeoutError(f"no answer within {STALL_SECONDS:g} s") from None
+    return within(STALL_SECONDS, read)
 
 
 def _mirrors(kind: Any, mirror: str | None) -> list[str]:
@@ -153,9 +147,7 @@ def _fetch(url: str, md5: str, path: Path) -> None:
     thread checks how much has come.
     """
     transfer = Transfer(url, md5, path)
-    worker = Worker()
-    future = worker.submit(transfer.run)
-    worker.close()
+    future = begun(transfer.run)
     begin, before = time.monotonic(), 0
     while True:
         with contextlib.suppress(FutureTimeout):

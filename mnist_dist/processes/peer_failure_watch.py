@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from mnist_dist.processes.stores import within
+from mnist_dist.worker import within
 
 ANSWER_SECONDS = 2.0  # of the store; after that it is lost
 LOOK_SECONDS = 0.5

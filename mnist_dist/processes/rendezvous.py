@@ -19,9 +19,9 @@ from typing import Any
 
 from mnist_dist import __version__
 from mnist_dist.errors import UserError
-from mnist_dist.processes.stores import ASK_SECONDS, T, Wait
+from mnist_dist.processes.stores import ASK_SECONDS, Wait
 from mnist_dist.text import first_line
-from mnist_dist.worker import Worker
+from mnist_dist.worker import T, Worker
 
 POLL_SECONDS = 0.05  # between two looks whether all are there
 CLOCK_SECONDS = 2.0  # difference of two clocks from which there is a warning

@@ -9,18 +9,16 @@ import platform
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from mnist_dist.errors import UserError
 from mnist_dist.output import say
 from mnist_dist.processes.addresses import addresses_of, is_loopback
 from mnist_dist.processes.launch_environment import BEGUN
 from mnist_dist.text import cause, first_line
-from mnist_dist.worker import Worker
+from mnist_dist.worker import within
 
-T = TypeVar("T")
 ASK_SECONDS = 10.0  # for the store's answer
 NAME_SECONDS = 10.0  # for a name to resolve: on a cluster it may come a little after the machine
 LOOPBACK = "127.0.0.1"
@@ -54,17 +52,6 @@ class Wait:
     def rest_s(self) -> float:
         """Seconds that are left."""
         return self._begin + self.limit_s - time.monotonic()
-
-
-def within(seconds: float, task: Callable[[], T]) -> T:
-    """What `task` returns. Raises `TimeoutError` if it takes longer; its thread then goes on."""
-    worker = Worker()
-    try:
-        return worker.submit(task).result(seconds)
-    except FutureTimeout:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    finally:
-        worker.close()
 
 
 def store_at(address: str, port: int, *, setting: str, hosts_it: bool, is_elsewhere: bool, timeout_s: float,

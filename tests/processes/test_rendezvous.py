@@ -13,7 +13,8 @@ import pytest
 from mnist_dist.errors import UserError
 from mnist_dist.processes import rendezvous, stores
 from mnist_dist.processes.rendezvous import Facts, Meeting, clocks_apart, difference
-from mnist_dist.processes.stores import store_at, within
+from mnist_dist.processes.stores import store_at
+from mnist_dist.worker import within
 
 
 @pytest.fixture
