@@ -57,7 +57,7 @@ class Team:
         self._releases: list[Callable[[], None]] = []
         # spent exchanging tensors, which is mostly waiting for slower ranks; 0 if the host does not wait
         self.exchange_seconds = 0.0
-        self.signs = 0  # of this rank's main thread: it counts while it waits, and at each agreement
+        self.signs = 0  # of this rank's main thread: it counts while it waits for the device
         self.hosts = [fact.host for fact in facts] or [platform.node()]  # of each rank
         self.clocks_apart = clocks_apart(facts) if facts else None  # which are, in a line
         if self.size > 1:
@@ -116,7 +116,6 @@ class Team:
 
     def max(self, *values: float) -> list[float]:
         """The largest of each value over ranks, on the host. Collective."""
-        self.signs += 1
         if self.size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)

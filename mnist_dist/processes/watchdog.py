@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from mnist_dist.output import complain
 from mnist_dist.processes.stop_signals import StopSignals
@@ -114,7 +113,7 @@ class Watchdog:
             name = signal.Signals(self._signal).name
             self._end(128 + self._signal, f"stopped by {name} after step {self.step()}, without a checkpoint: {stuck}")
 
-    def _end(self, status: int, line: str) -> Any:
+    def _end(self, status: int, line: str) -> None:
         if self.sign() is not None and not self._ends.is_set():
             complain("error", line)
             sys.stdout.flush()

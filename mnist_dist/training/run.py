@@ -36,7 +36,7 @@ from mnist_dist.training.progress import Progress
 from mnist_dist.training.recorder import Recorder
 from mnist_dist.training.results import describe_environment
 from mnist_dist.training.resume import BATCH, DATA, PRECISION, Earlier, fixed_options, has_ended, look_at
-from mnist_dist.training.steps.fused import why_not
+from mnist_dist.training.steps.fused import excluded_by
 from mnist_dist.training.trainer import Trainer
 
 RESTART_SECONDS = 30.0  # that a start waits for the previous start, which may still write its last checkpoint
@@ -215,7 +215,8 @@ class Run:
         trainer, say = self.trainer, self.console.say
         if trainer.kind in ("compiled", "fused"):
             say("compiling the step: some 3 s, and some 10 s the first time on a machine")
-        elif self.team.is_cuda and self.config.compile == "auto" and why_not(trainer.parts) is None:
+        elif trainer.kind == "plain" and self.config.compile == "auto" and not self.config.clashes_with_compile and (
+                excluded_by(trainer.parts) is None):
             say("the step is plain; --compile fused takes some thousand steps with one launch")
         trainer.make_step(self.console.warn, was_compiled=was_compiled)
         if trainer.step.compile_seconds:

@@ -162,8 +162,8 @@ class Trainer:
         self._is_taking = True
         self.step.take(range(start, stop), window.lap)
         self.step.flush(stop)
+        self._is_taking = False  # what follows waits for other ranks over gloo, which has a time limit
         schedule.poll(stop - start)
-        self._is_taking = False
         self.left, self._warm_left = range(stop, self.left.stop), max(0, self._warm_left - (stop - start))
         pauses = schedule.is_pause_due(self.epoch, stop)
         if pauses or not self.left or was_warming != (self._warm_left > 0):

@@ -1,4 +1,4 @@
-"""The fused step in Triton's interpreter, in a process of its own.
+"""Trains with the fused step in Triton's interpreter.
 
     python fused_worker.py compare OPTIONS      the fused step and the plain one, beside the plain one in float64
     python fused_worker.py train ARGUMENTS      `mnist-dist train ARGUMENTS`, which finds a GPU for --compile fused

@@ -9,9 +9,12 @@ import platform
 import re
 import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 from forked import run_forked
+
+from mnist_dist.training.trainer import Trainer
 
 ME = re.escape(platform.node())
 WORDS = ["train", "--wandb", "disabled", "--compile", "off", "--batch-size", "100", "--output-dir", "run",
@@ -60,6 +63,21 @@ def test_twenty_times_with_the_time_limits_of_use(case, small_dir, tmp_path):
         assert re.search(f"^mnist-dist: error: {line}$", done.stderr, re.MULTILINE), done.stderr
     middle, low, high = statistics.median(seconds), min(seconds), max(seconds)
     print(f"{case}: 20 of 20, ended after {middle:.1f} s ({low:.1f} to {high:.1f})")
+
+
+def test_a_rank_that_waits_for_a_slow_one_is_not_watched():
+    """While the ranks agree, over gloo; while it takes steps, it is."""
+    trainer, signs = object.__new__(Trainer), []
+
+    def note(*_):
+        signs.append(trainer.sign)
+
+    trainer.team, trainer._window = SimpleNamespace(signs=3), SimpleNamespace(samples=[100], lap=None)
+    trainer.epoch, trainer.left, trainer._warm_left = 0, range(9), 0
+    trainer.step = SimpleNamespace(take=note, flush=note)
+    schedule = SimpleNamespace(next_stop=lambda epoch, step: 4, poll=note, is_pause_due=lambda *_: False)
+    assert not trainer.advance(schedule)
+    assert signs == [(1, 3), (1, 3), None] and trainer.sign is None
 
 
 @pytest.mark.long

@@ -19,11 +19,13 @@ from support import ROOT, result_of, run
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
+from mnist_dist.training import run as run_module
+from mnist_dist.training.run import Run
 from mnist_dist.training.steps import fused, kind_of_step
 from mnist_dist.training.steps.ahead import Ahead
 from mnist_dist.training.steps.fused import FusedStep
 
-WORKER = ROOT / "tests" / "helpers" / "fused_worker.py"
+WORKER, COMPILER = (ROOT / "tests" / "helpers" / name for name in ("fused_worker.py", "triton_on_cpu.py"))
 ROUNDING = 2.0  # times the distance of the plain step in float32 from float64, and one last bit: the bound of agreement
 
 
@@ -33,8 +35,8 @@ def in_worker(*words, cwd, **environment):
 
 
 def compared(cwd, **options):
-    given = {"hidden": 16, "programs": 0, "rows": 128, "cut": 16, "epochs": 2, "lr": 1e-3, **options}
-    done = in_worker("compare", json.dumps(given), cwd=cwd)
+    defaults = {"hidden": 16, "programs": 0, "rows": 128, "cut": 16, "epochs": 2, "lr": 1e-3}
+    done = in_worker("compare", json.dumps({**defaults, **options}), cwd=cwd)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -111,30 +113,6 @@ def step_of(batch, *, units=256, multiprocessors=132):
     return step
 
 
-COMPILE = """
-import json, sys, tempfile
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from mnist_dist.training.steps.fused_kernels import take_steps
-constants, capability, warps, target = json.loads(sys.argv[1])
-constants["STAGE"] = 0
-types = {"images": "*u8", "labels": "*i32", "sums": "*fp64", "counter": "*i32"}
-numbers = ("N", "B", "first_step", "steps")
-names = take_steps.arg_names
-signature = {name: "constexpr" if name in constants else "i32" if name in numbers else types.get(name, "*fp32")
-             for name in names}
-values = {(names.index(name),): value for name, value in constants.items()}
-aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name].startswith("*")}
-code = triton.compile(ASTSource(take_steps, signature, values, aligned),
-                      target=GPUTarget("cuda", capability, 32),
-                      options={"num_warps": warps, "launch_cooperative_grid": True})
-Path(target).write_bytes(code.asm["cubin"])
-print(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", code.metadata.shared)
-"""
-
-
 GPUS = [(90, 200, 256, 132, 128), (86, 200, 256, 24, 128), (90, 1, 256, 132, 64), (90, 32, 256, 132, 64),
         (90, 8192, 256, 132, 128), (80, 200, 256, 108, 128), (90, 200, 512, 132, 1024)]
 
@@ -145,8 +123,8 @@ def test_it_compiles_for_gpus(gpu, tmp_path):
     """Registers that do not fit are in the stack: its bytes per thread."""
     capability, batch, units, multiprocessors, stack = gpu
     step = step_of(batch, units=units, multiprocessors=multiprocessors)
-    given = json.dumps([step.constants, capability, step.warps, str(tmp_path / "code")])
-    done = run([sys.executable, "-W", "ignore", "-c", COMPILE, given], cwd=tmp_path, PYTHONPATH=str(ROOT),
+    words = [json.dumps(step.constants), capability, step.warps, tmp_path / "code"]
+    done = run([sys.executable, "-W", "ignore", COMPILER, *words], cwd=tmp_path, PYTHONPATH=str(ROOT),
                TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     tool, shared = done.stdout.split()
@@ -163,6 +141,7 @@ def test_the_work_is_cut_for_the_gpu():
     assert (small.programs, small.constants["IS_RESIDENT"]) == (24, False)
     assert step_of(1).constants["KEEPS_PIXELS"] and step_of(1).constants["R"] == 16
     assert step_of(5, units=48).constants["H_PADDED"] == 64
+    assert fused.UNITS == large.kernels.UNITS, "which is read without Triton"
 
 
 def test_a_launch_is_as_long_as_its_seconds(monkeypatch):
@@ -232,6 +211,23 @@ def test_why_it_cannot_be_taken(reason, monkeypatch):
         kind_of_step(TrainConfig(compile="fused"), parts, "plain")
     assert kind_of_step(TrainConfig(compile="fused"), parts, "fused") == "plain", "a run that is continued"
     assert kind_of_step(TrainConfig(), parts, "fused") == "plain"
+
+
+@pytest.mark.parametrize(("options", "kind", "capability", "is_said"), [
+    ({}, "plain", (9, 0), True), ({}, "plain", (7, 5), False), ({}, "compiled", (9, 0), False),
+    ({"compile": "off"}, "plain", (9, 0), False), ({"local_sgd_steps": 2}, "plain", (9, 0), False),
+    ({"reproducible": True}, "exact", (9, 0), False),
+])
+def test_a_run_on_a_gpu_names_it(options, kind, capability, is_said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(run_module, "replace", lambda environment, **values: environment)
+    said = []
+    trainer = SimpleNamespace(kind=kind, parts=parts_of(), make_step=lambda warn, was_compiled: None,
+                              step=SimpleNamespace(kind=kind, compile_seconds=0.0))
+    console = SimpleNamespace(say=said.append, warn=said.append)
+    Run._make_step(SimpleNamespace(trainer=trainer, console=console, config=TrainConfig(**options), environment=None),
+                   was_compiled=False)
+    assert ("--compile fused" in "".join(said)) == is_said
 
 
 def test_a_run_that_is_continued_keeps_it(monkeypatch):

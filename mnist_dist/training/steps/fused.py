@@ -25,6 +25,11 @@ LEAST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 on tensor cores
 
 def why_not(parts: StepParts) -> str | None:
     """Why the fused step cannot take this run, as the end of a sentence; None if it can."""
+    return excluded_by(parts) or _why_no_triton()
+
+
+def excluded_by(parts: StepParts) -> str | None:
+    """The same, as far as the run and its GPU decide; without importing Triton."""
     team, sizes, batch = parts.team, parts.module.sizes, parts.batches.count(0)
     units = sizes[1] if len(sizes) == 3 else 0
     reasons = {
@@ -38,13 +43,14 @@ def why_not(parts: StepParts) -> str | None:
         f"needs a batch of at most {MOST_SAMPLES:,}, got {batch:,}": batch > MOST_SAMPLES,
         f"needs at most {MOST_IMAGES:,} images": parts.batches.num_samples > MOST_IMAGES,
     }
-    reason = next((reason for reason, is_so in reasons.items() if is_so), None)
-    return reason or _why_not_here(team.device)
-
-
-def _why_not_here(device: torch.device) -> str | None:
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+    if reason := next((reason for reason, is_so in reasons.items() if is_so), None):
+        return reason
+    if torch.version.hip is not None or torch.cuda.get_device_capability(team.device) < LEAST_CAPABILITY:
         return "needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
+
+
+def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs Triton: pip install triton"
     from triton.backends.nvidia.compiler import CUDAOptions
