@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ def open_folder(config: TrainConfig, wait_s: float = 0.0) -> tuple[Path, str, Fo
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from None
     return folder, run_id, lock
+
+
+def close_folder(folder: Path, lock: FolderLock, is_new: bool) -> None:
+    """Give the lock back. A new folder that has nothing in it, of a run that was refused, is removed."""
+    lock.release()
+    if is_new:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _holds_a_run(folder: Path) -> bool:

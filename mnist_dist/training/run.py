@@ -27,7 +27,7 @@ from mnist_dist.processes.spawn import runs_on_cpu
 from mnist_dist.processes.stop_signals import stop_with_launcher
 from mnist_dist.processes.team import Team, ddp_options, join
 from mnist_dist.processes.watchdog import Watchdog
-from mnist_dist.record.run_folder import open_folder
+from mnist_dist.record.run_folder import close_folder, open_folder
 from mnist_dist.text import first_line, without_passwords
 from mnist_dist.training.loop import Loop
 from mnist_dist.training.losses import Display
@@ -199,8 +199,9 @@ class Run:
                 team.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
     def _open_folder(self, config: TrainConfig, wait_s: float, held: ExitStack) -> tuple[Path, str]:
+        is_new = config.output_dir is None or not Path(config.output_dir).exists()
         folder, run_id, self.lock = open_folder(config, wait_s)
-        held.callback(self.lock.release)
+        held.callback(close_folder, folder, self.lock, is_new)
         if not self.lock.is_locked:
             self.console.warn(f"the file system of {folder} has no locks: a second start in it would not be noticed")
         return folder, run_id

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT, result_of, run
+from support import ROOT, result_of, run, run_here
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.errors import UserError
@@ -228,6 +228,15 @@ def test_a_run_on_a_gpu_names_it(options, kind, capability, is_said, monkeypatch
     Run._make_step(SimpleNamespace(trainer=trainer, console=console, config=TrainConfig(**options), environment=None),
                    was_compiled=False)
     assert ("--compile fused" in "".join(said)) == is_said
+
+
+def test_a_run_that_is_refused_leaves_no_folder(small_dir, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        assert run_here(["train", "--compile", "fused", "--data-dir", str(small_dir), "--wandb", "disabled",
+                         "--output-dir", str(tmp_path / name)]) == 2
+        assert "--compile fused needs a GPU" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and not list((tmp_path / "there").iterdir())
 
 
 def test_a_run_that_is_continued_keeps_it(monkeypatch):
